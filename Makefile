@@ -1,0 +1,42 @@
+# `make help` lists what one can do. Every target takes up what an earlier call left.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ROOMS := api tracking operator trainer
+STAMP := $(VENV)/.heimdall-stamp
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
+
+$(STAMP): requirements/bootstrap.txt requirements/dev.txt $(ROOMS:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11")'
+	@echo "→ development environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(ROOMS:%=-e ./%)
+	@touch $(STAMP)
+
+.PHONY: venv
+venv: $(STAMP) ## Make the development environment (.venv)
+
+.PHONY: check
+check: venv ## Lint, types, room boundaries and unit tests: under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/unit
+
+.PHONY: lock
+lock: venv ## Resolve requirements/*.txt anew
+	PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock
+
+.PHONY: generate
+generate: venv ## Write what is generated from the types: the CRD
+	$(BIN)/python -m heimdall_api.crd

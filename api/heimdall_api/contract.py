@@ -1,0 +1,175 @@
+"""The contract between the operator and a trainer pod: every name that both sides must agree on.
+
+Any image that reads what is given here and leaves behind what is asked for can be the trainer of a
+TrainingRun. docs/contract.md tells it in prose; this module is its only home in code.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from datetime import datetime
+from typing import Final
+
+from pydantic import Field
+
+from heimdall_api.base import Model
+
+GROUP: Final = "training.heimdall.dev"
+VERSION: Final = "v1alpha1"
+KIND: Final = "TrainingRun"
+PLURAL: Final = "trainingruns"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+
+# What a pod is given: environment variables.
+ENV_RUN_FILE: Final = "HEIMDALL_RUN_FILE"
+"""Path of the TrainingRun as JSON (apiVersion, kind, metadata.name/namespace/uid, spec)."""
+ENV_ATTEMPT: Final = "HEIMDALL_ATTEMPT"
+"""This attempt's number, from 1."""
+ENV_TERMINATION_MESSAGE: Final = "HEIMDALL_TERMINATION_MESSAGE"
+"""Path that a termination message is written to."""
+ENV_TRACKING_URI: Final = "MLFLOW_TRACKING_URI"
+ENV_MLFLOW_RUN_ID: Final = "MLFLOW_RUN_ID"
+
+RUN_FILE: Final = "/etc/heimdall/trainingrun.json"
+TERMINATION_MESSAGE_FILE: Final = "/dev/termination-log"
+SCRATCH_DIR: Final = "/scratch"
+"""A writable folder (emptyDir); everything else is read-only. Gone with the pod."""
+
+# Labels and annotations on what the operator creates.
+LABEL_RUN: Final = f"{GROUP}/run"
+LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
+LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+MANAGED_BY: Final = "heimdall-operator"
+ANNOTATION_RUN_FILE: Final = f"{GROUP}/run-file"
+"""The pod annotation that the downward API mounts as RUN_FILE."""
+FINALIZER: Final = f"{GROUP}/mlflow-run"
+
+# Tags of an MLflow run.
+TAG_UID: Final = "heimdall.uid"
+"""UID of the TrainingRun: the key by which its MLflow run is found again."""
+TAG_NAME: Final = "heimdall.trainingrun"
+TAG_NAMESPACE: Final = "heimdall.namespace"
+TAG_ATTEMPT: Final = "heimdall.attempt"
+"""Number of the newest attempt, written by the operator: the fence against an attempt that comes back."""
+TAG_PROGRESS: Final = "heimdall.progress"
+"""JSON of Progress, written by the trainer every few seconds and at every epoch's end."""
+TAG_CHECKPOINTS: Final = "heimdall.checkpoints"
+"""JSON list of Checkpoint, newest last, written by the trainer after a checkpoint's upload is whole."""
+TAG_BEST: Final = "heimdall.best"
+"""JSON of BestMetric, written by the trainer whenever the monitored metric improves."""
+
+MODEL_NAME: Final = "model"
+"""Name of the logged model (MLflow 3 LoggedModel) that the operator registers."""
+CHECKPOINT_DIR: Final = "checkpoints"
+"""Artifact folder of the run that holds checkpoints."""
+
+MESSAGE_LIMIT: Final = 1024
+"""Longest message, in characters, that a termination message or a status carries."""
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of a trainer with a meaning of their own."""
+
+    SUCCESS = 0
+    """Training finished and everything was delivered to the run."""
+    ERROR = 1
+    """An exception in training or in the user's code."""
+    CONFIGURATION = 78
+    """The spec can't work (EX_CONFIG of sysexits.h). Not tried again."""
+    FENCED = 79
+    """A newer attempt exists: nothing was published."""
+    CUDA_OUT_OF_MEMORY = 80
+    """The device's memory does not suffice. Not tried again."""
+    UNDELIVERED = 81
+    """Training finished, but something could not be delivered to MLflow in bounded time."""
+    SIGTERM = 143
+    """Ended on SIGTERM, after a checkpoint was delivered."""
+
+
+class Reason(enum.StrEnum):
+    """Why an attempt or a run ended: a fixed list, the machine-readable half of every failure."""
+
+    COMPLETED = "Completed"
+    USER_ERROR = "UserError"
+    INVALID_CONFIGURATION = "InvalidConfiguration"
+    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
+    CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
+    PREEMPTED = "Preempted"
+    NODE_LOST = "NodeLost"
+    KILLED = "Killed"
+    """Ended by a signal that nobody owned up to."""
+    IMAGE_PULL = "ImagePull"
+    UNSCHEDULABLE = "Unschedulable"
+    POD_NOT_STARTED = "PodNotStarted"
+    """Neither scheduling nor the image explains why the pod never ran (a missing Secret, a quota …)."""
+    STALLED = "Stalled"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    TRACKING_UNAVAILABLE = "TrackingUnavailable"
+    SUSPENDED = "Suspended"
+    FENCED = "Fenced"
+    UNKNOWN = "Unknown"
+
+
+class TerminationMessage(Model):
+    """What a trainer writes to its termination message path when it does not succeed."""
+
+    reason: Reason
+    message: str = Field(max_length=MESSAGE_LIMIT)
+
+    def to_json(self) -> str:
+        """The message as a single line of JSON."""
+        return self.model_dump_json()
+
+
+class Progress(Model):
+    """How far training is."""
+
+    epoch: int = Field(ge=0, description="Epochs finished.")
+    epochs: int = Field(ge=0, description="Epochs asked for.")
+    step: int = Field(ge=0, description="Optimizer steps done.")
+    steps: int | None = Field(default=None, ge=0, description="Optimizer steps expected in all, if known.")
+    time: datetime | None = Field(default=None, description="When the last step ended.")
+
+
+class Checkpoint(Model):
+    """A checkpoint whose upload is whole."""
+
+    step: int = Field(ge=0, description="Optimizer step it was made at.")
+    epoch: int = Field(default=0, ge=0, description="Epoch it was made in, counted from 0.")
+    path: str = Field(description="Artifact path within the run.")
+    sha256: str = Field(description="Checksum of its bytes, hexadecimal.")
+    size: int = Field(ge=0, description="Length in bytes.")
+    time: datetime = Field(description="When its upload was whole.")
+    metric: float | None = Field(default=None, description="The monitored metric's value, if there is one.")
+    last: bool = Field(default=False, description="Whether it is the one a next attempt goes on from.")
+
+
+class BestMetric(Model):
+    """The best value of the monitored metric so far."""
+
+    name: str
+    value: float
+    step: int = Field(ge=0)
+
+
+def parse_checkpoints(tag: str | None) -> list[Checkpoint]:
+    """Read TAG_CHECKPOINTS.
+
+    Args:
+        tag: The tag's value, or None where the run has none.
+
+    Returns:
+        The checkpoints, newest last; empty where there are none or the tag can't be read.
+    """
+    if not tag:
+        return []
+    try:
+        return [Checkpoint.model_validate(item) for item in json.loads(tag)]
+    except (ValueError, TypeError):
+        return []
+
+
+def format_checkpoints(checkpoints: list[Checkpoint]) -> str:
+    """The value of TAG_CHECKPOINTS for a list of checkpoints."""
+    return json.dumps([item.model_dump(mode="json", exclude_none=True) for item in checkpoints])
