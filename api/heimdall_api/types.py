@@ -247,6 +247,15 @@ class RetriesSpec(Model):
 class TrainingRunSpec(Model):
     """What is trained, on what, how, with which resources, and what becomes of the model."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            cel(
+                "has(self.registration) == has(oldSelf.registration)",
+                "registration can't be added or removed once the run exists: create a new TrainingRun instead",
+            )
+        )
+    )
+
     suspend: bool = Field(
         default=False, description="Stop training and free the GPUs; training goes on from the last checkpoint when unset."
     )
