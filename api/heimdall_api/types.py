@@ -33,7 +33,9 @@ def rules(*items: dict[str, str]) -> dict[str, Any]:
 
 def immutable(field: str) -> dict[str, str]:
     """The rule that keeps a part of the spec from being changed."""
-    return cel("self == oldSelf", f"{field} can't be changed once the run exists: create a new TrainingRun instead")
+    return cel(
+        "self == oldSelf", f"{field} can't be changed once the run exists: create a new TrainingRun instead"
+    )
 
 
 def _check_quantity(value: int | str) -> int | str:
@@ -122,17 +124,28 @@ class DataSpec(Model):
                 "double(self.validationFraction) + double(self.testFraction) < 1.0",
                 "validationFraction and testFraction together must leave sessions to train on: keep their sum below 1",
             ),
-            cel("has(self.module) || !has(self.args)", "args are the arguments of module: set module too, or remove args"),
+            cel(
+                "has(self.module) || !has(self.args)",
+                "args are the arguments of module: set module too, or remove args",
+            ),
         )
     )
 
-    sessions: SessionSelection = Field(default_factory=SessionSelection, description="Recording sessions to use.")
-    validation_fraction: float = Field(
-        default=0.2, ge=0, lt=1, description="Share of the sessions kept for validation. Sessions are never divided."
+    sessions: SessionSelection = Field(
+        default_factory=SessionSelection, description="Recording sessions to use."
     )
-    test_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of the sessions kept for the final test.")
+    validation_fraction: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Share of the sessions kept for validation. Sessions are never divided.",
+    )
+    test_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the sessions kept for the final test."
+    )
     module: ImportPath | None = Field(
-        default=None, description="A LightningDataModule of your own, as package.module:ClassName, in your image."
+        default=None,
+        description="A LightningDataModule of your own, as package.module:ClassName, in your image.",
     )
     args: Arguments | None = Field(default=None, description="Keyword arguments of module.")
 
@@ -140,19 +153,29 @@ class DataSpec(Model):
 class EarlyStoppingSpec(Model):
     """When training stops before its last epoch."""
 
-    monitor: str = Field(default="val/loss", min_length=1, max_length=250, description="Metric that is watched.")
+    monitor: str = Field(
+        default="val/loss", min_length=1, max_length=250, description="Metric that is watched."
+    )
     mode: Literal["min", "max"] = Field(default="min", description="Whether smaller or larger is better.")
     patience: int = Field(
-        default=5, ge=0, le=100_000, description="Epochs without improvement before training stops. 0: never stop early."
+        default=5,
+        ge=0,
+        le=100_000,
+        description="Epochs without improvement before training stops. 0: never stop early.",
     )
 
 
 class CheckpointSpec(Model):
     """Which checkpoints are kept, and how often they are made."""
 
-    keep: int = Field(default=3, ge=1, le=100, description="How many of the best checkpoints are kept beside the last.")
+    keep: int = Field(
+        default=3, ge=1, le=100, description="How many of the best checkpoints are kept beside the last."
+    )
     every_minutes: float = Field(
-        default=10, gt=0, le=1440, description="A checkpoint is made after this many minutes, and at every epoch's end."
+        default=10,
+        gt=0,
+        le=1440,
+        description="A checkpoint is made after this many minutes, and at every epoch's end.",
     )
 
 
@@ -164,13 +187,19 @@ class TrainingSpec(Model):
     learning_rate: float = Field(default=1.0e-3, gt=0, le=10, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=1.0e-5, ge=0, le=10, description="Weight decay of AdamW.")
     loss: Literal["gaussian", "huber", "quantile"] = Field(
-        default="gaussian", description="Loss of the localizer: Gaussian negative log-likelihood, Huber or quantile."
+        default="gaussian",
+        description="Loss of the localizer: Gaussian negative log-likelihood, Huber or quantile.",
     )
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = Field(
-        default="auto", description="Numeric precision. auto: bf16-mixed on a GPU that has it, 32-true otherwise."
+        default="auto",
+        description="Numeric precision. auto: bf16-mixed on a GPU that has it, 32-true otherwise.",
     )
-    seed: int = Field(default=42, ge=0, le=4_294_967_295, description="Seed of every random number generator.")
-    data_loader_workers: int = Field(default=2, ge=0, le=64, description="Processes that load data, per device.")
+    seed: int = Field(
+        default=42, ge=0, le=4_294_967_295, description="Seed of every random number generator."
+    )
+    data_loader_workers: int = Field(
+        default=2, ge=0, le=64, description="Processes that load data, per device."
+    )
     early_stopping: EarlyStoppingSpec = Field(
         default_factory=EarlyStoppingSpec, description="When training stops before its last epoch."
     )
@@ -187,17 +216,24 @@ class ResourcesSpec(Model):
     )
     cpu: Quantity = Field(default="4", description="CPU cores of the training pod.")
     memory: Quantity = Field(default="16Gi", description="Memory of the training pod.")
-    shared_memory: Quantity = Field(default="1Gi", description="Size of /dev/shm, which data loaders share batches in.")
+    shared_memory: Quantity = Field(
+        default="1Gi", description="Size of /dev/shm, which data loaders share batches in."
+    )
 
 
 class TrackingSpec(Model):
     """How the run appears in MLflow."""
 
     experiment: str = Field(
-        default=DEFAULT_EXPERIMENT, min_length=1, max_length=250, description="MLflow experiment; made when missing."
+        default=DEFAULT_EXPERIMENT,
+        min_length=1,
+        max_length=250,
+        description="MLflow experiment; made when missing.",
     )
     run_name: str = Field(
-        default="", max_length=250, description="Name of the MLflow run. Empty: the TrainingRun's namespace and name."
+        default="",
+        max_length=250,
+        description="Name of the MLflow run. Empty: the TrainingRun's namespace and name.",
     )
     tags: dict[Annotated[str, Field(max_length=250)], Annotated[str, Field(max_length=5000)]] = Field(
         default_factory=dict, max_length=50, description="Tags of the MLflow run."
@@ -207,11 +243,14 @@ class TrackingSpec(Model):
 class PromotionSpec(Model):
     """When a new version becomes the one that is served."""
 
-    alias: str = Field(default="champion", min_length=1, max_length=100, description="Alias that the better version gets.")
+    alias: str = Field(
+        default="champion", min_length=1, max_length=100, description="Alias that the better version gets."
+    )
     metric: str = Field(min_length=1, max_length=250, description="Metric of the run that decides.")
     mode: Literal["min", "max"] = Field(default="min", description="Whether smaller or larger is better.")
     threshold: float | None = Field(
-        default=None, description="Value that must be reached too. Without it, beating the present holder is enough."
+        default=None,
+        description="Value that must be reached too. Without it, beating the present holder is enough.",
     )
 
 
@@ -222,7 +261,9 @@ class RegistrationSpec(Model):
         min_length=1,
         max_length=250,
         description="Registered model that a new version is made of; made when missing.",
-        json_schema_extra=rules(cel("!self.contains('/') && !self.contains(':')", "must not contain '/' or ':'")),
+        json_schema_extra=rules(
+            cel("!self.contains('/') && !self.contains(':')", "must not contain '/' or ':'")
+        ),
     )
     aliases: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
         default_factory=list, max_length=20, description="Aliases that every new version takes over."
@@ -257,7 +298,8 @@ class TrainingRunSpec(Model):
     )
 
     suspend: bool = Field(
-        default=False, description="Stop training and free the GPUs; training goes on from the last checkpoint when unset."
+        default=False,
+        description="Stop training and free the GPUs; training goes on from the last checkpoint when unset.",
     )
     image: str = Field(
         default="",
@@ -269,10 +311,14 @@ class TrainingRunSpec(Model):
         default_factory=ModelSpec, description="What is trained.", json_schema_extra=rules(immutable("model"))
     )
     data: DataSpec = Field(
-        default_factory=DataSpec, description="What it is trained on.", json_schema_extra=rules(immutable("data"))
+        default_factory=DataSpec,
+        description="What it is trained on.",
+        json_schema_extra=rules(immutable("data")),
     )
     training: TrainingSpec = Field(
-        default_factory=TrainingSpec, description="How it is trained.", json_schema_extra=rules(immutable("training"))
+        default_factory=TrainingSpec,
+        description="How it is trained.",
+        json_schema_extra=rules(immutable("training")),
     )
     resources: ResourcesSpec = Field(
         default_factory=ResourcesSpec,
@@ -300,7 +346,10 @@ class TrainingRunSpec(Model):
         "its request for GPUs.",
     )
     active_deadline_seconds: int | None = Field(
-        default=None, ge=1, le=315_360_000, description="How long the run may take in all, counted from its start."
+        default=None,
+        ge=1,
+        le=315_360_000,
+        description="How long the run may take in all, counted from its start.",
     )
     stall_timeout_seconds: int | None = Field(
         default=None,
@@ -340,7 +389,9 @@ class BestMetricStatus(Model):
     """The best value of the monitored metric so far."""
 
     name: str
-    value: str = Field(description="The value as a decimal number (Kubernetes discourages floats in a status).")
+    value: str = Field(
+        description="The value as a decimal number (Kubernetes discourages floats in a status)."
+    )
 
 
 class ProgressStatus(Model):
@@ -369,7 +420,9 @@ class TrainingRunStatus(Model):
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
 
-    observed_generation: int | None = Field(default=None, description="Generation that this status speaks of.")
+    observed_generation: int | None = Field(
+        default=None, description="Generation that this status speaks of."
+    )
     phase: Phase | None = Field(default=None, description="Pending, Suspended, Running, Succeeded or Failed.")
     conditions: list[Condition] = Field(
         default_factory=list,
@@ -396,7 +449,9 @@ class TrainingRunStatus(Model):
         validation_alias=AliasChoices("modelURI", "model_uri"),
         description="URI that the model is loaded and served from.",
     )
-    best_metric: BestMetricStatus | None = Field(default=None, description="Best value of the monitored metric so far.")
+    best_metric: BestMetricStatus | None = Field(
+        default=None, description="Best value of the monitored metric so far."
+    )
     progress: ProgressStatus | None = Field(default=None, description="How far training is.")
     last_checkpoint: CheckpointStatus | None = Field(
         default=None, description="The checkpoint that a next attempt goes on from."

@@ -1,0 +1,173 @@
+"""Registration: a run's model becomes a version exactly once, and is promoted only when it is better.
+
+Creating a version is not idempotent in MLflow, so it is looked up by run ID first. The operator alone registers
+(locally: the one process that trains), so two promotions of one model never race.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from heimdall_tracking.runs import RunFacts, find_model
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from heimdall_api.types import PromotionSpec, RegistrationSpec
+
+READY_TIMEOUT_S: Final = 30
+"""How long a new version may take to become ready before the next look asks again."""
+
+
+class ModelMissingError(Exception):
+    """The run ended well, but holds no model to register."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A registered version."""
+
+    name: str
+    version: str
+    message: str
+    """What was done, as a sentence for people."""
+
+    @property
+    def uri(self) -> str:
+        """The URI that the model is loaded and served from."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def register(client: MlflowClient, facts: RunFacts, spec: RegistrationSpec) -> Registration:
+    """Register a run's model: again after a crash, it finds what it did and goes on from there.
+
+    Args:
+        client: Client of tracking server and registry.
+        facts: The run's facts.
+        spec: What was asked for.
+
+    Returns:
+        The version, and what became of its aliases.
+
+    Raises:
+        ModelMissingError: The run logged no model.
+        MlflowException: The server is away or refuses.
+    """
+    version = find_version(client, spec.model, facts.run_id)
+    if version is None:
+        version = _create_version(client, facts, spec.model)
+    for alias in spec.aliases:
+        client.set_registered_model_alias(spec.model, alias, version)
+    message = f"Registered as version {version} of {spec.model}"
+    if spec.aliases:
+        message += f" with alias {', '.join(spec.aliases)}"
+    if spec.promotion is not None:
+        message += f"; {promote(client, facts, spec.model, version, spec.promotion)}"
+    return Registration(name=spec.model, version=version, message=f"{message}.")
+
+
+def find_version(client: MlflowClient, name: str, run_id: str) -> str | None:
+    """The version of a model that a run registered, or None.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    versions = client.search_model_versions(f"name = '{_quoted(name)}' and run_id = '{run_id}'")
+    numbers = sorted(int(item.version) for item in versions)
+    return str(numbers[0]) if numbers else None
+
+
+def promote(client: MlflowClient, facts: RunFacts, name: str, version: str, spec: PromotionSpec) -> str:
+    """Give a version the promotion's alias if it is better than the alias's present holder.
+
+    Args:
+        client: Client of tracking server and registry.
+        facts: Facts of the run that the version came from.
+        name: The registered model.
+        version: The new version.
+        spec: Alias, metric, direction and threshold.
+
+    Returns:
+        What was done and why, as part of a sentence.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    value = facts.metrics.get(spec.metric)
+    if value is None or not math.isfinite(value):
+        state = "is missing" if value is None else f"is {value}"
+        return f"not promoted to {spec.alias}: its {spec.metric} {state}"
+    if spec.threshold is not None and not _reaches(value, spec.threshold, spec.mode):
+        return f"not promoted to {spec.alias}: {spec.metric} {value:.6g} does not reach the threshold {spec.threshold:.6g}"
+    holder = _holder(client, name, spec.alias)
+    if holder is None:
+        client.set_registered_model_alias(name, spec.alias, version)
+        return f"promoted to {spec.alias}, which had no holder ({spec.metric} {value:.6g})"
+    if holder == version:
+        return f"promoted to {spec.alias} ({spec.metric} {value:.6g})"
+    best = _metric_of(client, name, holder, spec.metric)
+    if best is not None and math.isfinite(best) and not _better(value, best, spec.mode):
+        return f"not promoted to {spec.alias}: {spec.metric} {value:.6g} does not beat version {holder}'s {best:.6g}"
+    client.set_registered_model_alias(name, spec.alias, version)
+    known = "unknown" if best is None else f"{best:.6g}"
+    return f"promoted to {spec.alias} over version {holder} ({spec.metric} {value:.6g} against {known})"
+
+
+def _create_version(client: MlflowClient, facts: RunFacts, name: str) -> str:
+    model_id = find_model(client, facts)
+    if model_id is None:
+        raise ModelMissingError(
+            "training succeeded, but its MLflow run holds no logged model named 'model': "
+            "have the trainer log one, or remove spec.registration"
+        )
+    _ensure_registered_model(client, name)
+    version = client.create_model_version(
+        name,
+        source=f"models:/{model_id}",
+        run_id=facts.run_id,
+        model_id=model_id,
+        await_creation_for=READY_TIMEOUT_S,
+    )
+    return str(version.version)
+
+
+def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _holder(client: MlflowClient, name: str, alias: str) -> str | None:
+    """The version that holds an alias, or None."""
+    aliases: dict[str, str] = client.get_registered_model(name).aliases
+    return str(aliases[alias]) if alias in aliases else None
+
+
+def _metric_of(client: MlflowClient, name: str, version: str, metric: str) -> float | None:
+    from mlflow.exceptions import MlflowException
+
+    run_id = client.get_model_version(name, version).run_id
+    try:
+        return client.get_run(run_id).data.metrics.get(metric) if run_id else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None  # its run was deleted: nothing to compare with
+        raise
+
+
+def _better(value: float, other: float, mode: str) -> bool:
+    return value < other if mode == "min" else value > other
+
+
+def _reaches(value: float, threshold: float, mode: str) -> bool:
+    return value <= threshold if mode == "min" else value >= threshold
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "\\'")

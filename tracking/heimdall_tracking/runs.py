@@ -1,0 +1,219 @@
+"""Ownership of MLflow runs: one TrainingRun is one MLflow run, found again by the resource's UID.
+
+Creating a run is not idempotent in MLflow, so it is searched for by its tag first. Whoever calls `ensure_run` for
+one UID must be the only one to do so at a time: the operator serialises its looks at one TrainingRun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from pydantic import ValidationError
+
+from heimdall_api.contract import (
+    MODEL_NAME,
+    TAG_ATTEMPT,
+    TAG_BEST,
+    TAG_CHECKPOINTS,
+    TAG_PROGRESS,
+    TAG_UID,
+    BestMetric,
+    Checkpoint,
+    Progress,
+    parse_checkpoints,
+)
+from heimdall_tracking.experiments import ensure_experiment
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+FinalStatus = Literal["FINISHED", "FAILED", "KILLED"]
+FINAL_STATUSES: Final = frozenset({"FINISHED", "FAILED", "KILLED"})
+SEARCH_LIMIT: Final = 1000
+"""Most runs that one search asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What an MLflow run says of a training."""
+
+    run_id: str
+    experiment_id: str
+    status: str
+    """RUNNING, SCHEDULED, FINISHED, FAILED or KILLED."""
+    attempt: int = 0
+    """Number of the newest attempt that it was opened for."""
+    progress: Progress | None = None
+    best: BestMetric | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Whole checkpoints, newest last."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Newest value of each metric."""
+
+    @property
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that a next attempt goes on from."""
+        last = [item for item in self.checkpoints if item.last]
+        return (last or list(self.checkpoints) or [None])[-1]
+
+
+def ensure_run(
+    client: MlflowClient, *, uid: str, experiment: str, name: str, tags: Mapping[str, str] | None = None
+) -> RunFacts:
+    """Find the run of a TrainingRun by its UID, or create it.
+
+    Args:
+        client: Client of the tracking server.
+        uid: UID of the TrainingRun.
+        experiment: Name of the experiment; made when missing.
+        name: Name of a new run.
+        tags: Further tags of a new run.
+
+    Returns:
+        The run's facts.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    experiment_id = ensure_experiment(client, experiment)
+    found = _find_run(client, uid=uid, experiment_id=experiment_id)
+    if found is None:
+        found = client.create_run(experiment_id, run_name=name, tags={**(tags or {}), TAG_UID: uid})
+    return facts_of(found)
+
+
+def find_run(client: MlflowClient, *, uid: str, experiment: str) -> RunFacts | None:
+    """The run of a TrainingRun, or None where there is none.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    run = _find_run(client, uid=uid, experiment_id=found.experiment_id)
+    return None if run is None else facts_of(run)
+
+
+def _find_run(client: MlflowClient, *, uid: str, experiment_id: str) -> Run | None:
+    runs = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{TAG_UID}` = '{uid}'",
+        order_by=["attributes.start_time ASC"],
+        max_results=1,
+    )
+    return runs[0] if runs else None
+
+
+def facts_of(run: Run) -> RunFacts:
+    """What an MLflow run says of a training."""
+    tags = run.data.tags
+    return RunFacts(
+        run_id=run.info.run_id,
+        experiment_id=str(run.info.experiment_id),
+        status=str(run.info.status),
+        attempt=_number(tags.get(TAG_ATTEMPT)),
+        progress=_parsed(Progress, tags.get(TAG_PROGRESS)),
+        best=_parsed(BestMetric, tags.get(TAG_BEST)),
+        checkpoints=tuple(parse_checkpoints(tags.get(TAG_CHECKPOINTS))),
+        metrics=dict(run.data.metrics),
+    )
+
+
+def read_facts(client: MlflowClient, run_id: str) -> RunFacts | None:
+    """The facts of one run, or None where the run is gone for good.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return facts_of(client.get_run(run_id))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def read_active_facts(client: MlflowClient, experiment_ids: Iterable[str]) -> dict[str, RunFacts]:
+    """The facts of all running runs of some experiments that belong to a TrainingRun, by run ID: one query a page.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    facts: dict[str, RunFacts] = {}
+    token: str | None = None
+    ids = list(experiment_ids)
+    while ids:
+        page = client.search_runs(
+            ids,
+            filter_string=f"attributes.status = 'RUNNING' AND tags.`{TAG_UID}` LIKE '%'",
+            max_results=SEARCH_LIMIT,
+            page_token=token,
+        )
+        facts.update((run.info.run_id, facts_of(run)) for run in page)
+        token = page.token
+        if not token:
+            break
+    return facts
+
+
+def open_attempt(client: MlflowClient, facts: RunFacts, attempt: int) -> None:
+    """Make an attempt the run's newest, and the run RUNNING: from here on an older attempt publishes nothing.
+
+    Args:
+        client: Client of the tracking server.
+        facts: What the run says now.
+        attempt: The attempt's number, from 1.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    if facts.attempt < attempt:
+        client.set_tag(facts.run_id, TAG_ATTEMPT, str(attempt))
+    if facts.status != "RUNNING":
+        client.update_run(facts.run_id, status="RUNNING")
+
+
+def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:
+    """End a run, once: a run that has ended this way is left as it is.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    facts = read_facts(client, run_id)
+    if facts is not None and facts.status != status:
+        client.set_terminated(run_id, status)
+
+
+def find_model(client: MlflowClient, facts: RunFacts) -> str | None:
+    """ID of the newest whole model that a run logged under the contract's name, or None where it logged none.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    models = client.search_logged_models(
+        [facts.experiment_id],
+        filter_string=f"source_run_id = '{facts.run_id}' AND name = '{MODEL_NAME}'",
+        order_by=[{"field_name": "creation_timestamp", "ascending": False}],
+    )
+    ready = [model for model in models if str(model.status) == "READY"]
+    return str(ready[0].model_id) if ready else None
+
+
+def _number(tag: str | None) -> int:
+    return int(tag) if tag and tag.isdigit() else 0
+
+
+def _parsed(model: type[Any], tag: str | None) -> Any:
+    """A tag that a trainer wrote; one that can't be read counts as absent: any image may write it."""
+    if not tag:
+        return None
+    try:
+        return model.model_validate_json(tag)
+    except ValidationError:
+        return None
