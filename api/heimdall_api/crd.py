@@ -18,9 +18,7 @@ Schema = dict[str, Any]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 TARGETS: Final = (ROOT / "manifests/crd/trainingruns.yaml", ROOT / "charts/heimdall/files/crd.yaml")
-HEADER: Final = (
-    "# Generated from api/heimdall_api/types.py by `make generate`: change the types, not this file.\n"
-)
+HEADER: Final = "# Generated from api/heimdall_api/types.py by `make generate`: change the types, not this file.\n"
 
 COLUMNS: Final[list[Schema]] = [
     {"name": "Phase", "type": "string", "jsonPath": ".status.phase"},
@@ -50,9 +48,7 @@ _NAME_RULE: Final = cel(
     "hyphens, beginning with a letter and ending with a letter or digit",
 )
 # Parts of pydantic's JSON schema that a structural schema must not or need not have.
-_DROPPED: Final = frozenset(
-    {"title", "$defs", "additionalProperties", "propertyNames", "discriminator", "const"}
-)
+_DROPPED: Final = frozenset({"title", "$defs", "additionalProperties", "propertyNames", "discriminator", "const"})
 
 
 def _without_null(node: Schema) -> Schema:
@@ -88,16 +84,10 @@ def _structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
     if "exclusiveMaximum" in out:
         out["maximum"], out["exclusiveMaximum"] = out["exclusiveMaximum"], True
     if "properties" in node:
-        out["properties"] = {
-            name: _structural(child, definitions) for name, child in node["properties"].items()
-        }
+        out["properties"] = {name: _structural(child, definitions) for name, child in node["properties"].items()}
         # The API server fills in defaults only below what is there: an object that needs nothing is always there.
         for name, child in out["properties"].items():
-            if (
-                "properties" in child
-                and not child.get("required")
-                and "default" not in node["properties"][name]
-            ):
+            if "properties" in child and not child.get("required") and "default" not in node["properties"][name]:
                 child["default"] = {}
     elif isinstance(node.get("additionalProperties"), dict):
         out["additionalProperties"] = _structural(node["additionalProperties"], definitions)
@@ -184,16 +174,12 @@ def render() -> str:
 def main() -> None:
     """Write the generated files, or tell with --check whether they are up to date."""
     parser = argparse.ArgumentParser(description="Write the CRD from the TrainingRun's types.")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a file is not up to date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
     check = parser.parse_args().check
     text = render()
     for target in TARGETS:
         if check and (not target.exists() or target.read_text() != text):
-            sys.exit(
-                f"{target.relative_to(ROOT)} is not up to date: run `make generate` and commit the result"
-            )
+            sys.exit(f"{target.relative_to(ROOT)} is not up to date: run `make generate` and commit the result")
         if not check:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)

@@ -33,9 +33,7 @@ def rules(*items: dict[str, str]) -> dict[str, Any]:
 
 def immutable(field: str) -> dict[str, str]:
     """The rule that keeps a part of the spec from being changed."""
-    return cel(
-        "self == oldSelf", f"{field} can't be changed once the run exists: create a new TrainingRun instead"
-    )
+    return cel("self == oldSelf", f"{field} can't be changed once the run exists: create a new TrainingRun instead")
 
 
 def _check_quantity(value: int | str) -> int | str:
@@ -131,18 +129,14 @@ class DataSpec(Model):
         )
     )
 
-    sessions: SessionSelection = Field(
-        default_factory=SessionSelection, description="Recording sessions to use."
-    )
+    sessions: SessionSelection = Field(default_factory=SessionSelection, description="Recording sessions to use.")
     validation_fraction: float = Field(
         default=0.2,
         ge=0,
         lt=1,
         description="Share of the sessions kept for validation. Sessions are never divided.",
     )
-    test_fraction: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the sessions kept for the final test."
-    )
+    test_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of the sessions kept for the final test.")
     module: ImportPath | None = Field(
         default=None,
         description="A LightningDataModule of your own, as package.module:ClassName, in your image.",
@@ -153,9 +147,7 @@ class DataSpec(Model):
 class EarlyStoppingSpec(Model):
     """When training stops before its last epoch."""
 
-    monitor: str = Field(
-        default="val/loss", min_length=1, max_length=250, description="Metric that is watched."
-    )
+    monitor: str = Field(default="val/loss", min_length=1, max_length=250, description="Metric that is watched.")
     mode: Literal["min", "max"] = Field(default="min", description="Whether smaller or larger is better.")
     patience: int = Field(
         default=5,
@@ -168,9 +160,7 @@ class EarlyStoppingSpec(Model):
 class CheckpointSpec(Model):
     """Which checkpoints are kept, and how often they are made."""
 
-    keep: int = Field(
-        default=3, ge=1, le=100, description="How many of the best checkpoints are kept beside the last."
-    )
+    keep: int = Field(default=3, ge=1, le=100, description="How many of the best checkpoints are kept beside the last.")
     every_minutes: float = Field(
         default=10,
         gt=0,
@@ -194,12 +184,8 @@ class TrainingSpec(Model):
         default="auto",
         description="Numeric precision. auto: bf16-mixed on a GPU that has it, 32-true otherwise.",
     )
-    seed: int = Field(
-        default=42, ge=0, le=4_294_967_295, description="Seed of every random number generator."
-    )
-    data_loader_workers: int = Field(
-        default=2, ge=0, le=64, description="Processes that load data, per device."
-    )
+    seed: int = Field(default=42, ge=0, le=4_294_967_295, description="Seed of every random number generator.")
+    data_loader_workers: int = Field(default=2, ge=0, le=64, description="Processes that load data, per device.")
     early_stopping: EarlyStoppingSpec = Field(
         default_factory=EarlyStoppingSpec, description="When training stops before its last epoch."
     )
@@ -211,14 +197,10 @@ class TrainingSpec(Model):
 class ResourcesSpec(Model):
     """What the training pod is given."""
 
-    gpus_per_worker: int = Field(
-        default=1, ge=0, le=64, description="GPUs of the training pod. 0: train on the CPU."
-    )
+    gpus_per_worker: int = Field(default=1, ge=0, le=64, description="GPUs of the training pod. 0: train on the CPU.")
     cpu: Quantity = Field(default="4", description="CPU cores of the training pod.")
     memory: Quantity = Field(default="16Gi", description="Memory of the training pod.")
-    shared_memory: Quantity = Field(
-        default="1Gi", description="Size of /dev/shm, which data loaders share batches in."
-    )
+    shared_memory: Quantity = Field(default="1Gi", description="Size of /dev/shm, which data loaders share batches in.")
 
 
 class TrackingSpec(Model):
@@ -261,9 +243,7 @@ class RegistrationSpec(Model):
         min_length=1,
         max_length=250,
         description="Registered model that a new version is made of; made when missing.",
-        json_schema_extra=rules(
-            cel("!self.contains('/') && !self.contains(':')", "must not contain '/' or ':'")
-        ),
+        json_schema_extra=rules(cel("!self.contains('/') && !self.contains(':')", "must not contain '/' or ':'")),
     )
     aliases: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
         default_factory=list, max_length=20, description="Aliases that every new version takes over."
@@ -389,9 +369,7 @@ class BestMetricStatus(Model):
     """The best value of the monitored metric so far."""
 
     name: str
-    value: str = Field(
-        description="The value as a decimal number (Kubernetes discourages floats in a status)."
-    )
+    value: str = Field(description="The value as a decimal number (Kubernetes discourages floats in a status).")
 
 
 class ProgressStatus(Model):
@@ -420,9 +398,7 @@ class TrainingRunStatus(Model):
 
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
 
-    observed_generation: int | None = Field(
-        default=None, description="Generation that this status speaks of."
-    )
+    observed_generation: int | None = Field(default=None, description="Generation that this status speaks of.")
     phase: Phase | None = Field(default=None, description="Pending, Suspended, Running, Succeeded or Failed.")
     conditions: list[Condition] = Field(
         default_factory=list,
@@ -449,9 +425,7 @@ class TrainingRunStatus(Model):
         validation_alias=AliasChoices("modelURI", "model_uri"),
         description="URI that the model is loaded and served from.",
     )
-    best_metric: BestMetricStatus | None = Field(
-        default=None, description="Best value of the monitored metric so far."
-    )
+    best_metric: BestMetricStatus | None = Field(default=None, description="Best value of the monitored metric so far.")
     progress: ProgressStatus | None = Field(default=None, description="How far training is.")
     last_checkpoint: CheckpointStatus | None = Field(
         default=None, description="The checkpoint that a next attempt goes on from."

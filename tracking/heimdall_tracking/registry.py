@@ -100,7 +100,9 @@ def promote(client: MlflowClient, facts: RunFacts, name: str, version: str, spec
         state = "is missing" if value is None else f"is {value}"
         return f"not promoted to {spec.alias}: its {spec.metric} {state}"
     if spec.threshold is not None and not _reaches(value, spec.threshold, spec.mode):
-        return f"not promoted to {spec.alias}: {spec.metric} {value:.6g} does not reach the threshold {spec.threshold:.6g}"
+        return (
+            f"not promoted to {spec.alias}: {spec.metric} {value:.6g} does not reach the threshold {spec.threshold:.6g}"
+        )
     holder = _holder(client, name, spec.alias)
     if holder is None:
         client.set_registered_model_alias(name, spec.alias, version)

@@ -56,8 +56,8 @@ class RunFacts:
     @property
     def last_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that a next attempt goes on from."""
-        last = [item for item in self.checkpoints if item.last]
-        return (last or list(self.checkpoints) or [None])[-1]
+        last = [item for item in self.checkpoints if item.last] or self.checkpoints
+        return last[-1] if last else None
 
 
 def ensure_run(
