@@ -1,1 +1,1 @@
-"""heimdall_operator."""
+"""The operator: watches TrainingRuns, decides, acts."""

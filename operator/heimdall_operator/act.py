@@ -1,0 +1,142 @@
+"""Act: carries out what was decided. Every action can be repeated after a crash and then finds what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from heimdall_api.contract import FINALIZER
+from heimdall_operator.decide import (
+    Action,
+    AddFinalizer,
+    CreateJob,
+    DeleteJob,
+    EndRun,
+    EnsureRun,
+    OpenAttempt,
+    RegisterModel,
+    RemoveFinalizer,
+    job_name,
+)
+from heimdall_operator.kube import ConflictError, Kube, RefusedError
+from heimdall_operator.manifests import TrainerDefaults, build_job
+from heimdall_operator.mlflow_gateway import MlflowGateway
+from heimdall_operator.observe import Observed, job_facts, owner_uid
+from heimdall_operator.store import Key, Store
+from heimdall_tracking.registry import ModelMissingError
+
+FINALIZERS: Final = "finalizers"
+
+
+class Actor:
+    """Carries out actions; what each one learned is in the observation that it returns."""
+
+    def __init__(self, kube: Kube, mlflow: MlflowGateway, store: Store, defaults: TrainerDefaults) -> None:
+        self._kube = kube
+        self._mlflow = mlflow
+        self._store = store
+        self._defaults = defaults
+
+    async def act(self, action: Action, observed: Observed) -> Observed:
+        """Carry out one action.
+
+        Args:
+            action: What to do.
+            observed: What was known before.
+
+        Returns:
+            What is known after it.
+
+        Raises:
+            ConflictError: Something changed since it was observed.
+            Exception: The API server or MLflow is away; nothing is lost by doing it again.
+        """
+        match action:
+            case AddFinalizer():
+                return await self._set_finalizer(observed, present=True)
+            case RemoveFinalizer():
+                return await self._set_finalizer(observed, present=False)
+            case EnsureRun():
+                return replace(observed, run=await self._mlflow.ensure_run(observed))
+            case OpenAttempt(number):
+                assert observed.status.run_id is not None  # noqa: S101 - decide opens attempts of known runs
+                return replace(observed, run=await self._mlflow.open_attempt(observed.status.run_id, number))
+            case CreateJob(number):
+                return await self._create_job(observed, number)
+            case DeleteJob(name):
+                return await self._delete_job(observed, name)
+            case RegisterModel():
+                return await self._register(observed)
+            case EndRun(status):
+                return await self._end_run(observed, status)
+
+    async def _set_finalizer(self, observed: Observed, *, present: bool) -> Observed:
+        metadata = self._metadata(observed)
+        others = [item for item in metadata.get(FINALIZERS, ()) if item != FINALIZER]
+        wanted = [*others, FINALIZER] if present else others
+        patched = await self._kube.patch_finalizers(
+            observed.namespace, observed.name, wanted, metadata["resourceVersion"]
+        )
+        self._store.put(patched)
+        return replace(observed, has_finalizer=present)
+
+    async def _create_job(self, observed: Observed, number: int) -> Observed:
+        assert observed.spec is not None  # noqa: S101 - decide creates Jobs of readable specs only
+        assert observed.status.run_id is not None  # noqa: S101
+        manifest = build_job(
+            name=observed.name,
+            namespace=observed.namespace,
+            uid=observed.uid,
+            spec=observed.spec,
+            attempt=number,
+            run_id=observed.status.run_id,
+            defaults=self._defaults,
+        )
+        try:
+            job = await self._kube.create_job(observed.namespace, manifest)
+        except ConflictError:
+            job = await self._own_job(observed, number)
+        except RefusedError as error:
+            return replace(observed, refusal=f"The API server refused the attempt's Job: {error}")
+        self._store.put_child("Job", job)
+        return replace(observed, job=job_facts(job))
+
+    async def _own_job(self, observed: Observed, number: int) -> dict[str, Any]:
+        """The Job that has the attempt's name already: ours, if an earlier look created it."""
+        name = job_name(observed.name, number)
+        job = await self._kube.get_job(observed.namespace, name)
+        if job is None or owner_uid(job) != observed.uid:
+            raise ConflictError(f"the name {name} is taken by a Job of another owner; waiting for it to go")
+        return job
+
+    async def _delete_job(self, observed: Observed, name: str) -> Observed:
+        await self._kube.delete_job(observed.namespace, name)
+        return replace(observed, job=None if observed.job is None else replace(observed.job, deleting=True))
+
+    async def _register(self, observed: Observed) -> Observed:
+        try:
+            registration, facts = await self._mlflow.register(observed)
+        except ModelMissingError as error:
+            return replace(observed, refusal=str(error))
+        return replace(observed, registration=registration, run=facts)
+
+    async def _end_run(self, observed: Observed, status: Any) -> Observed:
+        facts = await self._mlflow.end_run(observed, status)
+        if facts is None:
+            return replace(observed, run=_gone(observed, status))
+        return replace(observed, run=facts)
+
+    def _metadata(self, observed: Observed) -> Mapping[str, Any]:
+        resource = self._store.get(Key(observed.namespace, observed.name))
+        if resource is None or resource["metadata"]["uid"] != observed.uid:
+            raise ConflictError("the TrainingRun is gone")
+        metadata: Mapping[str, Any] = resource["metadata"]
+        return metadata
+
+
+def _gone(observed: Observed, status: str) -> Any:
+    """A run that does not exist, or no longer: nothing of it is left to end."""
+    from heimdall_tracking.runs import RunFacts
+
+    return RunFacts(run_id=observed.status.run_id or "", experiment_id="", status=status)

@@ -1,0 +1,272 @@
+"""The controller: looks at one TrainingRun after another, deciding and acting until nothing is left to do."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import structlog
+
+from heimdall_api.contract import API_VERSION, KIND, MANAGED_BY
+from heimdall_api.types import TrainingRunStatus
+from heimdall_operator.act import Actor
+from heimdall_operator.decide import Decision, decide
+from heimdall_operator.events import Event, events_between
+from heimdall_operator.kube import ConflictError, Kube
+from heimdall_operator.mlflow_gateway import MlflowGateway
+from heimdall_operator.observe import Observed, observe
+from heimdall_operator.store import Key, Store
+from heimdall_operator.workqueue import WorkQueue
+from heimdall_tracking.runs import RunFacts
+
+STEP_LIMIT: Final = 20
+"""Most decisions of one look: more than any life needs at once, so that a mistake can't spin."""
+EVENT_NOTE_LIMIT: Final = 1024
+STUCK_AFTER_S: Final = 300
+"""A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
+
+log = structlog.get_logger()
+
+
+class Controller:
+    """Looks at TrainingRuns; holds nothing that the API server and MLflow do not."""
+
+    def __init__(
+        self,
+        *,
+        kube: Kube,
+        mlflow: MlflowGateway,
+        store: Store,
+        actor: Actor,
+        public_url: str,
+        namespaces: list[str],
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC).replace(microsecond=0),
+    ) -> None:
+        self.store = store
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self._kube = kube
+        self._mlflow = mlflow
+        self._actor = actor
+        self._public_url = public_url
+        self._namespaces: list[str | None] = list(namespaces) or [None]
+        self._clock = clock
+        self._facts: dict[str, RunFacts] = {}
+        """Progress of active runs, as the last poll read it: only to be shown."""
+        self._last_look = time.monotonic()
+
+    # --- tasks that run as long as the operator ------------------------------------------------------------------
+
+    async def work(self) -> None:
+        """Look at one name after another."""
+        while True:
+            key = await self.queue.get()
+            try:
+                await self._look_safely(key)
+            finally:
+                self.queue.done(key)
+                self._last_look = time.monotonic()
+
+    async def resync(self, every_s: float) -> None:
+        """List everything anew every few minutes, in case an event was missed."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.refresh()
+            except Exception as error:  # noqa: BLE001 - the API server may be away; the next round mends it
+                log.warning("listing everything failed; trying again", error=str(error), again_in_s=every_s)
+
+    async def refresh(self) -> None:
+        """List everything and look at every run."""
+        resources, jobs, pods = [], [], []
+        for namespace in self._namespaces:
+            resources += await self._kube.list_training_runs(namespace)
+            jobs += await self._kube.list_jobs(namespace)
+            pods += await self._kube.list_pods(namespace)
+        self.store.replace(resources, jobs, pods)
+        for key in self.store.known():
+            self.queue.add(key)
+        self._last_look = time.monotonic()
+
+    async def follow_progress(self, every_s: float) -> None:
+        """Read the progress of all active runs, in one query."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.read_progress()
+            except Exception as error:  # noqa: BLE001 - MLflow away never stops a run from being watched
+                log.warning("reading progress from MLflow failed; trying again", error=str(error))
+
+    async def read_progress(self) -> None:
+        """Read the progress of all active runs and look at those that moved."""
+        active = {key: item for key in self.store.known() if _is_active(item := self.store.get(key))}
+        experiments = {_experiment(item) for item in active.values() if item is not None}
+        facts = await self._mlflow.active_facts(experiments) if experiments else {}
+        moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
+        self._facts = facts
+        for key, item in active.items():
+            if item is not None and item["status"].get("runID") in moved:
+                self.queue.add(key)
+
+    def stuck_reason(self, resync_s: float) -> str | None:
+        """Why the operator is taken for stuck, or None: what a liveness probe asks."""
+        if self.queue.oldest_wait_s > STUCK_AFTER_S:
+            return f"a TrainingRun has waited for {self.queue.oldest_wait_s:.0f} s to be looked at"
+        silence = time.monotonic() - self._last_look
+        if silence > resync_s + STUCK_AFTER_S:
+            return f"nothing was looked at for {silence:.0f} s"
+        return None
+
+    # --- one look ------------------------------------------------------------------------------------------------
+
+    async def _look_safely(self, key: Key) -> None:
+        with structlog.contextvars.bound_contextvars(namespace=key.namespace, trainingrun=key.name):
+            try:
+                again_s = await self.look(key)
+            except ConflictError as error:
+                # Something changed since it was observed: read it and look again.
+                log.debug("observed state was out of date", error=str(error))
+                await self._read_again(key)
+            except Exception as error:  # noqa: BLE001 - one run failing never stops another
+                delay = self.queue.add_after_failure(key)
+                log.warning("looking at the run failed; trying again", error=_describe(error), again_in_s=delay)
+            else:
+                self.queue.forget_failures(key)
+                if again_s is not None:
+                    self.queue.add_later(key, again_s)
+
+    async def look(self, key: Key) -> float | None:
+        """Look at one TrainingRun until nothing is left to do.
+
+        Args:
+            key: Its namespace and name.
+
+        Returns:
+            After how many seconds to look again even if nothing happens; None: when something happens.
+
+        Raises:
+            ConflictError: Something changed meanwhile.
+            Exception: The API server or MLflow is away; what is waited for is on the status.
+        """
+        resource = self.store.get(key)
+        if resource is None:
+            return None
+        observed = observe(
+            resource,
+            self.store.children("Job", key),
+            self.store.children("Pod", key),
+            self._facts.get((resource.get("status") or {}).get("runID", "")),
+        )
+        for _ in range(STEP_LIMIT):
+            decision = decide(observed, self._clock())
+            if decision.actions:
+                observed = await self._act(decision, observed)
+            elif decision.status != observed.status:
+                observed = await self._write(decision.status, observed)
+            else:
+                return decision.look_again_s
+        log.error("a look did not settle", steps=STEP_LIMIT)
+        return STEP_LIMIT
+
+    async def _act(self, decision: Decision, observed: Observed) -> Observed:
+        for action in decision.actions:
+            log.info("acting", action=type(action).__name__, attempt=observed.status.attempt, uid=observed.uid)
+            try:
+                observed = await self._actor.act(action, observed)
+            except ConflictError:
+                raise
+            except Exception:
+                if decision.status != observed.status:
+                    # What happened is kept, and people see what is waited for.
+                    await self._write(decision.status, observed)
+                raise
+        return observed
+
+    async def _write(self, status: TrainingRunStatus, observed: Observed) -> Observed:
+        """Write a status that changed, and an Event for each transition."""
+        key = Key(observed.namespace, observed.name)
+        resource = self.store.get(key)
+        if resource is None or resource["metadata"]["uid"] != observed.uid:
+            raise ConflictError("the TrainingRun is gone")
+        if status.run_id is not None and status.run_url is None and observed.run is not None:
+            status = status.model_copy(update={"run_url": self._run_url(observed.run)})
+        patch = merge_patch(resource.get("status") or {}, dump(status))
+        if patch:
+            version = resource["metadata"]["resourceVersion"]
+            self.store.put(await self._kube.patch_status(observed.namespace, observed.name, patch, version))
+            for event in events_between(observed.status, status):
+                await self._record(event, observed)
+        return replace(observed, status=status)
+
+    async def _record(self, event: Event, observed: Observed) -> None:
+        try:
+            await self._kube.create_event(observed.namespace, event_manifest(event, observed, self._clock()))
+        except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
+            log.warning("an Event could not be recorded", reason=event.reason, error=_describe(error))
+
+    async def _read_again(self, key: Key) -> None:
+        try:
+            fresh = await self._kube.get_training_run(*key)
+        except Exception as error:  # noqa: BLE001
+            delay = self.queue.add_after_failure(key)
+            log.warning("reading the run failed; trying again", error=_describe(error), again_in_s=delay)
+            return
+        if fresh is None:
+            self.store.drop(key)
+        else:
+            self.store.put(fresh)
+            self.queue.add_after_failure(key)
+
+    def _run_url(self, run: RunFacts) -> str:
+        return f"{self._public_url}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
+def dump(status: TrainingRunStatus) -> dict[str, Any]:
+    """A status as the API server holds it: without what is not there."""
+    return status.model_dump(mode="json", exclude_none=True)
+
+
+def merge_patch(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The JSON merge patch from one status to another: changed parts, and null for what is gone."""
+    removed = {name: None for name in old if name not in new}
+    return removed | {name: value for name, value in new.items() if old.get(name) != value}
+
+
+def event_manifest(event: Event, observed: Observed, now: datetime) -> dict[str, Any]:
+    """An Event; its name is made of the transition, so that one transition is one Event over every restart."""
+    digest = hashlib.sha256(f"{observed.uid}/{event.key}/{event.reason}".encode()).hexdigest()[:16]
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"{observed.name}.{digest}", "namespace": observed.namespace},
+        "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "type": event.kind,
+        "reason": event.reason[:128],
+        "action": event.reason[:128],
+        "note": event.message[:EVENT_NOTE_LIMIT],
+        "reportingController": MANAGED_BY,
+        "reportingInstance": MANAGED_BY,
+        "regarding": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": observed.name,
+            "namespace": observed.namespace,
+            "uid": observed.uid,
+        },
+    }
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_active(resource: Any) -> bool:
+    return resource is not None and (resource.get("status") or {}).get("phase") == "Running"
+
+
+def _experiment(resource: Any) -> str:
+    return str(resource["spec"]["tracking"]["experiment"])

@@ -1,0 +1,560 @@
+"""Decide: the life of a TrainingRun, in one place, as a pure function of what was observed.
+
+    (new) ── finalizer ── MLflow run ── Pending ── Job ── Running ── attempt ends ─┬─ model registered ── Succeeded
+                                           ▲                                       ├─ may come right ──▶ next attempt
+                                           └────────── Suspended ◀── suspend ──────┘  otherwise ── Failed
+
+Each call names the next actions and the status that holds while they are outstanding. Whoever acts calls again with
+what is then known, until nothing is left to do. An attempt goes through three stages, all on the status, so that a
+new operator goes on where the last one died: asked for (no reason), ending (a reason, but its pod may still live),
+ended (an end time).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Final, Literal
+
+from heimdall_api.contract import Reason
+from heimdall_api.types import (
+    Attempt,
+    BestMetricStatus,
+    CheckpointStatus,
+    Condition,
+    ProgressStatus,
+    TrainingRunSpec,
+    TrainingRunStatus,
+)
+from heimdall_operator.failures import FINAL, FREE, Outcome, judge_pod, shorten
+from heimdall_operator.observe import Observed, PodFacts
+from heimdall_tracking.runs import FinalStatus, RunFacts
+
+ATTEMPTS_KEPT: Final = 10
+"""How many attempts a status lists."""
+RETRY_DELAY_S: Final = 10
+RETRY_DELAY_LIMIT_S: Final = 300
+POLL_S: Final = 5
+"""How soon to look again where no event may tell of a change."""
+PENDING_REPORT_S: Final = 5
+"""A pod that waits for less is not worth a write."""
+POD_VANISHED_S: Final = 20
+"""How long a Job may have ended before its pod's own account is given up."""
+LOST_POD_S: Final = 300
+"""How long a pod may take to end after it was asked to, before it counts as lost with its node."""
+DELETION_LIMIT_S: Final = 600
+"""How long a deletion waits for MLflow before the run is left as it is."""
+
+
+@dataclass(frozen=True)
+class AddFinalizer:
+    """Keep the resource until its MLflow run was ended."""
+
+
+@dataclass(frozen=True)
+class RemoveFinalizer:
+    """Let the resource go."""
+
+
+@dataclass(frozen=True)
+class EnsureRun:
+    """Find the MLflow run by the resource's UID, or create it."""
+
+
+@dataclass(frozen=True)
+class OpenAttempt:
+    """Make an attempt the MLflow run's newest, which fences every older one."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class CreateJob:
+    """Create the attempt's Job."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete the attempt's Job; its pods get their grace period to make a checkpoint."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class RegisterModel:
+    """Register the run's model, or find the version that was registered."""
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """End the MLflow run."""
+
+    status: FinalStatus
+
+
+Action = AddFinalizer | RemoveFinalizer | EnsureRun | OpenAttempt | CreateJob | DeleteJob | RegisterModel | EndRun
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do next."""
+
+    actions: tuple[Action, ...]
+    """In order; after them, decide again."""
+    status: TrainingRunStatus
+    """The status that holds now: written when there is no action, or when an action could not be carried out."""
+    look_again_s: float | None = None
+    """Look again after this many seconds even if nothing happens."""
+
+
+def decide(observed: Observed, now: datetime) -> Decision:
+    """The next step in the life of a TrainingRun.
+
+    Args:
+        observed: All that is known of it.
+        now: The time.
+
+    Returns:
+        What to do, and the status that holds meanwhile.
+    """
+    if observed.deleted is not None:
+        return _delete(observed, observed.deleted, now)
+    if observed.status.phase in ("Succeeded", "Failed"):
+        return _stay_finished(observed, now)
+    if observed.spec is None:
+        message = f"The spec can't be read: {observed.spec_error}. Correct it in a new TrainingRun."
+        return _fail(observed, Reason.INVALID_CONFIGURATION, message, now)
+    if observed.spec.suspend and observed.status.run_id is None:
+        return Decision((), _suspended(observed, now))
+    if not observed.has_finalizer:
+        return Decision((AddFinalizer(),), observed.status)
+    if observed.status.run_id is None or not observed.status.attempts:
+        return _open_run(observed, now)
+    return _attempt(observed, observed.spec, now)
+
+
+# --- beginning ---------------------------------------------------------------------------------------------------
+
+
+def _open_run(observed: Observed, now: datetime) -> Decision:
+    """The MLflow run comes before the Job, so that its ID is on the status before a GPU is taken."""
+    waiting = _waiting(observed.status, observed, "TrackingUnavailable", "Waiting for MLflow to create the run.", now)
+    if observed.run is None:
+        return Decision((EnsureRun(),), waiting)
+    status = observed.status.model_copy(
+        update={"run_id": observed.run.run_id, "start_time": observed.status.start_time or now}
+    )
+    status = _next_attempt(status, observed.name, now)
+    return Decision((), _waiting(status, observed, "Pending", "The training pod is being created.", now))
+
+
+def _next_attempt(status: TrainingRunStatus, name: str, now: datetime) -> TrainingRunStatus:
+    number = status.attempt + 1
+    attempt = Attempt(number=number, job=job_name(name, number), start_time=now)
+    return status.model_copy(
+        update={
+            "attempt": number,
+            "job_name": attempt.job,
+            "attempts": [*status.attempts, attempt][-ATTEMPTS_KEPT:],
+        }
+    )
+
+
+def job_name(name: str, attempt: int) -> str:
+    """The name of an attempt's Job: the same at every try, so that it is never created twice."""
+    return f"{name}-a{attempt}"
+
+
+# --- an attempt --------------------------------------------------------------------------------------------------
+
+
+def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
+    attempt = observed.status.attempts[-1]
+    if attempt.end_time is not None:
+        return _after_attempt(observed, spec, attempt, now)
+    if attempt.reason is not None:
+        return _ending(observed, spec, attempt, now)
+    outcome = _outcome(observed, spec, attempt, now)
+    if outcome is not None:
+        ended = _record(observed, outcome)
+        return decide(replace(observed, status=ended), now)
+    if observed.job is None:
+        return _create_job(observed, spec, attempt, now)
+    return _watch(observed, spec, now)
+
+
+def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
+    status = _waiting(observed.status, observed, "Pending", "The training pod is being created.", now)
+    if _living(observed, now):
+        # Two attempts never overlap, not even two Jobs of one attempt.
+        return Decision((), status, POLL_S)
+    if observed.run is None or observed.run.attempt < attempt.number or observed.run.status != "RUNNING":
+        return Decision((OpenAttempt(attempt.number),), status)
+    return Decision((CreateJob(attempt.number),), status, _until_deadline(observed, spec, now))
+
+
+def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
+    """Why the attempt has ended or must end; None while it goes on."""
+    pods = observed.attempt_pods
+    judged = judge_pod(pods[-1]) if pods else None
+    if judged is not None:
+        return judged
+    if observed.refusal:
+        return Outcome(reason=Reason.INVALID_CONFIGURATION, message=observed.refusal, ended=now)
+    if spec.suspend:
+        return Outcome(reason=Reason.SUSPENDED, message="Suspended by spec.suspend.")
+    if spec.active_deadline_seconds and _age(observed.status.start_time, now) >= spec.active_deadline_seconds:
+        return Outcome(
+            reason=Reason.DEADLINE_EXCEEDED,
+            message=f"The run took longer than spec.activeDeadlineSeconds ({spec.active_deadline_seconds} s).",
+        )
+    return _job_outcome(observed, now) or _pod_outcome(observed, spec, attempt, now)
+
+
+def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
+    """What the Job alone says, once its pod's own account can no longer be expected."""
+    job = observed.job
+    if job is None or (job.finished is None and not job.deleting):
+        return None
+    if job.finished is not None and _age(job.finished, now) < POD_VANISHED_S:
+        return None
+    if job.succeeded:
+        return Outcome(reason=Reason.COMPLETED, message="Training finished.", ended=job.finished)
+    message = "The pod or its Job was deleted while it was training."
+    return Outcome(reason=Reason.PREEMPTED, message=message, ended=None if _living(observed, now) else now)
+
+
+def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
+    """What a pod that lives gives reason to end it for: it does not start, or it hangs."""
+    pod = observed.attempt_pods[-1] if observed.attempt_pods else None
+    if pod is None or pod.running_since is None:
+        return _not_started(observed, spec, pod, attempt, now)
+    if _is_lost(pod, now):
+        message = f"The node {pod.node} did not end the pod in time; its attempt was given up."
+        return Outcome(reason=Reason.NODE_LOST, message=message, ended=now)
+    if spec.stall_timeout_seconds is None:
+        return None
+    progress = observed.run.progress if observed.run else None
+    moved = max(pod.running_since, progress.time) if progress and progress.time else pod.running_since
+    if _age(moved, now) < spec.stall_timeout_seconds:
+        return None
+    step = f"step {progress.step}" if progress else "its start"
+    return Outcome(
+        reason=Reason.STALLED,
+        message=f"No training step since {step} for {spec.stall_timeout_seconds} s (spec.stallTimeoutSeconds).",
+    )
+
+
+def _is_lost(pod: PodFacts, now: datetime) -> bool:
+    """Whether a deleted pod took so long to end that its node must be gone; the next attempt's number fences it."""
+    return pod.alive and _age(pod.deleting, now) > LOST_POD_S
+
+
+def _living(observed: Observed, now: datetime) -> list[PodFacts]:
+    """Pods of any attempt that may still be training and were not given up."""
+    return [pod for pod in observed.pods if pod.alive and not _is_lost(pod, now)]
+
+
+def _not_started(
+    observed: Observed, spec: TrainingRunSpec, pod: PodFacts | None, attempt: Attempt, now: datetime
+) -> Outcome | None:
+    if observed.job is None:
+        return None
+    if pod is not None and pod.waiting_reason == "InvalidImageName":
+        return Outcome(
+            reason=Reason.IMAGE_PULL,
+            message=f"spec.image is no valid image name: {pod.waiting_message}. Correct it in a new TrainingRun.",
+        )
+    waited = _age(attempt.start_time, now)
+    if waited < spec.pending_deadline_seconds:
+        return None
+    reason, why = _waiting_for(pod)
+    return Outcome(
+        reason=reason,
+        message=shorten(f"The pod did not start within spec.pendingDeadlineSeconds ({waited:.0f} s). {why}"),
+    )
+
+
+def _waiting_for(pod: PodFacts | None) -> tuple[Reason, str]:
+    """What a pod that does not run waits for, and what to do about it."""
+    if pod is None:
+        return Reason.POD_NOT_STARTED, "Its Job could create no pod: see the Job's events (kubectl describe job)."
+    if pod.unschedulable:
+        return Reason.UNSCHEDULABLE, f"No node fits: {pod.unschedulable}"
+    if pod.waiting_reason in {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"}:
+        return Reason.IMAGE_PULL, f"The image can't be pulled, check spec.image: {pod.waiting_message}"
+    if pod.waiting_reason and pod.waiting_reason != "ContainerCreating":
+        return Reason.POD_NOT_STARTED, f"{pod.waiting_reason}: {pod.waiting_message}"
+    return Reason.POD_NOT_STARTED, "Its container is being created."
+
+
+def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
+    """The attempt goes on: tell how far it is, and look again when something is due."""
+    status = _with_facts(observed.status, observed.run)
+    pod = observed.attempt_pods[-1] if observed.attempt_pods else None
+    due = _until_deadline(observed, spec, now)
+    if pod is None or pod.running_since is None:
+        waited = _age(status.attempts[-1].start_time, now)
+        if waited < PENDING_REPORT_S:
+            return Decision((), observed.status, PENDING_REPORT_S - waited + 1)
+        reason, why = _waiting_for(pod)
+        return Decision((), _waiting(status, observed, str(reason), why, now), due)
+    attempt = status.attempts[-1].model_copy(
+        update={"pod": pod.name, "node": pod.node, "running_time": pod.running_since}
+    )
+    status = status.model_copy(update={"attempts": [*status.attempts[:-1], attempt], "phase": "Running"})
+    message = f"Attempt {attempt.number} is training."
+    status = _with_conditions(status, observed, now, Complete=(False, "Running", message), Suspended=None)
+    return Decision((), status, due)
+
+
+def _record(observed: Observed, outcome: Outcome) -> TrainingRunStatus:
+    """Write an outcome into the newest attempt: ended where its pod has, otherwise ending."""
+    pod = observed.attempt_pods[-1] if observed.attempt_pods else None
+    status = _with_facts(observed.status, observed.run)
+    attempt = status.attempts[-1].model_copy(
+        update={
+            "reason": str(outcome.reason),
+            "message": outcome.message,
+            "exit_code": outcome.exit_code,
+            "end_time": outcome.ended,
+            **({"pod": pod.name, "node": pod.node, "running_time": pod.running_since} if pod else {}),
+        }
+    )
+    counted = outcome.ended is not None and outcome.reason not in FREE and outcome.reason != Reason.COMPLETED
+    return status.model_copy(
+        update={"attempts": [*status.attempts[:-1], attempt], "failures": status.failures + int(counted)}
+    )
+
+
+def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
+    """The attempt must end: its Job is deleted, and its pods get their grace period."""
+    message = f"Attempt {attempt.number} is being ended: {attempt.message}"
+    status = _with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
+    if observed.job is not None and not observed.job.deleting:
+        return Decision((DeleteJob(observed.job.name),), status)
+    if _living(observed, now):
+        return Decision((), status, POLL_S)
+    counted = Reason(attempt.reason) not in FREE if attempt.reason else True
+    ended = attempt.model_copy(update={"end_time": now})
+    status = observed.status.model_copy(
+        update={
+            "attempts": [*observed.status.attempts[:-1], ended],
+            "failures": observed.status.failures + int(counted),
+        }
+    )
+    return _after_attempt(replace(observed, status=status), spec, ended, now)
+
+
+# --- after an attempt --------------------------------------------------------------------------------------------
+
+
+def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
+    reason = Reason(attempt.reason or Reason.UNKNOWN)
+    message = attempt.message or ""
+    if reason == Reason.COMPLETED:
+        return _succeed(observed, spec, now)
+    if reason in FINAL:
+        return _fail(observed, reason, message, now)
+    if reason not in FREE and observed.status.failures > spec.retries.limit:
+        tries = f"{observed.status.failures} attempts failed (spec.retries.limit is {spec.retries.limit}). Last: "
+        return _fail(observed, reason, shorten(tries + message), now)
+    if spec.suspend:
+        return Decision((), _suspended(observed, now))
+    return _retry(observed, attempt, now)
+
+
+def _retry(observed: Observed, attempt: Attempt, now: datetime) -> Decision:
+    reason = Reason(attempt.reason or Reason.UNKNOWN)
+    delay = 0.0
+    if reason not in FREE and observed.status.failures:
+        delay = min(RETRY_DELAY_S * 2.0 ** (observed.status.failures - 1), RETRY_DELAY_LIMIT_S)
+    left = delay - _age(attempt.end_time, now)
+    message = f"Attempt {attempt.number} ended ({reason}); the next one goes on from the last checkpoint."
+    if left > 0:
+        return Decision((), _waiting(observed.status, observed, "Retrying", message, now), left)
+    status = _next_attempt(observed.status, observed.name, now)
+    return Decision((), _waiting(status, observed, "Retrying", message, now))
+
+
+def _succeed(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
+    """Complete means that all that was asked for is done, the registered version included."""
+    status = observed.status
+    if spec.registration is not None and observed.registration is None:
+        if observed.refusal:
+            return _fail(observed, Reason.USER_ERROR, observed.refusal, now)
+        message = "Training finished; waiting for MLflow to register the model."
+        return Decision((RegisterModel(),), _waiting(status, observed, "Registering", message, now))
+    if observed.run is None or observed.run.status != "FINISHED":
+        message = "Training finished; waiting for MLflow to end the run."
+        return Decision((EndRun("FINISHED"),), _waiting(status, observed, "EndingRun", message, now))
+    done = "Training finished."
+    conditions: dict[str, ConditionValue] = {"Suspended": None}
+    if observed.registration is not None:
+        done = f"Training finished. {observed.registration.message}"
+        conditions["ModelRegistered"] = (True, "ModelRegistered", observed.registration.message)
+        status = status.model_copy(
+            update={
+                "model_name": observed.registration.name,
+                "model_version": observed.registration.version,
+                "model_uri": observed.registration.uri,
+            }
+        )
+    conditions["Complete"] = (True, "Completed", done)
+    status = _finish(_with_facts(status, observed.run), "Succeeded", now)
+    return Decision((), _with_conditions(status, observed, now, **conditions))
+
+
+def _fail(observed: Observed, reason: Reason, message: str, now: datetime) -> Decision:
+    status = observed.status
+    if status.run_id is not None and (observed.run is None or observed.run.status != "FAILED"):
+        waiting = f"{message} Waiting for MLflow to end the run."
+        return Decision((EndRun("FAILED"),), _waiting(status, observed, str(reason), waiting, now))
+    status = _finish(_with_facts(status, observed.run), "Failed", now)
+    return Decision(
+        (),
+        _with_conditions(
+            status, observed, now, Failed=(True, str(reason), message), Complete=(False, str(reason), message)
+        ),
+    )
+
+
+def _finish(status: TrainingRunStatus, phase: Literal["Succeeded", "Failed"], now: datetime) -> TrainingRunStatus:
+    return status.model_copy(update={"phase": phase, "completion_time": now})
+
+
+def _stay_finished(observed: Observed, now: datetime) -> Decision:
+    """A terminal phase is final, whatever is done to the Job; it frees GPUs and carries no finalizer."""
+    actions: list[Action] = []
+    job = observed.job
+    if job is not None and job.finished is None and not job.deleting and _living(observed, now):
+        actions.append(DeleteJob(job.name))
+    if observed.has_finalizer:
+        actions.append(RemoveFinalizer())
+    return Decision(tuple(actions), observed.status)
+
+
+# --- suspension and deletion -------------------------------------------------------------------------------------
+
+
+def _suspended(observed: Observed, now: datetime) -> TrainingRunStatus:
+    status = observed.status.model_copy(update={"phase": "Suspended"})
+    message = "Suspended by spec.suspend; set it to false to go on."
+    return _with_conditions(
+        status, observed, now, Suspended=(True, "Suspended", message), Complete=(False, "Suspended", message)
+    )
+
+
+def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
+    """Ended in this order: pods (they may make a last checkpoint), MLflow run, resource."""
+    if not observed.has_finalizer:
+        return Decision((), observed.status)
+    overdue = _age(deleted, now) > DELETION_LIMIT_S
+    if observed.job is not None and not observed.job.deleting:
+        return Decision((DeleteJob(observed.job.name),), observed.status)
+    if _living(observed, now) and not overdue:
+        return Decision((), observed.status, POLL_S)
+    ended = observed.run is not None and observed.run.status in ("KILLED", "FINISHED", "FAILED")
+    if observed.status.phase in ("Succeeded", "Failed") or ended or overdue:
+        return Decision((RemoveFinalizer(),), observed.status)
+    return Decision((EndRun("KILLED"),), observed.status)
+
+
+# --- the parts of a status ---------------------------------------------------------------------------------------
+
+ConditionValue = tuple[bool, str, str] | None
+"""Status, reason, message; None takes an existing condition back (status False)."""
+
+
+def _waiting(
+    status: TrainingRunStatus, observed: Observed, reason: str, message: str, now: datetime
+) -> TrainingRunStatus:
+    """Pending: nothing trains, and the condition says what is waited for."""
+    status = status.model_copy(update={"phase": "Pending"})
+    return _with_conditions(status, observed, now, Complete=(False, reason, shorten(message)), Suspended=None)
+
+
+def _with_conditions(
+    status: TrainingRunStatus, observed: Observed, now: datetime, **values: ConditionValue
+) -> TrainingRunStatus:
+    conditions = {condition.type: condition for condition in status.conditions}
+    for kind, value in values.items():
+        old = conditions.get(kind)
+        if value is None and (old is None or old.status == "False"):
+            continue
+        wanted = value or (False, "Resumed", "Training goes on.")
+        conditions[kind] = _condition(kind, wanted, old, observed.generation, now)
+    return status.model_copy(
+        update={"conditions": list(conditions.values()), "observed_generation": observed.generation}
+    )
+
+
+def _condition(
+    kind: str, value: tuple[bool, str, str], old: Condition | None, generation: int, now: datetime
+) -> Condition:
+    truth, reason, message = value
+    state: Literal["True", "False"] = "True" if truth else "False"
+    return Condition(
+        type=kind,
+        status=state,
+        reason=reason,
+        message=message,
+        last_transition_time=old.last_transition_time if old is not None and old.status == state else now,
+        observed_generation=generation,
+    )
+
+
+def _with_facts(status: TrainingRunStatus, run: RunFacts | None) -> TrainingRunStatus:
+    """What MLflow says of progress, best metric and checkpoint, where it was asked."""
+    if run is None:
+        return status
+    update: dict[str, object] = {}
+    if run.progress is not None:
+        update["progress"] = ProgressStatus(
+            epoch=run.progress.epoch,
+            epochs=run.progress.epochs,
+            step=run.progress.step,
+            percent=_percent(run),
+            time=run.progress.time,
+        )
+    if run.best is not None:
+        update["best_metric"] = BestMetricStatus(name=run.best.name, value=f"{run.best.value:.6g}")
+    if run.last_checkpoint is not None:
+        checkpoint = run.last_checkpoint
+        update["last_checkpoint"] = CheckpointStatus(
+            step=checkpoint.step, uri=f"runs:/{run.run_id}/{checkpoint.path}", time=checkpoint.time
+        )
+    return status.model_copy(update=update)
+
+
+def _percent(run: RunFacts) -> int:
+    progress = run.progress
+    if progress is None:
+        return 0
+    if run.status == "FINISHED":
+        return 100
+    share = progress.step / progress.steps if progress.steps else progress.epoch / max(progress.epochs, 1)
+    return max(0, min(99, int(100 * share)))
+
+
+def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) -> float | None:
+    """Seconds until the next deadline that no event announces."""
+    left: list[float] = []
+    pods = observed.attempt_pods
+    running = bool(pods) and pods[-1].running_since is not None
+    if not running:
+        left.append(spec.pending_deadline_seconds - _age(observed.status.attempts[-1].start_time, now))
+    if spec.active_deadline_seconds is not None:
+        left.append(spec.active_deadline_seconds - _age(observed.status.start_time, now))
+    if running and spec.stall_timeout_seconds is not None:
+        left.append(min(spec.stall_timeout_seconds / 4, 60))
+    if observed.job is not None and observed.job.finished is not None:
+        left.append(POLL_S)
+    return max(1.0, min(left)) if left else None
+
+
+def _age(since: datetime | None, now: datetime) -> float:
+    """Seconds since a time; 0 where it is not known."""
+    return (now - since) / timedelta(seconds=1) if since is not None else 0.0

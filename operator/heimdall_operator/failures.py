@@ -1,0 +1,123 @@
+"""Judging an attempt's end: from pod status, exit code and last words to a reason of the fixed list, and its policy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from heimdall_api.contract import MESSAGE_LIMIT, ExitCode, Reason
+from heimdall_operator.observe import PodFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Why an attempt ended, or must end."""
+
+    reason: Reason
+    message: str
+    exit_code: int | None = None
+    ended: datetime | None = None
+    """When its pod ended; None where it still has to be ended."""
+
+
+FREE: Final = frozenset({Reason.PREEMPTED, Reason.NODE_LOST, Reason.SUSPENDED, Reason.FENCED})
+"""Ends that nobody's training is to blame for: another attempt follows and costs no retry."""
+
+FINAL: Final = frozenset(
+    {
+        Reason.USER_ERROR,
+        Reason.INVALID_CONFIGURATION,
+        Reason.CUDA_OUT_OF_MEMORY,
+        Reason.HOST_OUT_OF_MEMORY,
+        Reason.IMAGE_PULL,
+        Reason.UNSCHEDULABLE,
+        Reason.POD_NOT_STARTED,
+        Reason.DEADLINE_EXCEEDED,
+    }
+)
+"""Ends that would come back: not tried again."""
+
+_BY_EXIT_CODE: Final = {
+    ExitCode.CONFIGURATION: (Reason.INVALID_CONFIGURATION, "The trainer refused the configuration (exit code 78)."),
+    ExitCode.FENCED: (Reason.FENCED, "A newer attempt had taken over."),
+    ExitCode.CUDA_OUT_OF_MEMORY: (
+        Reason.CUDA_OUT_OF_MEMORY,
+        "The GPU's memory does not suffice: lower spec.training.batchSize, or use a larger GPU.",
+    ),
+    ExitCode.UNDELIVERED: (
+        Reason.TRACKING_UNAVAILABLE,
+        "Training ended, but its results could not be delivered to MLflow in time.",
+    ),
+    ExitCode.SIGTERM: (Reason.PREEMPTED, "The pod was asked to end (SIGTERM) and made a checkpoint first."),
+    137: (Reason.KILLED, "The container was killed (SIGKILL), not for memory: by the node or by hand."),
+}
+_LOST_NODE: Final = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost", "NodeShutdown"})
+
+
+def judge_pod(pod: PodFacts) -> Outcome | None:
+    """Why a pod's attempt ended.
+
+    Args:
+        pod: The attempt's pod.
+
+    Returns:
+        The outcome, or None while the pod may still be training.
+    """
+    if pod.alive:
+        return None
+    reason, message = _reason(pod)
+    return Outcome(reason=reason, message=shorten(message), exit_code=pod.exit_code, ended=pod.finished or pod.created)
+
+
+def _reason(pod: PodFacts) -> tuple[Reason, str]:
+    if pod.killed_for_memory:
+        return Reason.HOST_OUT_OF_MEMORY, (
+            "The pod used more memory than spec.resources.memory allows (OOMKilled): raise it in a new TrainingRun, "
+            "or lower spec.training.batchSize or dataLoaderWorkers."
+        )
+    if pod.disruption is not None:
+        lost = pod.disruption in _LOST_NODE
+        text = f"The node {pod.node} was lost" if lost else "Kubernetes took the pod's place for something else"
+        return (Reason.NODE_LOST if lost else Reason.PREEMPTED), f"{text} ({pod.disruption})."
+    if pod.exit_code == ExitCode.SUCCESS:
+        # Many trainers exit 0 on SIGTERM: while the pod was being deleted that is no sign of success.
+        if pod.deleting:
+            return Reason.PREEMPTED, "The pod was deleted while it was training."
+        return Reason.COMPLETED, "Training finished."
+    return _from_last_words(pod)
+
+
+def _from_last_words(pod: PodFacts) -> tuple[Reason, str]:
+    said_reason, said = parse_last_words(pod.last_words)
+    if pod.exit_code in _BY_EXIT_CODE:
+        reason, default = _BY_EXIT_CODE[pod.exit_code]
+        if pod.exit_code == 137 and pod.deleting:  # noqa: PLR2004 - 128 + SIGKILL
+            return Reason.PREEMPTED, "The pod was deleted and did not end within its grace period."
+        return reason, said if said_reason is not None else default
+    words = said or "It left no last words: see the pod's log."
+    if said_reason is not None:
+        return said_reason, words
+    return Reason.UNKNOWN, f"The trainer ended with exit code {pod.exit_code}. {words}"
+
+
+def parse_last_words(text: str) -> tuple[Reason | None, str]:
+    """Read a termination message.
+
+    Args:
+        text: JSON `{"reason", "message"}` by the contract, or the last lines of a log.
+
+    Returns:
+        The reason, or None where the text is not by the contract, and the message.
+    """
+    try:
+        data = json.loads(text)
+        return Reason(data["reason"]), str(data["message"])
+    except (ValueError, KeyError, TypeError):
+        return None, text.strip()
+
+
+def shorten(message: str) -> str:
+    """A message cut to what a status carries: of a log, the end is what matters."""
+    return message if len(message) <= MESSAGE_LIMIT else f"… {message[-(MESSAGE_LIMIT - 2) :]}"

@@ -1,0 +1,145 @@
+"""kopf glue: an event of a TrainingRun, a Job or a pod says only which run to look at again.
+
+kopf watches, reconnects, serves the probe and handles signals. Its own handlers for changes are not used: they would
+keep their state in annotations and finalizers, while here all state is observed anew at every look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from typing import Any, Final, cast
+
+import kopf
+
+from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
+from heimdall_operator.act import Actor
+from heimdall_operator.controller import Controller
+from heimdall_operator.kube import Kube
+from heimdall_operator.manifests import TrainerDefaults
+from heimdall_operator.mlflow_gateway import MlflowGateway
+from heimdall_operator.settings import OperatorSettings
+from heimdall_operator.store import ChildKind, Key, Store
+
+SERVER_TIMEOUT_S: Final = 300
+CLIENT_TIMEOUT_S: Final = 310
+CONNECT_TIMEOUT_S: Final = 30
+OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
+
+
+class Handlers:
+    """The operator's side of kopf's calls."""
+
+    def __init__(self, settings: OperatorSettings) -> None:
+        self._settings = settings
+        self._stack = AsyncExitStack()
+        self._started: Controller | None = None
+
+    @property
+    def _controller(self) -> Controller:
+        assert self._started is not None  # noqa: S101 - watches and probes begin after startup
+        return self._started
+
+    async def start(self, settings: kopf.OperatorSettings, **_: Any) -> None:
+        """Begin to look at runs."""
+        _tune(settings)
+        self._started = await _start(self._stack, self._settings)
+
+    async def stop(self, **_: Any) -> None:
+        """Let go of everything; a look under way is taken up by the next operator."""
+        await self._stack.aclose()
+
+    def probe(self, **_: Any) -> str:
+        """Fail when nothing was looked at for too long."""
+        reason = self._controller.stuck_reason(self._settings.resync_seconds)
+        if reason is not None:
+            raise RuntimeError(f"the operator is stuck: {reason}")
+        return f"{len(self._controller.queue)} waiting"
+
+    async def training_run(self, event: kopf.RawEvent, **_: Any) -> None:
+        """A TrainingRun changed."""
+        body = cast("dict[str, Any]", event["object"])
+        if event["type"] == "DELETED":
+            self._controller.store.drop(Key(body["metadata"]["namespace"], body["metadata"]["name"]))
+        else:
+            self._controller.queue.add(self._controller.store.put(body))
+
+    async def job(self, event: kopf.RawEvent, **_: Any) -> None:
+        """A Job of ours changed."""
+        self._child("Job", event)
+
+    async def pod(self, event: kopf.RawEvent, **_: Any) -> None:
+        """A pod of ours changed."""
+        self._child("Pod", event)
+
+    def _child(self, kind: ChildKind, event: kopf.RawEvent) -> None:
+        store = self._controller.store
+        take = store.drop_child if event["type"] == "DELETED" else store.put_child
+        key = take(kind, cast("dict[str, Any]", event["object"]))
+        if key is not None:
+            self._controller.queue.add(key)
+
+
+def register(registry: kopf.OperatorRegistry, settings: OperatorSettings) -> None:
+    """Register every handler.
+
+    Args:
+        registry: kopf's registry.
+        settings: The operator's settings.
+    """
+    handlers = Handlers(settings)
+    kopf.on.startup(registry=registry)(handlers.start)
+    kopf.on.cleanup(registry=registry)(handlers.stop)
+    kopf.on.probe(registry=registry, id="looking")(handlers.probe)
+    kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(handlers.training_run)
+    kopf.on.event("batch", "v1", "jobs", labels=OURS, registry=registry)(handlers.job)
+    kopf.on.event("", "v1", "pods", labels=OURS, registry=registry)(handlers.pod)
+
+
+def _tune(settings: kopf.OperatorSettings) -> None:
+    """Bound every wait; leave batching.worker_limit unset: one slow handler would hold up all the others."""
+    settings.watching.server_timeout = SERVER_TIMEOUT_S
+    settings.watching.client_timeout = CLIENT_TIMEOUT_S
+    settings.watching.connect_timeout = CONNECT_TIMEOUT_S
+    settings.networking.request_timeout = CONNECT_TIMEOUT_S
+    # Events of the resource are written by the controller, one for each transition; kopf's log lines are no Events.
+    settings.posting.enabled = False
+    settings.posting.level = logging.CRITICAL
+
+
+async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controller:
+    kube = await stack.enter_async_context(Kube(timeout_s=settings.request_timeout_seconds))
+    mlflow = MlflowGateway(settings.tracking_uri)
+    stack.callback(mlflow.close)
+    store = Store()
+    defaults = TrainerDefaults(
+        image=settings.trainer_image,
+        image_pull_policy=settings.image_pull_policy,
+        secret=settings.trainer_secret,
+        tracking_uri=settings.tracking_uri,
+    )
+    controller = Controller(
+        kube=kube,
+        mlflow=mlflow,
+        store=store,
+        actor=Actor(kube, mlflow, store, defaults),
+        public_url=settings.public_url,
+        namespaces=settings.namespace_list,
+    )
+    stack.callback(controller.queue.close)
+    # Everything is known before the first look: a look that saw a run without its Job would make another.
+    await controller.refresh()
+    coroutines = [
+        controller.resync(settings.resync_seconds),
+        controller.follow_progress(settings.progress_seconds),
+        *(controller.work() for _ in range(settings.workers)),
+    ]
+    for coroutine in coroutines:
+        stack.push_async_callback(_cancel, asyncio.create_task(coroutine))
+    return controller
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

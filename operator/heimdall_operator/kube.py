@@ -1,0 +1,157 @@
+"""The few calls to the API server that the operator makes. Objects stay plain dictionaries."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import Any, Final, Self
+
+from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
+
+HTTP_ERROR: Final = 400
+HTTP_NOT_FOUND: Final = 404
+HTTP_CONFLICT: Final = 409
+HTTP_REFUSED: Final = frozenset({400, 413, 422})
+"""What the API server will never take, however often it is asked."""
+
+
+class ConflictError(Exception):
+    """The object is not what it was when it was read, or its name is taken."""
+
+
+class RefusedError(Exception):
+    """The API server will never take this object; the message says why."""
+
+
+class Kube:
+    """Calls to the API server, each bounded in time."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._client: Any = None
+
+    async def __aenter__(self) -> Self:
+        from kubernetes.aio import client, config
+
+        await config.load_config()  # type: ignore[no-untyped-call]
+        self._client = client.ApiClient()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def list_training_runs(self, namespace: str | None = None) -> list[dict[str, Any]]:
+        """Every TrainingRun of a namespace, or of all."""
+        return await self._list(_path(f"/apis/{GROUP}/{VERSION}", namespace, PLURAL))
+
+    async def list_jobs(self, namespace: str | None = None) -> list[dict[str, Any]]:
+        """Every Job that the operator made."""
+        return await self._list(_path("/apis/batch/v1", namespace, "jobs"), labelled=True)
+
+    async def list_pods(self, namespace: str | None = None) -> list[dict[str, Any]]:
+        """Every pod of those Jobs."""
+        return await self._list(_path("/api/v1", namespace, "pods"), labelled=True)
+
+    async def get_training_run(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """A TrainingRun, or None where there is none."""
+        return await self._get(_path(f"/apis/{GROUP}/{VERSION}", namespace, PLURAL, name))
+
+    async def get_job(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """A Job, or None where there is none."""
+        return await self._get(_path("/apis/batch/v1", namespace, "jobs", name))
+
+    async def create_job(self, namespace: str, job: dict[str, Any]) -> dict[str, Any]:
+        """Create a Job.
+
+        Raises:
+            ConflictError: Its name is taken.
+            RefusedError: It is not valid.
+        """
+        return await self._call("POST", _path("/apis/batch/v1", namespace, "jobs"), job)
+
+    async def delete_job(self, namespace: str, name: str) -> None:
+        """Delete a Job and its pods, which get their grace period."""
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        await self._call("DELETE", _path("/apis/batch/v1", namespace, "jobs", name), options, missing_ok=True)
+
+    async def patch_finalizers(
+        self, namespace: str, name: str, finalizers: list[str], resource_version: str
+    ) -> dict[str, Any]:
+        """Replace a TrainingRun's finalizers.
+
+        Raises:
+            ConflictError: It changed since it was read.
+        """
+        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": resource_version}}
+        return await self._call("PATCH", _path(f"/apis/{GROUP}/{VERSION}", namespace, PLURAL, name), patch)
+
+    async def patch_status(
+        self, namespace: str, name: str, status: dict[str, Any], resource_version: str
+    ) -> dict[str, Any]:
+        """Merge into a TrainingRun's status.
+
+        Raises:
+            ConflictError: It changed since it was read.
+        """
+        patch = {"metadata": {"resourceVersion": resource_version}, "status": status}
+        return await self._call("PATCH", _path(f"/apis/{GROUP}/{VERSION}", namespace, PLURAL, name, "status"), patch)
+
+    async def create_event(self, namespace: str, event: dict[str, Any]) -> None:
+        """Create an Event; one of the same name counts as created."""
+        try:
+            await self._call("POST", _path("/apis/events.k8s.io/v1", namespace, "events"), event)
+        except ConflictError:
+            return
+
+    async def _list(self, path: str, *, labelled: bool = False) -> list[dict[str, Any]]:
+        query = [("labelSelector", f"{LABEL_MANAGED_BY}={MANAGED_BY}")] if labelled else []
+        items: list[dict[str, Any]] = (await self._call("GET", path, query=query))["items"]
+        return items
+
+    async def _get(self, path: str) -> dict[str, Any] | None:
+        return await self._call("GET", path, missing_ok=True) or None
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        query: list[tuple[str, str]] | None = None,
+        missing_ok: bool = False,
+    ) -> dict[str, Any]:
+        from kubernetes.aio.client.exceptions import ApiException
+
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = {"Accept": "application/json", "Content-Type": kind}
+        request = self._client.param_serialize(
+            method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
+        )
+        response = await self._client.call_api(*request, _request_timeout=self._timeout_s)
+        text = await response.read()
+        if response.status < HTTP_ERROR:
+            result: dict[str, Any] = json.loads(text)
+            return result
+        if response.status == HTTP_NOT_FOUND and missing_ok:
+            return {}
+        message = _message(text)
+        if response.status == HTTP_CONFLICT:
+            raise ConflictError(message)
+        if response.status in HTTP_REFUSED:
+            raise RefusedError(message)
+        raise ApiException(status=response.status, reason=message)
+
+
+def _path(base: str, namespace: str | None, *parts: str) -> str:
+    scope = [] if namespace is None else ["namespaces", namespace]
+    return "/".join([base, *scope, *parts])
+
+
+def _message(text: bytes) -> str:
+    """The API server's own words."""
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200].decode(errors="replace")

@@ -1,0 +1,74 @@
+"""The operator's entry point."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from pydantic import ValidationError
+
+from heimdall_operator.mlflow_gateway import bound_http
+from heimdall_operator.settings import OperatorSettings
+
+
+def main() -> None:
+    """Run the operator until it is told to end."""
+    bound_http()
+    settings = _read_settings()
+    _configure_logging()
+    import kopf
+
+    from heimdall_operator.handlers import register
+
+    registry = kopf.OperatorRegistry()
+    register(registry, settings)
+    kopf.run(
+        registry=registry,
+        # One replica, replaced before its successor starts; all state is in the API server and MLflow.
+        standalone=True,
+        clusterwide=not settings.namespace_list,
+        namespaces=settings.namespace_list,
+        liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz",
+    )
+
+
+def _read_settings() -> OperatorSettings:
+    try:
+        return OperatorSettings()
+    except ValidationError as error:
+        lines = [
+            f"  HEIMDALL_OPERATOR_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False)
+        ]
+        sys.exit("The operator's settings can't be used; correct these environment variables:\n" + "\n".join(lines))
+
+
+def _configure_logging() -> None:
+    """JSON lines, one format for the operator and its libraries."""
+    import structlog
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.processors.format_exc_info],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

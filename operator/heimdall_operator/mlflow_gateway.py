@@ -1,0 +1,124 @@
+"""The operator's conversation with MLflow: blocking calls of `heimdall_tracking`, in threads, bounded in time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from heimdall_api.contract import TAG_ATTEMPT, TAG_NAME, TAG_NAMESPACE
+from heimdall_tracking import registry, runs
+from heimdall_tracking.registry import Registration
+from heimdall_tracking.runs import FinalStatus, RunFacts
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from heimdall_operator.observe import Observed
+
+HTTP_RETRIES: Final = "2"
+HTTP_TIMEOUT_S: Final = "10"
+THREADS: Final = 16
+
+T = TypeVar("T")
+
+
+class RunGoneError(Exception):
+    """The MLflow run was deleted for good: the training can't be followed."""
+
+
+def bound_http() -> None:
+    """Bound MLflow's HTTP calls: its own default of 7 tries of 120 s is right for a trainer, not for a loop."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", HTTP_TIMEOUT_S)
+
+
+class MlflowGateway:
+    """What the operator asks of MLflow; every method may raise MlflowException while the server is away."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._uri = tracking_uri
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow")
+        self._client: MlflowClient | None = None
+        self._experiments: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Let the threads go; calls under way end by their own bounds."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def ensure_run(self, observed: Observed) -> RunFacts:
+        """Find or create the run of a TrainingRun."""
+        spec = observed.spec
+        assert spec is not None  # noqa: S101 - decide asks for no run without a spec
+        facts = await self._do(
+            runs.ensure_run,
+            uid=observed.uid,
+            experiment=spec.tracking.experiment,
+            name=spec.tracking.run_name or f"{observed.namespace}/{observed.name}",
+            tags={
+                **spec.tracking.tags,
+                TAG_NAME: observed.name,
+                TAG_NAMESPACE: observed.namespace,
+                TAG_ATTEMPT: str(observed.status.attempt + 1),
+            },
+        )
+        self._experiments[spec.tracking.experiment] = facts.experiment_id
+        return facts
+
+    async def open_attempt(self, run_id: str, attempt: int) -> RunFacts:
+        """Make an attempt the run's newest."""
+        await self._do(runs.open_attempt, await self._read(run_id), attempt)
+        return await self._read(run_id)
+
+    async def end_run(self, observed: Observed, status: FinalStatus) -> RunFacts | None:
+        """End the run of a TrainingRun; None where it has none."""
+        run_id = observed.status.run_id
+        if run_id is None:
+            # The operator may have died between creating the run and writing its ID down.
+            if observed.spec is None:
+                return None
+            found = await self._do(runs.find_run, uid=observed.uid, experiment=observed.spec.tracking.experiment)
+            if found is None:
+                return None
+            run_id = found.run_id
+        await self._do(runs.end_run, run_id, status)
+        return await self._do(runs.read_facts, run_id)
+
+    async def register(self, observed: Observed) -> tuple[Registration, RunFacts]:
+        """Register the run's model."""
+        spec = observed.spec
+        assert spec is not None  # noqa: S101
+        assert spec.registration is not None  # noqa: S101
+        assert observed.status.run_id is not None  # noqa: S101
+        facts = await self._read(observed.status.run_id)
+        return await self._do(registry.register, facts, spec.registration), facts
+
+    async def active_facts(self, experiments: Iterable[str]) -> dict[str, RunFacts]:
+        """Facts of all running runs of some experiments, by run ID: one query for all."""
+        for name in set(experiments) - self._experiments.keys():
+            experiment = await self._do(lambda client, name=name: client.get_experiment_by_name(name))
+            if experiment is not None:
+                self._experiments[name] = str(experiment.experiment_id)
+        ids = {self._experiments[name] for name in experiments if name in self._experiments}
+        return await self._do(runs.read_active_facts, sorted(ids)) if ids else {}
+
+    async def _read(self, run_id: str) -> RunFacts:
+        facts = await self._do(runs.read_facts, run_id)
+        if facts is None:
+            raise RunGoneError(f"the MLflow run {run_id} was deleted: create a new TrainingRun")
+        return facts
+
+    async def _do(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
+        def bound() -> T:
+            return call(self._connect(), *args, **more)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, bound)
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        return self._client

@@ -1,0 +1,225 @@
+"""Observe: one TrainingRun, its Job, its pods and its MLflow run become one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT
+from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
+from heimdall_tracking.registry import Registration
+from heimdall_tracking.runs import RunFacts
+
+Manifest = Mapping[str, Any]
+"""A Kubernetes object as the API server gives it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodFacts:
+    """What a pod says of its attempt."""
+
+    name: str
+    attempt: int
+    phase: str
+    created: datetime
+    deleting: datetime | None = None
+    """When its grace period after a deletion ends; None while nobody deleted it."""
+    node: str | None = None
+    running_since: datetime | None = None
+    """When its container started; None while it has not."""
+    waiting_reason: str | None = None
+    """Why its container does not start: ImagePullBackOff, CreateContainerConfigError …"""
+    waiting_message: str = ""
+    unschedulable: str | None = None
+    """The scheduler's words where no node fits."""
+    exit_code: int | None = None
+    """Exit code of its container; None while it has not ended."""
+    killed_for_memory: bool = False
+    last_words: str = ""
+    """Termination message, or the last lines of the log."""
+    finished: datetime | None = None
+    disruption: str | None = None
+    """Why Kubernetes ended it (reason of DisruptionTarget, or the pod's own): preemption, eviction, lost node."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it may still be training."""
+        return self.phase not in {"Succeeded", "Failed"} and self.exit_code is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """What a Job says of its attempt."""
+
+    name: str
+    attempt: int
+    created: datetime
+    deleting: bool = False
+    finished: datetime | None = None
+    """When it ended; None while it has not."""
+    succeeded: bool = False
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """All that is known of one TrainingRun at one moment."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+    created: datetime
+    deleted: datetime | None = None
+    """When its deletion was asked for."""
+    has_finalizer: bool
+    spec: TrainingRunSpec | None
+    """None where it can't be read; then spec_error says why."""
+    spec_error: str = ""
+    status: TrainingRunStatus
+    job: JobFacts | None = None
+    """Job of the newest attempt."""
+    pods: tuple[PodFacts, ...] = ()
+    """Pods of every attempt that still exist."""
+    run: RunFacts | None = None
+    """What MLflow says; None while nobody asked."""
+    registration: Registration | None = None
+    """The version that was registered; None while nobody asked."""
+    refusal: str = ""
+    """Why the attempt's Job or the model's registration can never work, where it was refused for good."""
+
+    @property
+    def attempt_pods(self) -> tuple[PodFacts, ...]:
+        """Pods of the newest attempt, oldest first."""
+        pods = [pod for pod in self.pods if pod.attempt == self.status.attempt]
+        return tuple(sorted(pods, key=lambda pod: pod.created))
+
+
+def observe(
+    resource: Manifest, jobs: Iterable[Manifest] = (), pods: Iterable[Manifest] = (), run: RunFacts | None = None
+) -> Observed:
+    """Read what is known of one TrainingRun.
+
+    Args:
+        resource: The TrainingRun.
+        jobs: Its Jobs: those of other owners are left out.
+        pods: Its pods.
+        run: What MLflow says of it, if somebody asked.
+
+    Returns:
+        The observation.
+    """
+    metadata = resource["metadata"]
+    spec, error = _spec(resource.get("spec") or {})
+    status = TrainingRunStatus.model_validate(resource.get("status") or {})
+    own = [job_facts(job) for job in jobs if owner_uid(job) == metadata["uid"]]
+    return Observed(
+        name=metadata["name"],
+        namespace=metadata["namespace"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        created=_time(metadata["creationTimestamp"]),
+        deleted=_time_or_none(metadata.get("deletionTimestamp")),
+        has_finalizer=FINALIZER in metadata.get("finalizers", ()),
+        spec=spec,
+        spec_error=error,
+        status=status,
+        job=next((job for job in own if job.attempt == status.attempt), None),
+        pods=tuple(pod_facts(pod) for pod in pods),
+        run=run if run is not None and run.run_id == status.run_id else None,
+    )
+
+
+def job_facts(job: Manifest) -> JobFacts:
+    """What a Job says of its attempt."""
+    metadata, status = job["metadata"], job.get("status") or {}
+    ended = [item for item in status.get("conditions", ()) if _is_final(item)]
+    return JobFacts(
+        name=metadata["name"],
+        attempt=_attempt(metadata),
+        created=_time(metadata["creationTimestamp"]),
+        deleting="deletionTimestamp" in metadata,
+        finished=_time(ended[0]["lastTransitionTime"]) if ended else None,
+        succeeded=any(item["type"] == "Complete" for item in ended),
+        message=ended[0].get("message", "") if ended else "",
+    )
+
+
+def pod_facts(pod: Manifest) -> PodFacts:
+    """What a pod says of its attempt."""
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    container: Mapping[str, Any] = next(iter(status.get("containerStatuses", ())), {})
+    state = container.get("state") or {}
+    terminated = state.get("terminated") or {}
+    waiting = state.get("waiting") or {}
+    conditions = {item["type"]: item for item in status.get("conditions", ())}
+    scheduled = conditions.get("PodScheduled", {})
+    started = (state.get("running") or terminated).get("startedAt")
+    return PodFacts(
+        name=metadata["name"],
+        attempt=_attempt(metadata),
+        phase=status.get("phase", "Pending"),
+        created=_time(metadata["creationTimestamp"]),
+        deleting=_time_or_none(metadata.get("deletionTimestamp")),
+        node=(pod.get("spec") or {}).get("nodeName"),
+        running_since=_time_or_none(started),
+        waiting_reason=waiting.get("reason"),
+        waiting_message=waiting.get("message", ""),
+        unschedulable=scheduled.get("message") if scheduled.get("reason") == "Unschedulable" else None,
+        exit_code=terminated.get("exitCode"),
+        killed_for_memory=terminated.get("reason") == "OOMKilled",
+        last_words=terminated.get("message", ""),
+        finished=_time_or_none(terminated.get("finishedAt")),
+        disruption=_disruption(conditions, status),
+    )
+
+
+def owner_uid(manifest: Manifest) -> str | None:
+    """UID of the object that controls another."""
+    owners = manifest["metadata"].get("ownerReferences", ())
+    return next((str(owner["uid"]) for owner in owners if owner.get("controller")), None)
+
+
+def _spec(raw: Mapping[str, Any]) -> tuple[TrainingRunSpec | None, str]:
+    try:
+        return TrainingRunSpec.model_validate(raw), ""
+    except ValidationError as error:
+        return None, explain(error)
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error as a sentence that names each field of the spec."""
+    return "; ".join(
+        f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+        for item in error.errors(include_url=False, include_input=False, include_context=False)
+    )
+
+
+def _disruption(conditions: Mapping[str, Any], status: Mapping[str, Any]) -> str | None:
+    target = conditions.get("DisruptionTarget", {})
+    if target.get("status") == "True":
+        return str(target.get("reason") or "Disrupted")
+    # Set by the kubelet (Evicted, NodeShutdown …) and by the node controller (NodeLost).
+    reason = status.get("reason")
+    return str(reason) if reason in {"Evicted", "NodeLost", "NodeShutdown", "Terminated", "Shutdown"} else None
+
+
+def _is_final(condition: Mapping[str, Any]) -> bool:
+    return condition["type"] in {"Complete", "Failed"} and condition["status"] == "True"
+
+
+def _attempt(metadata: Mapping[str, Any]) -> int:
+    label = metadata.get("labels", {}).get(LABEL_ATTEMPT, "")
+    return int(label) if label.isdigit() else 0
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def _time_or_none(text: str | None) -> datetime | None:
+    return _time(text) if text else None

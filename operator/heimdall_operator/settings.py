@@ -1,0 +1,47 @@
+"""The operator's settings: environment variables `HEIMDALL_OPERATOR_…`, set by the chart."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class OperatorSettings(BaseSettings):
+    """Settings of the operator; each field's environment variable is its name in capitals with the prefix."""
+
+    model_config = SettingsConfigDict(env_prefix="HEIMDALL_OPERATOR_", frozen=True)
+
+    tracking_uri: str = Field(min_length=1)
+    """The MLflow server, as the operator and the training pods reach it."""
+    tracking_public_url: str = ""
+    """The MLflow server as people reach it, for links. Empty: tracking_uri."""
+    trainer_image: str = Field(min_length=1)
+    """Image of training pods whose TrainingRun names none."""
+    trainer_secret: str = "heimdall-trainer"  # noqa: S105 - the name of a Secret
+    """Secret whose keys training pods get as environment variables, where their namespace has it."""
+    image_pull_policy: str = "IfNotPresent"
+    """Pull policy of the trainer's image."""
+    namespaces: str = ""
+    """Namespaces to watch, separated by commas. Empty: all."""
+    health_port: int = 8080
+    """Port of the liveness probe."""
+    workers: int = Field(default=16, ge=1)
+    """How many TrainingRuns are looked at side by side."""
+    resync_seconds: float = Field(default=300, gt=0)
+    """Everything is looked at again this often, in case an event was missed."""
+    progress_seconds: float = Field(default=15, gt=0)
+    """How often progress is read from MLflow, and at most written to a status."""
+    request_timeout_seconds: float = Field(default=30, gt=0)
+    """Bound of one request to the API server."""
+
+    @cached_property
+    def namespace_list(self) -> list[str]:
+        """The namespaces to watch; empty for all."""
+        return [name.strip() for name in self.namespaces.split(",") if name.strip()]
+
+    @property
+    def public_url(self) -> str:
+        """The address that links to MLflow begin with."""
+        return (self.tracking_public_url or self.tracking_uri).rstrip("/")

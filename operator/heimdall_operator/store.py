@@ -1,0 +1,110 @@
+"""The last seen state of every TrainingRun, Job and pod, fed by watches: what observing reads instead of asking."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from heimdall_api.contract import LABEL_RUN
+
+Manifest = Mapping[str, Any]
+ChildKind = Literal["Job", "Pod"]
+
+
+class Key(NamedTuple):
+    """Names a TrainingRun."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        """As people write it."""
+        return f"{self.namespace}/{self.name}"
+
+
+class Store:
+    """A cache: it may be behind the API server, never ahead. Every write is conditional on what was seen here."""
+
+    def __init__(self) -> None:
+        self._resources: dict[Key, Manifest] = {}
+        self._children: dict[ChildKind, dict[Key, dict[str, Manifest]]] = {
+            "Job": defaultdict(dict),
+            "Pod": defaultdict(dict),
+        }
+
+    def known(self) -> list[Key]:
+        """Every TrainingRun that is known."""
+        return list(self._resources)
+
+    def get(self, key: Key) -> Manifest | None:
+        """A TrainingRun, or None where there is none."""
+        return self._resources.get(key)
+
+    def children(self, kind: ChildKind, key: Key) -> list[Manifest]:
+        """Jobs or pods of a TrainingRun."""
+        return list(self._children[kind].get(key, {}).values())
+
+    def put(self, resource: Manifest) -> Key:
+        """Take in a TrainingRun, unless a newer state of it is known."""
+        key = Key(resource["metadata"]["namespace"], resource["metadata"]["name"])
+        known = self._resources.get(key)
+        if known is None or not _older(resource, known):
+            self._resources[key] = resource
+        return key
+
+    def drop(self, key: Key) -> None:
+        """Forget a TrainingRun; its Jobs and pods are forgotten as they go."""
+        self._resources.pop(key, None)
+
+    def put_child(self, kind: ChildKind, child: Manifest) -> Key | None:
+        """Take in a Job or pod; None where it belongs to no TrainingRun."""
+        key = run_of(child)
+        if key is not None:
+            known = self._children[kind][key].get(child["metadata"]["name"])
+            if known is None or not _older(child, known):
+                self._children[kind][key][child["metadata"]["name"]] = child
+        return key
+
+    def drop_child(self, kind: ChildKind, child: Manifest) -> Key | None:
+        """Forget a Job or pod."""
+        key = run_of(child)
+        if key is not None:
+            children = self._children[kind].get(key, {})
+            children.pop(child["metadata"]["name"], None)
+            if not children:
+                self._children[kind].pop(key, None)
+        return key
+
+    def replace(self, resources: Iterable[Manifest], jobs: Iterable[Manifest], pods: Iterable[Manifest]) -> None:
+        """Take over a fresh listing: what was missed by the watches is mended."""
+        fresh = {Key(item["metadata"]["namespace"], item["metadata"]["name"]): item for item in resources}
+        for key in set(self._resources) - fresh.keys():
+            self.drop(key)
+        for item in fresh.values():
+            self.put(item)
+        self._replace_children("Job", jobs)
+        self._replace_children("Pod", pods)
+
+    def _replace_children(self, kind: ChildKind, fresh: Iterable[Manifest]) -> None:
+        listed = {(run_of(item), item["metadata"]["name"]): item for item in fresh}
+        known = [child for children in list(self._children[kind].values()) for child in children.values()]
+        for child in known:
+            if (run_of(child), child["metadata"]["name"]) not in listed:
+                self.drop_child(kind, child)
+        for child in listed.values():
+            self.put_child(kind, child)
+
+
+def run_of(child: Manifest) -> Key | None:
+    """The TrainingRun that a Job or pod was made for."""
+    metadata = child["metadata"]
+    name = (metadata.get("labels") or {}).get(LABEL_RUN)
+    return Key(metadata["namespace"], name) if name else None
+
+
+def _older(new: Manifest, known: Manifest) -> bool:
+    """Whether a state is older than the known one of the same object (versions are comparable since 1.35)."""
+    if new["metadata"].get("uid") != known["metadata"].get("uid"):
+        return False
+    return int(new["metadata"].get("resourceVersion", 0)) < int(known["metadata"].get("resourceVersion", 0))
