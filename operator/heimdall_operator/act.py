@@ -100,7 +100,7 @@ class Actor:
         except RefusedError as error:
             return replace(observed, refusal=f"The API server refused the attempt's Job: {error}")
         self._store.put_child("Job", job)
-        return replace(observed, job=job_facts(job))
+        return replace(observed, jobs=(*observed.jobs, job_facts(job)))
 
     async def _own_job(self, observed: Observed, number: int) -> dict[str, Any]:
         """The Job that has the attempt's name already: ours, if an earlier look created it."""
@@ -112,7 +112,8 @@ class Actor:
 
     async def _delete_job(self, observed: Observed, name: str) -> Observed:
         await self._kube.delete_job(observed.namespace, name)
-        return replace(observed, job=None if observed.job is None else replace(observed.job, deleting=True))
+        jobs = (replace(job, deleting=True) if job.name == name else job for job in observed.jobs)
+        return replace(observed, jobs=tuple(jobs))
 
     async def _register(self, observed: Observed) -> Observed:
         try:

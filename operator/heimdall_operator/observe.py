@@ -81,8 +81,8 @@ class Observed:
     """None where it can't be read; then spec_error says why."""
     spec_error: str = ""
     status: TrainingRunStatus
-    job: JobFacts | None = None
-    """Job of the newest attempt."""
+    jobs: tuple[JobFacts, ...] = ()
+    """Jobs of every attempt that still exist."""
     pods: tuple[PodFacts, ...] = ()
     """Pods of every attempt that still exist."""
     run: RunFacts | None = None
@@ -91,6 +91,11 @@ class Observed:
     """The version that was registered; None while nobody asked."""
     refusal: str = ""
     """Why the attempt's Job or the model's registration can never work, where it was refused for good."""
+
+    @property
+    def job(self) -> JobFacts | None:
+        """Job of the newest attempt."""
+        return next((job for job in self.jobs if job.attempt == self.status.attempt), None)
 
     @property
     def attempt_pods(self) -> tuple[PodFacts, ...]:
@@ -116,7 +121,6 @@ def observe(
     metadata = resource["metadata"]
     spec, error = _spec(resource.get("spec") or {})
     status = TrainingRunStatus.model_validate(resource.get("status") or {})
-    own = [job_facts(job) for job in jobs if owner_uid(job) == metadata["uid"]]
     return Observed(
         name=metadata["name"],
         namespace=metadata["namespace"],
@@ -128,7 +132,7 @@ def observe(
         spec=spec,
         spec_error=error,
         status=status,
-        job=next((job for job in own if job.attempt == status.attempt), None),
+        jobs=tuple(job_facts(job) for job in jobs if owner_uid(job) == metadata["uid"]),
         pods=tuple(pod_facts(pod) for pod in pods),
         run=run if run is not None and run.run_id == status.run_id else None,
     )

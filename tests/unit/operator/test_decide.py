@@ -1,0 +1,329 @@
+"""The life of a TrainingRun as a table: every phase, and every way out of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from heimdall_api.contract import Progress, Reason
+from heimdall_api.types import TrainingRunStatus
+from heimdall_operator.decide import (
+    DELETION_LIMIT_S,
+    LOST_POD_S,
+    POD_VANISHED_S,
+    AddFinalizer,
+    CreateJob,
+    DeleteJob,
+    EndRun,
+    EnsureRun,
+    OpenAttempt,
+    RegisterModel,
+    RemoveFinalizer,
+    decide,
+)
+from heimdall_operator.observe import Observed
+
+from tests.unit.operator.builders import (
+    NOW,
+    ago,
+    attempt,
+    ended_pod,
+    job,
+    observed,
+    pod,
+    registration,
+    run,
+    spec,
+    status,
+)
+
+NEW = TrainingRunStatus()
+REGISTERED = {"registration": {"model": "localizer"}}
+
+
+def ended(reason: Reason, number: int = 1, **more: Any) -> TrainingRunStatus:
+    """A status whose newest attempt has ended."""
+    return status(attempt(number, reason=str(reason), end_time=ago(1), message="because"), **more)
+
+
+ACTIONS = {
+    "new: finalizer first": (observed(status=NEW, has_finalizer=False), (AddFinalizer(),)),
+    "then the MLflow run": (observed(status=NEW), (EnsureRun(),)),
+    "then its ID on the status, before any Job": (observed(status=NEW, run=run()), ()),
+    "then the attempt is opened": (observed(), (OpenAttempt(1),)),
+    "then its Job": (observed(run=run()), (CreateJob(1),)),
+    "a run that MLflow has ended is opened again": (observed(run=run(status="FAILED")), (OpenAttempt(1),)),
+    "a run opened for an older attempt is opened anew": (
+        observed(status=status(attempt(2)), run=run(attempt=1)),
+        (OpenAttempt(2),),
+    ),
+    "no second Job while a pod of an older attempt lives": (
+        observed(status=status(attempt(2)), run=run(attempt=2), pods=(pod(1),)),
+        (),
+    ),
+    "a pod that its lost node never ended is given up": (
+        observed(status=status(attempt(2)), run=run(attempt=2), pods=(pod(1, deleting=ago(LOST_POD_S + 1)),)),
+        (CreateJob(2),),
+    ),
+    "training goes on": (observed(jobs=(job(),), pods=(pod(),)), ()),
+    "success without registration ends the run": (observed(jobs=(job(),), pods=(ended_pod(0),)), (EndRun("FINISHED"),)),
+    "success registers before the run ends": (
+        observed(spec=spec(**REGISTERED), jobs=(job(),), pods=(ended_pod(0),)),
+        (RegisterModel(),),
+    ),
+    "registered: the run ends": (
+        observed(spec=spec(**REGISTERED), jobs=(job(),), pods=(ended_pod(0),), registration=registration()),
+        (EndRun("FINISHED"),),
+    ),
+    "a user's error ends the run": (
+        observed(jobs=(job(),), pods=(ended_pod(1, last_words='{"reason": "UserError", "message": "boom"}'),)),
+        (EndRun("FAILED"),),
+    ),
+    "a configuration error ends the run": (observed(jobs=(job(),), pods=(ended_pod(78),)), (EndRun("FAILED"),)),
+    "a killed pod waits before the next attempt": (observed(jobs=(job(),), pods=(ended_pod(137),)), ()),
+    "suspension deletes the Job": (
+        observed(spec=spec(suspend=True), status=status(attempt(reason="Suspended")), jobs=(job(),), pods=(pod(),)),
+        (DeleteJob("run-a1"),),
+    ),
+    "an ending attempt waits for its pod": (
+        observed(status=status(attempt(reason="Stalled")), jobs=(job(deleting=True),), pods=(pod(deleting=ago(1)),)),
+        (),
+    ),
+    "a finished run lets go of the resource": (observed(status=status(phase="Succeeded")), (RemoveFinalizer(),)),
+    "a finished run with nothing to do": (observed(status=status(phase="Succeeded"), has_finalizer=False), ()),
+    "a finished run never trains again": (observed(status=status(phase="Failed"), has_finalizer=False), ()),
+    "a finished run frees what is left": (
+        observed(status=status(phase="Failed"), jobs=(job(),), pods=(pod(),)),
+        (DeleteJob("run-a1"), RemoveFinalizer()),
+    ),
+    "deletion: pods first": (observed(deleted=ago(1), jobs=(job(),), pods=(pod(),)), (DeleteJob("run-a1"),)),
+    "deletion waits for the pods": (observed(deleted=ago(1), jobs=(job(deleting=True),), pods=(pod(),)), ()),
+    "then the MLflow run": (observed(deleted=ago(1)), (EndRun("KILLED"),)),
+    "deletion right after the run was created": (observed(status=NEW, deleted=ago(1)), (EndRun("KILLED"),)),
+    "then the resource": (observed(deleted=ago(1), run=run(status="KILLED")), (RemoveFinalizer(),)),
+    "deletion of a finished run": (observed(deleted=ago(1), status=status(phase="Succeeded")), (RemoveFinalizer(),)),
+    "deletion does not wait for MLflow for ever": (observed(deleted=ago(DELETION_LIMIT_S + 1)), (RemoveFinalizer(),)),
+    "deletion with the finalizer gone": (observed(deleted=ago(1), has_finalizer=False), ()),
+    "suspended before it began: nothing is made": (
+        observed(spec=spec(suspend=True), status=NEW, has_finalizer=False),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize(("seen", "actions"), ACTIONS.values(), ids=ACTIONS.keys())
+def test_the_next_actions(seen: Observed, actions: tuple[Any, ...]) -> None:
+    assert decide(seen, NOW).actions == actions
+
+
+def settled(seen: Observed) -> TrainingRunStatus:
+    """The status after everything that was asked of MLflow was done, without any new pod."""
+    for _ in range(10):
+        decision = decide(seen, NOW)
+        for action in decision.actions:
+            match action:
+                case EndRun(final):
+                    seen = replace(seen, run=run(status=final))
+                case RegisterModel():
+                    seen = replace(seen, registration=registration())
+                case _:
+                    return decision.status
+        if not decision.actions:
+            if decision.status == seen.status:
+                return seen.status
+            seen = replace(seen, status=decision.status)
+            if seen.status.phase in ("Succeeded", "Failed"):
+                return seen.status
+    raise AssertionError("decide does not settle")
+
+
+def condition(of: TrainingRunStatus, kind: str) -> tuple[str, str] | None:
+    return next(((item.status, item.reason) for item in of.conditions if item.type == kind), None)
+
+
+def test_the_run_id_is_on_the_status_before_a_job_is() -> None:
+    decision = decide(observed(status=NEW, run=run()), NOW)
+
+    assert decision.status.run_id == "r1"
+    assert decision.status.job_name == "run-a1"
+    assert decision.status.phase == "Pending"
+    assert decision.status.start_time == NOW
+
+
+def test_running_tells_pod_and_node() -> None:
+    result = settled(observed(jobs=(job(),), pods=(pod(),)))
+
+    assert result.phase == "Running"
+    assert (result.attempts[-1].pod, result.attempts[-1].node) == ("run-a1-x", "node1")
+    assert condition(result, "Complete") == ("False", "Running")
+
+
+def test_success_is_complete_with_the_version_on_the_status() -> None:
+    result = settled(observed(spec=spec(**REGISTERED), jobs=(job(),), pods=(ended_pod(0),)))
+
+    assert result.phase == "Succeeded"
+    assert condition(result, "Complete") == ("True", "Completed")
+    assert condition(result, "ModelRegistered") == ("True", "ModelRegistered")
+    assert (result.model_version, result.model_uri) == ("7", "models:/localizer/7")
+    assert result.completion_time == NOW
+
+
+def test_complete_waits_for_the_registry() -> None:
+    decision = decide(observed(spec=spec(**REGISTERED), jobs=(job(),), pods=(ended_pod(0),)), NOW)
+
+    assert condition(decision.status, "Complete") == ("False", "Registering")
+    assert decision.status.attempts[-1].reason == "Completed", "the outcome is kept even if MLflow is away"
+
+
+def test_a_missing_model_fails_the_run() -> None:
+    result = settled(observed(spec=spec(**REGISTERED), status=ended(Reason.COMPLETED), refusal="no model"))
+
+    assert condition(result, "Failed") == ("True", "UserError")
+
+
+FINAL_REASONS = {
+    "user error": (ended_pod(1, last_words='{"reason": "UserError", "message": "boom"}'), "UserError"),
+    "configuration": (ended_pod(78), "InvalidConfiguration"),
+    "CUDA memory": (ended_pod(80), "CudaOutOfMemory"),
+    "host memory": (ended_pod(137, killed_for_memory=True), "HostOutOfMemory"),
+}
+
+
+@pytest.mark.parametrize(("seen", "reason"), FINAL_REASONS.values(), ids=FINAL_REASONS.keys())
+def test_what_would_come_back_is_not_tried_again(seen: Any, reason: str) -> None:
+    result = settled(observed(jobs=(job(),), pods=(seen,)))
+
+    assert result.phase == "Failed"
+    assert condition(result, "Failed") == ("True", reason)
+    assert condition(result, "Complete") == ("False", reason)
+    assert result.attempt == 1
+
+
+FREE_REASONS = {
+    "SIGTERM": ended_pod(143),
+    "preempted": ended_pod(137, disruption="PreemptionByScheduler"),
+    "evicted": ended_pod(1, disruption="EvictionByEvictionAPI"),
+    "node lost": ended_pod(1, disruption="DeletionByTaintManager"),
+    "exit 0 while it was deleted": ended_pod(0, deleting=ago(3)),
+}
+
+
+@pytest.mark.parametrize("seen", FREE_REASONS.values(), ids=FREE_REASONS.keys())
+def test_what_nobody_is_to_blame_for_costs_no_retry(seen: Any) -> None:
+    result = settled(observed(jobs=(job(),), pods=(seen,)))
+
+    assert result.attempt == 2
+    assert result.failures == 0
+    assert result.phase == "Pending"
+
+
+def test_an_unknown_end_costs_a_retry_and_backs_off() -> None:
+    first = decide(observed(jobs=(job(),), pods=(ended_pod(137, finished=NOW),)), NOW)
+    assert first.status.failures == 1
+    assert first.status.attempt == 1
+    assert first.look_again_s == pytest.approx(10)
+
+    later = settled(observed(status=ended(Reason.KILLED, failures=1, start_time=ago(100))))
+    assert later.attempt == 1, "one second is too early"
+
+    due = status(attempt(reason="Killed", end_time=ago(11)), failures=1)
+    assert settled(observed(status=due)).attempt == 2
+
+
+def test_retries_are_limited() -> None:
+    result = settled(observed(spec=spec(retries={"limit": 2}), status=ended(Reason.KILLED, failures=3)))
+
+    assert condition(result, "Failed") == ("True", "Killed")
+    assert "spec.retries.limit is 2" in next(item.message for item in result.conditions if item.type == "Failed")
+
+
+PENDING = {
+    "no node": (pod(phase="Pending", running_since=None, unschedulable="0/3 nodes"), "Unschedulable"),
+    "no image": (
+        pod(phase="Pending", running_since=None, waiting_reason="ImagePullBackOff", waiting_message="not found"),
+        "ImagePull",
+    ),
+    "no secret": (
+        pod(phase="Pending", running_since=None, waiting_reason="CreateContainerConfigError"),
+        "PodNotStarted",
+    ),
+}
+
+
+@pytest.mark.parametrize(("seen", "reason"), PENDING.values(), ids=PENDING.keys())
+def test_a_pod_that_does_not_start_says_why_and_is_withdrawn_at_the_deadline(seen: Any, reason: str) -> None:
+    waiting = decide(observed(jobs=(job(),), pods=(seen,)), NOW)
+    assert condition(waiting.status, "Complete") == ("False", reason)
+
+    late = decide(observed(spec=spec(pendingDeadlineSeconds=30), jobs=(job(),), pods=(seen,)), NOW)
+    assert late.actions == (DeleteJob("run-a1"),)
+    assert late.status.attempts[-1].reason == reason
+
+    gone = settled(observed(status=late.status))
+    assert condition(gone, "Failed") == ("True", reason)
+
+
+def test_an_impossible_image_name_is_not_waited_for() -> None:
+    seen = pod(phase="Pending", running_since=None, waiting_reason="InvalidImageName", waiting_message="bad")
+
+    assert decide(observed(jobs=(job(),), pods=(seen,)), NOW).actions == (DeleteJob("run-a1"),)
+
+
+def test_an_unreadable_spec_fails_at_once() -> None:
+    result = settled(observed(spec=None, spec_error="spec.x: bad", status=NEW, has_finalizer=False))
+
+    assert condition(result, "Failed") == ("True", "InvalidConfiguration")
+
+
+def test_the_active_deadline_ends_the_run() -> None:
+    late = decide(observed(spec=spec(activeDeadlineSeconds=30), jobs=(job(),), pods=(pod(),)), NOW)
+
+    assert late.actions == (DeleteJob("run-a1"),)
+    assert late.status.attempts[-1].reason == "DeadlineExceeded"
+
+
+def test_a_hang_is_noticed_by_steps_that_stop() -> None:
+    moving = run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(5)))
+    still = run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(25)))
+    seen = observed(spec=spec(stallTimeoutSeconds=20), jobs=(job(),), pods=(pod(running_since=ago(40)),))
+
+    assert decide(replace(seen, run=moving), NOW).actions == ()
+    assert decide(replace(seen, run=still), NOW).actions == (DeleteJob("run-a1"),)
+
+
+def test_suspend_and_resume() -> None:
+    suspended = settled(observed(spec=spec(suspend=True), status=ended(Reason.SUSPENDED)))
+    assert suspended.phase == "Suspended"
+    assert condition(suspended, "Suspended") == ("True", "Suspended")
+
+    resumed = settled(observed(status=suspended))
+    assert resumed.attempt == 2
+    assert resumed.failures == 0
+    assert condition(resumed, "Suspended") == ("False", "Resumed")
+
+
+def test_a_deleted_job_is_taken_for_preemption_once_its_pod_is_gone() -> None:
+    vanished = job(finished=ago(POD_VANISHED_S + 1), message="deleted")
+
+    result = settled(observed(jobs=(vanished,)))
+
+    assert result.attempts[0].reason == "Preempted"
+    assert result.attempt == 2
+
+
+def test_progress_and_checkpoint_come_from_mlflow() -> None:
+    facts = run(progress=Progress(epoch=1, epochs=4, step=10, steps=40, time=ago(1)))
+
+    result = settled(observed(jobs=(job(),), pods=(pod(),), run=facts))
+
+    assert result.progress is not None
+    assert (result.progress.step, result.progress.percent) == (10, 25)
+
+
+def test_deciding_changes_nothing_twice() -> None:
+    for name, (seen, _) in ACTIONS.items():
+        decision = decide(seen, NOW)
+        if not decision.actions:
+            again = decide(replace(seen, status=decision.status), NOW)
+            assert again.status == decision.status, name
