@@ -38,7 +38,8 @@ def events_between(old: TrainingRunStatus, new: TrainingRunStatus) -> list[Event
     for attempt in new.attempts:
         events.extend(_attempt_events(before.get(attempt.number), attempt))
     known = {condition.type: condition for condition in old.conditions}
-    for condition in new.conditions:
+    # The end of everything comes last.
+    for condition in sorted(new.conditions, key=lambda item: item.type in ("Complete", "Failed")):
         events.extend(_condition_events(known.get(condition.type), condition))
     return events
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from heimdall_api.contract import Checkpoint, format_checkpoints, parse_checkpoints
-from heimdall_api.quantity import parse_quantity
-from heimdall_api.types import TrainingRun, TrainingRunSpec
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
+from heimdall_api.contract import Checkpoint, format_checkpoints, parse_checkpoints
+from heimdall_api.quantity import parse_quantity
+from heimdall_api.types import TrainingRun, TrainingRunSpec
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from heimdall_api.contract import Progress, Reason
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator.decide import (
@@ -23,7 +24,6 @@ from heimdall_operator.decide import (
     decide,
 )
 from heimdall_operator.observe import Observed
-
 from tests.unit.operator.builders import (
     NOW,
     ago,

@@ -1,0 +1,216 @@
+"""Stand-ins for API server and MLflow that keep their rules: conflicts, names taken once, creations that are not idempotent."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from heimdall_operator.act import Actor
+from heimdall_operator.controller import Controller
+from heimdall_operator.kube import ConflictError
+from heimdall_operator.manifests import TrainerDefaults
+from heimdall_operator.store import Key, Store
+from heimdall_tracking.registry import Registration
+from heimdall_tracking.runs import RunFacts
+from tests.unit.operator.builders import NOW, UID
+
+DEFAULTS = TrainerDefaults(
+    image="trainer:1", image_pull_policy="IfNotPresent", secret="heimdall-trainer", tracking_uri="http://mlflow:5000"
+)
+KEY = Key("team", "run")
+STAMP = NOW.isoformat().replace("+00:00", "Z")
+
+
+class CrashError(BaseException):
+    """The operator dies: no handler may catch this."""
+
+
+class World:
+    """API server and MLflow; it counts writes and lets the operator die after any of them."""
+
+    def __init__(self) -> None:
+        self.run: dict[str, Any] | None = None
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.pods: dict[str, dict[str, Any]] = {}
+        self.events: list[str] = []
+        self.mlflow_runs: dict[str, dict[str, Any]] = {}
+        self.versions: list[str] = []
+        self.writes: list[str] = []
+        self.crash_after: int | None = None
+        self.mlflow_away = False
+        self._version = 1
+
+    def wrote(self, what: str) -> None:
+        self.writes.append(what)
+        if self.crash_after is not None and len(self.writes) == self.crash_after:
+            raise CrashError(what)
+
+    def apply(self, spec: dict[str, Any]) -> None:
+        self.run = self.stamp(
+            {
+                "metadata": {
+                    "name": "run",
+                    "namespace": "team",
+                    "uid": UID,
+                    "generation": 1,
+                    "creationTimestamp": STAMP,
+                },
+                "spec": spec,
+            }
+        )
+
+    def stamp(self, item: dict[str, Any]) -> dict[str, Any]:
+        self._version += 1
+        item["metadata"]["resourceVersion"] = str(self._version)
+        return item
+
+    def pod_of(self, job: dict[str, Any], **state: Any) -> None:
+        """The Job controller's and kubelet's part: a pod in a state."""
+        name = f"{job['metadata']['name']}-x"
+        self.pods[name] = self.stamp(
+            {
+                "metadata": {
+                    "name": name,
+                    "namespace": "team",
+                    "labels": job["metadata"]["labels"],
+                    "creationTimestamp": STAMP,
+                },
+                "spec": {"nodeName": "node1"},
+                "status": {"phase": state.pop("phase"), "containerStatuses": [{"state": state}]},
+            }
+        )
+
+    def living(self) -> list[str]:
+        return [name for name, pod in self.pods.items() if pod["status"]["phase"] in ("Pending", "Running")]
+
+
+class FakeKube:
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def list_training_runs(self, namespace: str | None) -> list[dict[str, Any]]:
+        return [copy.deepcopy(self.world.run)] if self.world.run else []
+
+    async def list_jobs(self, namespace: str | None) -> list[dict[str, Any]]:
+        return copy.deepcopy(list(self.world.jobs.values()))
+
+    async def list_pods(self, namespace: str | None) -> list[dict[str, Any]]:
+        return copy.deepcopy(list(self.world.pods.values()))
+
+    async def get_training_run(self, namespace: str, name: str) -> dict[str, Any] | None:
+        return copy.deepcopy(self.world.run)
+
+    async def get_job(self, namespace: str, name: str) -> dict[str, Any] | None:
+        return copy.deepcopy(self.world.jobs.get(name))
+
+    async def create_job(self, namespace: str, job: dict[str, Any]) -> dict[str, Any]:
+        name = job["metadata"]["name"]
+        if name in self.world.jobs:
+            raise ConflictError(name)
+        assert not self.world.living(), "two attempts overlap"
+        job = copy.deepcopy(job)
+        job["metadata"]["creationTimestamp"] = STAMP
+        self.world.jobs[name] = self.world.stamp(job)
+        self.world.pod_of(job, phase="Pending")
+        self.world.wrote(f"create job {name}")
+        return copy.deepcopy(job)
+
+    async def delete_job(self, namespace: str, name: str) -> None:
+        self.world.jobs.pop(name, None)
+        self.world.pods = {pod: item for pod, item in self.world.pods.items() if not pod.startswith(f"{name}-")}
+        self.world.wrote(f"delete job {name}")
+
+    async def patch_finalizers(self, namespace: str, name: str, finalizers: list[str], version: str) -> dict[str, Any]:
+        run = self._checked(version)
+        run["metadata"]["finalizers"] = finalizers
+        if not finalizers and "deletionTimestamp" in run["metadata"]:
+            self.world.run = None
+        self.world.stamp(run)
+        self.world.wrote("patch finalizers")
+        return copy.deepcopy(run)
+
+    async def patch_status(self, namespace: str, name: str, status: dict[str, Any], version: str) -> dict[str, Any]:
+        run = self._checked(version)
+        merged = {**run.get("status", {}), **status}
+        run["status"] = {key: value for key, value in merged.items() if value is not None}
+        self.world.stamp(run)
+        self.world.wrote("patch status")
+        return copy.deepcopy(run)
+
+    async def create_event(self, namespace: str, event: dict[str, Any]) -> None:
+        self.world.events.append(event["reason"])
+
+    def _checked(self, version: str) -> dict[str, Any]:
+        run = self.world.run
+        if run is None or run["metadata"]["resourceVersion"] != version:
+            raise ConflictError("changed")
+        return run
+
+
+class FakeMlflow:
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def ensure_run(self, observed: Any) -> RunFacts:
+        self._check()
+        if observed.uid not in self.world.mlflow_runs:
+            self.world.mlflow_runs[observed.uid] = {"id": "r1", "status": "RUNNING", "attempt": 1, "created": 1}
+            self.world.wrote("create mlflow run")
+        return self._facts(observed.uid)
+
+    async def open_attempt(self, run_id: str, attempt: int) -> RunFacts:
+        self._check()
+        self.world.mlflow_runs[UID].update(status="RUNNING", attempt=attempt)
+        self.world.wrote(f"open attempt {attempt}")
+        return self._facts(UID)
+
+    async def end_run(self, observed: Any, status: str) -> RunFacts | None:
+        self._check()
+        if observed.uid not in self.world.mlflow_runs:
+            return None
+        self.world.mlflow_runs[observed.uid]["status"] = status
+        self.world.wrote(f"end run {status}")
+        return self._facts(observed.uid)
+
+    async def register(self, observed: Any) -> tuple[Registration, RunFacts]:
+        self._check()
+        if not self.world.versions:
+            self.world.versions.append("1")
+            self.world.wrote("create version")
+        return Registration(name="localizer", version="1", message="Registered."), self._facts(observed.uid)
+
+    async def active_facts(self, experiments: Any) -> dict[str, RunFacts]:
+        self._check()
+        return {}
+
+    def _check(self) -> None:
+        if self.world.mlflow_away:
+            raise ConnectionError("MLflow is away")
+
+    def _facts(self, uid: str) -> RunFacts:
+        item = self.world.mlflow_runs[uid]
+        return RunFacts(run_id=item["id"], experiment_id="1", status=item["status"], attempt=item["attempt"])
+
+
+def controller(world: World) -> Controller:
+    """A new operator process: it knows nothing but what it lists."""
+    kube: Any = FakeKube(world)
+    mlflow: Any = FakeMlflow(world)
+    store = Store()
+    return Controller(
+        kube=kube,
+        mlflow=mlflow,
+        store=store,
+        actor=Actor(kube, mlflow, store, DEFAULTS),
+        public_url="http://mlflow",
+        namespaces=[],
+        clock=lambda: NOW,
+    )
+
+
+async def look(world: World) -> Controller:
+    """Start an operator and let it look at the run until it is settled."""
+    operator = controller(world)
+    await operator.refresh()
+    await operator.look(KEY)
+    return operator

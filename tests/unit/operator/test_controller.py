@@ -1,0 +1,159 @@
+"""Looks at a run from its beginning to its end, with the operator dying after every single write."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.unit.operator.builders import UID
+from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
+
+SPEC: dict[str, Any] = {"registration": {"model": "localizer"}}
+RUNNING = {"phase": "Running", "running": {"startedAt": STAMP}}
+SUCCEEDED = {"phase": "Succeeded", "terminated": {"exitCode": 0, "startedAt": STAMP, "finishedAt": STAMP}}
+SIGTERMED = {"phase": "Failed", "terminated": {"exitCode": 143, "startedAt": STAMP, "finishedAt": STAMP}}
+
+
+async def live(world: World, *ends: dict[str, Any]) -> None:
+    """A whole life: each attempt runs and then ends as given. A dead operator is followed by a new one."""
+    await settle(world)
+    for number, end in enumerate(ends, start=1):
+        job = world.jobs[f"run-a{number}"]
+        for state in (RUNNING, end):
+            world.pod_of(job, **state)
+            await settle(world)
+
+
+async def settle(world: World) -> None:
+    try:
+        await look(world)
+    except CrashError:
+        world.crash_after = None
+        await look(world)
+
+
+def check(world: World, attempts: int) -> None:
+    """What must hold at the end of a successful life."""
+    assert world.run is not None
+    status = world.run["status"]
+    assert status["phase"] == "Succeeded"
+    assert status["attempt"] == attempts
+    assert len(world.jobs) == attempts
+    assert len(world.mlflow_runs) == 1
+    assert world.mlflow_runs[UID]["status"] == "FINISHED"
+    assert world.versions == ["1"]
+    assert world.run["metadata"]["finalizers"] == []
+
+
+def writes_of(*ends: dict[str, Any]) -> list[str]:
+    world = World()
+    world.apply(SPEC)
+    asyncio.run(live(world, *ends))
+    return world.writes
+
+
+def test_a_life_takes_few_writes() -> None:
+    assert writes_of(SUCCEEDED) == [
+        "patch finalizers",
+        "create mlflow run",
+        "patch status",
+        "create job run-a1",
+        "patch status",
+        "create version",
+        "end run FINISHED",
+        "patch status",
+        "patch finalizers",
+    ]
+
+
+@pytest.mark.parametrize("ends", [(SUCCEEDED,), (SIGTERMED, SUCCEEDED)], ids=["one attempt", "two attempts"])
+def test_an_operator_that_dies_after_any_write_makes_nothing_twice(ends: tuple[dict[str, Any], ...]) -> None:
+    for moment in range(1, len(writes_of(*ends)) + 1):
+        world = World()
+        world.apply(SPEC)
+        world.crash_after = moment
+        asyncio.run(live(world, *ends))
+        check(world, attempts=len(ends))
+
+
+def test_a_run_deleted_while_training_ends_killed() -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        await look(world)
+        world.pod_of(world.jobs["run-a1"], **RUNNING)
+        await look(world)
+        assert world.run is not None
+        world.run["metadata"]["deletionTimestamp"] = STAMP
+        await look(world)
+        # the pod's end is an event of its own
+        await look(world)
+
+    asyncio.run(scenario())
+
+    assert world.run is None
+    assert world.jobs == {}
+    assert world.mlflow_runs[UID]["status"] == "KILLED"
+
+
+def test_an_outcome_is_kept_while_mlflow_is_away() -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        await look(world)
+        world.pod_of(world.jobs["run-a1"], **SUCCEEDED)
+        world.mlflow_away = True
+        with pytest.raises(ConnectionError):
+            await look(world)
+        assert world.run is not None
+        complete = next(item for item in world.run["status"]["conditions"] if item["type"] == "Complete")
+        assert (complete["status"], complete["reason"]) == ("False", "Registering")
+        # The pod goes, and with it its exit code; then MLflow comes back.
+        world.jobs.clear()
+        world.pods.clear()
+        world.mlflow_away = False
+        await look(world)
+
+    asyncio.run(scenario())
+
+    assert world.run is not None
+    assert world.run["status"]["phase"] == "Succeeded"
+    assert world.writes.count("create job run-a1") == 1
+
+
+def test_a_stale_observation_writes_nothing() -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        behind = controller(world)
+        await behind.refresh()
+        await look(world)
+        before = list(world.writes)
+        # It works from what it saw before the other one wrote; the API server refuses.
+        await behind._look_safely(KEY)
+        assert world.writes == before
+        # Then it has read the run again.
+        await behind.look(KEY)
+        assert world.writes == before
+
+    asyncio.run(scenario())
+
+
+def test_one_event_for_each_transition() -> None:
+    world = World()
+    world.apply(SPEC)
+    asyncio.run(live(world, SUCCEEDED))
+
+    assert world.events == [
+        "RunCreated",
+        "AttemptStarted",
+        "Training",
+        "AttemptCompleted",
+        "ModelRegistered",
+        "Completed",
+    ]

@@ -1,0 +1,106 @@
+"""What is read from objects as the API server gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heimdall_api.contract import Reason
+from heimdall_operator.failures import judge_pod, parse_last_words
+from heimdall_operator.observe import observe, pod_facts
+
+STAMP = "2026-11-01T12:00:00Z"
+
+
+def raw_pod(**status: Any) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "name": "run-a1-x",
+            "namespace": "team",
+            "creationTimestamp": STAMP,
+            "labels": {"training.heimdall.dev/attempt": "1"},
+        },
+        "spec": {"nodeName": "node1"},
+        "status": status,
+    }
+
+
+def terminated(**state: Any) -> list[dict[str, Any]]:
+    return [{"state": {"terminated": {"startedAt": STAMP, "finishedAt": STAMP, **state}}}]
+
+
+CASES = {
+    "OOMKilled": (
+        raw_pod(phase="Failed", containerStatuses=terminated(exitCode=137, reason="OOMKilled")),
+        Reason.HOST_OUT_OF_MEMORY,
+    ),
+    "evicted before it ran": (raw_pod(phase="Failed", reason="Evicted"), Reason.PREEMPTED),
+    "its node is gone": (
+        raw_pod(
+            phase="Failed",
+            conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}],
+        ),
+        Reason.NODE_LOST,
+    ),
+    "the trainer's own reason": (
+        raw_pod(
+            phase="Failed",
+            containerStatuses=terminated(exitCode=1, message='{"reason": "UserError", "message": "boom"}'),
+        ),
+        Reason.USER_ERROR,
+    ),
+    "an unknown exit code": (raw_pod(phase="Failed", containerStatuses=terminated(exitCode=3)), Reason.UNKNOWN),
+    "success": (raw_pod(phase="Succeeded", containerStatuses=terminated(exitCode=0)), Reason.COMPLETED),
+}
+
+
+@pytest.mark.parametrize(("pod", "reason"), CASES.values(), ids=CASES.keys())
+def test_from_pod_to_reason(pod: dict[str, Any], reason: Reason) -> None:
+    outcome = judge_pod(pod_facts(pod))
+
+    assert outcome is not None
+    assert outcome.reason == reason
+    assert outcome.message.endswith((".", "boom"))
+
+
+def test_a_running_pod_has_no_outcome() -> None:
+    running = raw_pod(phase="Running", containerStatuses=[{"state": {"running": {"startedAt": STAMP}}}])
+
+    assert judge_pod(pod_facts(running)) is None
+
+
+def test_a_job_of_another_owner_is_not_ours() -> None:
+    resource = {
+        "metadata": {"name": "run", "namespace": "team", "uid": "new", "creationTimestamp": STAMP},
+        "status": {"attempt": 1},
+    }
+    job = {
+        "metadata": {
+            "name": "run-a1",
+            "creationTimestamp": STAMP,
+            "labels": {"training.heimdall.dev/attempt": "1"},
+            "ownerReferences": [{"uid": "old", "controller": True}],
+        }
+    }
+
+    assert observe(resource, [job]).job is None
+
+
+def test_an_unreadable_spec_names_its_field() -> None:
+    resource = {
+        "metadata": {"name": "run", "namespace": "team", "uid": "u", "creationTimestamp": STAMP},
+        "spec": {"training": {"epochs": -1}},
+    }
+
+    seen = observe(resource)
+
+    assert seen.spec is None
+    assert "spec.training.epochs" in seen.spec_error
+
+
+@given(st.text())
+def test_any_last_words_are_read(text: str) -> None:
+    parse_last_words(text)
