@@ -1,4 +1,4 @@
-"""Stand-ins for API server and MLflow that keep their rules: conflicts, names taken once, creations that are not idempotent."""
+"""Stand-ins for API server and MLflow that keep their rules: conflicts, names that are taken, creations that add up."""
 
 from __future__ import annotations
 
@@ -160,8 +160,10 @@ class FakeMlflow:
 
     async def open_attempt(self, run_id: str, attempt: int) -> RunFacts:
         self._check()
-        self.world.mlflow_runs[UID].update(status="RUNNING", attempt=attempt)
-        self.world.wrote(f"open attempt {attempt}")
+        wanted = {"status": "RUNNING", "attempt": attempt}
+        if not wanted.items() <= self.world.mlflow_runs[UID].items():
+            self.world.mlflow_runs[UID].update(wanted)
+            self.world.wrote(f"open attempt {attempt}")
         return self._facts(UID)
 
     async def end_run(self, observed: Any, status: str) -> RunFacts | None:
