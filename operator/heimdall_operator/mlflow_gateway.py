@@ -30,7 +30,11 @@ class RunGoneError(Exception):
 
 
 def bound_http() -> None:
-    """Bound MLflow's HTTP calls: its own default of 7 tries of 120 s is right for a trainer, not for a loop."""
+    """Bound MLflow's HTTP calls: its own default of 7 tries of 120 s is right for a trainer, not for a loop.
+
+    MLflow reads these at import. It also prints links for people at a terminal, which have no place in a JSON log.
+    """
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", HTTP_TIMEOUT_S)
 
