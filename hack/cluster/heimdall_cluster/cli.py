@@ -1,0 +1,161 @@
+"""The command line: `up`, `down`, `status`, `load`, `env`, `engine`, `parts`, `images`."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from heimdall_cluster import engine, images, kind, parts
+from heimdall_cluster.paths import BIN, CACHE, KUBECONFIG, LOCK
+from heimdall_cluster.steps import ClusterError, say, step
+
+LOCK_TIMEOUT_S: Final = 1800
+DISK_NEEDED_GB: Final = 30
+DISK_NEEDED_WARM_GB: Final = 8
+MEMORY_NEEDED_GB: Final = 6
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    arguments = _parser().parse_args()
+    try:
+        if arguments.command in ("env", "status"):
+            arguments.call(arguments)
+            return
+        with _locked():
+            arguments.call(arguments)
+    except ClusterError as error:
+        sys.exit(f"hack/cluster: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hack/cluster", description="A local Kubernetes cluster by kind.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, call: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(call=call)
+        return command
+
+    add("up", _up, "bring the cluster up, or take up what is there")
+    down = add("down", _down, "take the cluster and our Docker engine down")
+    down.add_argument("--all", action="store_true", help="remove the cache too")
+    add("status", _status, "tell what is there")
+    load = add("load", _load, "give the cluster's workers images of the engine")
+    load.add_argument("images", nargs="+", metavar="IMAGE")
+    load.add_argument("--gpu-node", action="store_true", help="only the worker with the GPUs")
+    add("env", _env, "print variables: eval \"$(python3 hack/cluster env)\"")
+    add("engine", _engine, "make sure that a Docker engine answers")
+    build = add("parts", _parts, "build programs from Go modules into the cache")
+    build.add_argument("names", nargs="+", metavar="NAME", help=", ".join(parts.CATALOGUE))
+    add("images", _images, "make sure that the base image of the project's images is there")
+    return parser
+
+
+def _up(_: argparse.Namespace) -> None:
+    began = time.monotonic()
+    check_machine()
+    engine.ensure()
+    parts.ensure(["kind", "helm"])
+    if kind.is_healthy():
+        say("the cluster is up")
+    else:
+        kind.create()
+        parts.ensure(["minio", "kubeconform"])
+        parts.drop_go_caches()
+    say(f"cluster {kind.NAME}: up after {time.monotonic() - began:.0f} s; eval \"$(python3 hack/cluster env)\"")
+
+
+def check_machine() -> None:
+    """Refuse a machine that can't hold the cluster, before anything is begun.
+
+    Raises:
+        ClusterError: Disk or memory do not suffice.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    cold = not all(parts.is_built(parts.CATALOGUE[name]) for name in parts.NODE_PARTS) and not kind.KUBECONFIG.exists()
+    needed = DISK_NEEDED_GB if cold else DISK_NEEDED_WARM_GB
+    free = shutil.disk_usage(CACHE).free / 1e9
+    if free < needed:
+        raise ClusterError(f"{needed} GB of disk are needed under {CACHE}, {free:.0f} GB are free: make room")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if memory < MEMORY_NEEDED_GB:
+        raise ClusterError(f"{MEMORY_NEEDED_GB} GB of memory are needed, this machine has {memory:.0f}")
+
+
+def _down(arguments: argparse.Namespace) -> None:
+    if engine.answers() or not engine.is_ours():
+        if kind.exists():
+            with step("taking the cluster down"):
+                kind.delete()
+    KUBECONFIG.unlink(missing_ok=True)
+    engine.stop()
+    if arguments.all:
+        parts.drop_go_caches()
+        with step(f"removing {CACHE}"):
+            shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def _status(_: argparse.Namespace) -> None:
+    own = engine.answers()
+    print(f"engine:  {'our own' if own else 'not running' if engine.is_ours() else 'the one that was there'}")
+    up = (own or not engine.is_ours()) and kind.is_healthy()
+    print(f"cluster: {'up' if up else 'down'}")
+    print(f"cache:   {CACHE}")
+
+
+def _load(arguments: argparse.Namespace) -> None:
+    engine.ensure()
+    if not kind.is_healthy():
+        raise ClusterError("the cluster is not up: python3 hack/cluster up")
+    kind.load(arguments.images, [kind.GPU_NODE] if arguments.gpu_node else list(kind.WORKERS))
+
+
+def _env(_: argparse.Namespace) -> None:
+    variables = {**engine.environment(), "KUBECONFIG": str(KUBECONFIG)}
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(f'export PATH={shlex.quote(str(BIN))}:"$PATH"')
+
+
+def _engine(_: argparse.Namespace) -> None:
+    engine.ensure()
+
+
+def _parts(arguments: argparse.Namespace) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    parts.ensure(arguments.names)
+
+
+def _images(_: argparse.Namespace) -> None:
+    engine.ensure()
+    images.ensure_python()
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """One call at a time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with LOCK.open("w") as lock:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    say("another hack/cluster is at work; waiting for it")
+                    told = True
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"another hack/cluster held {LOCK} for {LOCK_TIMEOUT_S} s") from None
+                time.sleep(1)
+        yield

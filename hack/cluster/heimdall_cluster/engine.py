@@ -1,0 +1,305 @@
+"""The Docker engine: the one that answers, or else one of our own that can be ended and removed whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from heimdall_cluster import parts
+from heimdall_cluster.paths import BEFORE, CLIENT_CONFIG, DATA_ROOT, ENGINE, EXEC_ROOT, LOGS, PID_FILE, RUN, SOCKET
+from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_until
+
+START_TIMEOUT_S: Final = 60
+STOP_TIMEOUT_S: Final = 60
+CAP_SYS_RESOURCE: Final = 24
+BRIDGES: Final = ("docker0",)
+RUNC_WRAPPER: Final = '''#!/usr/bin/python3 -S
+"""runc without CAP_SYS_RESOURCE, which this host does not have: privileged containers ask for it all the same."""
+import json, os, sys
+
+def without(capabilities):
+    for kind in capabilities or {}:
+        capabilities[kind] = [name for name in capabilities[kind] if name != "CAP_SYS_RESOURCE"]
+
+def edit(path, find):
+    with open(path) as file:
+        document = json.load(file)
+    without(find(document))
+    with open(path, "w") as file:
+        json.dump(document, file)
+
+arguments = sys.argv[1:]
+if "--bundle" in arguments:
+    edit(arguments[arguments.index("--bundle") + 1] + "/config.json", lambda doc: doc["process"].get("capabilities"))
+if "--process" in arguments:
+    edit(arguments[arguments.index("--process") + 1], lambda doc: doc.get("capabilities"))
+os.execv("@RUNC@", ["runc", *arguments])
+'''
+
+
+def environment() -> dict[str, str]:
+    """What a Docker client must be told to reach the engine; empty for an engine that is not ours."""
+    if not is_ours():
+        return {}
+    return {"DOCKER_HOST": f"unix://{SOCKET}", "DOCKER_CONFIG": str(CLIENT_CONFIG)}
+
+
+def docker() -> str:
+    """The Docker client."""
+    # Debian's own first: it fits Debian's engine.
+    found = shutil.which("docker", path=f"/usr/bin:{os.environ.get('PATH', '')}")
+    if found is None:
+        raise ClusterError("no Docker client was found")
+    return found
+
+
+def is_ours() -> bool:
+    """Whether the engine in use is the one that this tool started (or is to start)."""
+    return SOCKET.exists() or BEFORE.exists() or not _foreign_answers()
+
+
+def answers() -> bool:
+    """Whether the own engine answers."""
+    return SOCKET.exists() and _answers({"DOCKER_HOST": f"unix://{SOCKET}"})
+
+
+def _foreign_answers() -> bool:
+    return _answers({})
+
+
+def _answers(env: dict[str, str]) -> bool:
+    client = shutil.which("docker", path=f"/usr/bin:{os.environ.get('PATH', '')}")
+    if client is None:
+        return False
+    return bool(read([client, "version", "--format", "{{.Server.Version}}"], env=env, timeout_s=15))
+
+
+def ensure() -> dict[str, str]:
+    """Make sure that a Docker engine answers.
+
+    Returns:
+        The environment that reaches it.
+
+    Raises:
+        ClusterError: There is none, and none can be started here.
+    """
+    if not BEFORE.exists() and _foreign_answers():
+        return {}
+    if not answers():
+        _require_debian_root()
+        _install()
+        with step("starting a Docker engine of our own"):
+            _start()
+    _ensure_buildx()
+    return environment()
+
+
+def _require_debian_root() -> None:
+    if platform.system() != "Linux" or not Path("/etc/debian_version").exists():
+        raise ClusterError("no Docker engine answers: start Docker (on Debian, as root, this tool can install one)")
+    if os.geteuid() != 0:
+        raise ClusterError("no Docker engine answers, and starting one needs root: start Docker, or call this as root")
+
+
+def _install() -> None:
+    packages = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap"}
+    missing = [package for program, package in packages.items() if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin") is None]
+    if not missing:
+        return
+    with step(f"installing {', '.join(missing)} from Debian"):
+        log = LOGS / "apt.log"
+        # The package must not start a service of its own.
+        env = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+        run(["apt-get", "update", "-qq"], log=log)
+        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], log=log, env=env)
+
+
+def _start() -> None:
+    _clean_after_kill()
+    ENGINE.mkdir(parents=True, exist_ok=True)
+    RUN.mkdir(parents=True, exist_ok=True)
+    if not BEFORE.exists():
+        BEFORE.write_text(json.dumps(_host_state()))
+    command = [
+        *("dockerd", "--host", f"unix://{SOCKET}", "--data-root", str(DATA_ROOT), "--exec-root", str(EXEC_ROOT)),
+        *("--pidfile", str(PID_FILE), "--storage-driver", "overlay2", "--log-level", "warn"),
+        *_runtime_options(),
+    ]
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with (LOGS / "dockerd.log").open("a") as log:
+        # A session of its own: it must outlive this process and its terminal.
+        subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    wait_until(answers, what=f"the start of the Docker engine (see {LOGS / 'dockerd.log'})", timeout_s=START_TIMEOUT_S)
+
+
+def _runtime_options() -> list[str]:
+    if has_capability(CAP_SYS_RESOURCE):
+        return []
+    wrapper = ENGINE / "runc-wrapper"
+    wrapper.write_text(RUNC_WRAPPER.replace("@RUNC@", shutil.which("runc", path="/usr/sbin:/usr/bin") or "/usr/sbin/runc"))
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    return ["--add-runtime", f"heimdall={wrapper}", "--default-runtime", "heimdall"]
+
+
+def has_capability(number: int) -> bool:
+    """Whether this process has a Linux capability."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
+def _host_state() -> dict[str, object]:
+    return {
+        "links": [name for name in BRIDGES if Path("/sys/class/net", name).exists()],
+        "ip_forward": Path("/proc/sys/net/ipv4/ip_forward").read_text().strip(),
+        "chains": sorted(_docker_chains()),
+    }
+
+
+def _ensure_buildx() -> None:
+    parts.ensure(["buildx"])
+    plugin = CLIENT_CONFIG / "cli-plugins" / "docker-buildx"
+    if not plugin.exists():
+        plugin.parent.mkdir(parents=True, exist_ok=True)
+        plugin.unlink(missing_ok=True)
+        plugin.symlink_to(parts.path_of("buildx"))
+
+
+# --- ending ------------------------------------------------------------------------------------------------------
+
+
+def stop() -> None:
+    """End the own engine and take back what it did to the host; an engine that is not ours is left alone."""
+    if not BEFORE.exists():
+        return
+    with step("ending our Docker engine"):
+        pid = _pid()
+        if pid is not None:
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not _alive(pid), what="the end of the Docker engine", timeout_s=STOP_TIMEOUT_S)
+        _clean_after_kill()
+        _restore_host(json.loads(BEFORE.read_text()))
+        BEFORE.unlink()
+        shutil.rmtree(RUN, ignore_errors=True)
+
+
+def _pid() -> int | None:
+    try:
+        pid = int(PID_FILE.read_text())
+    except (OSError, ValueError):
+        return None
+    return pid if _alive(pid) and "dockerd" in _command(pid) else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _clean_after_kill() -> None:
+    """Remove what an engine that was killed left behind: its children, their children, mounts, the socket."""
+    if _pid() is not None:
+        return
+    leftovers = list(_descendants_of_ours())
+    if leftovers:
+        say(f"  ending {len(leftovers)} processes that a killed engine left behind")
+    for pid in leftovers:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    wait_until(lambda: not any(_alive(pid) for pid in leftovers), what="the end of leftover processes", timeout_s=30)
+    for mount in reversed(_our_mounts()):
+        read(["umount", "--lazy", mount])
+    SOCKET.unlink(missing_ok=True)
+    PID_FILE.unlink(missing_ok=True)
+    shutil.rmtree(EXEC_ROOT, ignore_errors=True)
+
+
+def _descendants_of_ours() -> Iterator[int]:
+    """containerd and its shims of our exec-root, and everything below them."""
+    children: dict[int, list[int]] = {}
+    roots = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+        children.setdefault(parent, []).append(pid)
+        command = _command(pid)
+        if str(EXEC_ROOT) in command and ("containerd" in command or "docker-proxy" in command):
+            roots.append(pid)
+    waiting = roots
+    seen: set[int] = set()
+    while waiting:
+        pid = waiting.pop()
+        if pid not in seen:
+            seen.add(pid)
+            yield pid
+            waiting.extend(children.get(pid, []))
+
+
+def _our_mounts() -> list[str]:
+    ours = (str(DATA_ROOT), str(RUN))
+    points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [point for point in points if point.startswith(ours)]
+
+
+def _restore_host(before: dict[str, object]) -> None:
+    links = before["links"]
+    chains = before["chains"]
+    assert isinstance(links, list)
+    assert isinstance(chains, list)
+    for name in BRIDGES:
+        if name not in links and Path("/sys/class/net", name).exists():
+            read(["ip", "link", "delete", name])
+    if not chains:
+        remove_firewall_rules()
+    Path("/proc/sys/net/ipv4/ip_forward").write_text(str(before["ip_forward"]))
+
+
+def remove_firewall_rules() -> None:
+    """Remove Docker's chains, and the rules that lead to them or name its bridges."""
+    for tool in ("iptables", "ip6tables"):
+        for table in ("filter", "nat", "raw", "mangle"):
+            listing = (read([tool, "-t", table, "-S"]) or "").splitlines()
+            for rule in listing:
+                if rule.startswith("-A ") and is_docker_rule(rule):
+                    read([tool, "-t", table, "-D", *rule.split()[1:]])
+            for rule in listing:
+                if rule.startswith("-N DOCKER"):
+                    read([tool, "-t", table, "-X", rule.split()[1]])
+        # Docker's engine makes the forward chain refuse what it does not know.
+        read([tool, "-P", "FORWARD", "ACCEPT"])
+
+
+def is_docker_rule(rule: str) -> bool:
+    """Whether a rule (as `iptables -S` prints it) is one of Docker's."""
+    words = rule.split()
+    return any(word.startswith("DOCKER") or word == "docker0" or word.startswith("br-") for word in words[1:])
+
+
+def _docker_chains() -> set[str]:
+    listing = read(["iptables", "-S"]) or ""
+    return {line.split()[1] for line in listing.splitlines() if line.startswith("-N DOCKER")}

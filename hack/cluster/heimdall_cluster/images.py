@@ -1,0 +1,246 @@
+"""Images: pulled where that works; otherwise stand-ins built from Debian packages and Go modules."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import IO, Final
+
+from heimdall_cluster import engine, parts
+from heimdall_cluster.parts import KUBERNETES_VERSION
+from heimdall_cluster.paths import CACHE, ENGINE, IMAGES_SOURCE, LOGS
+from heimdall_cluster.steps import ClusterError, read, run, step
+
+PROBE_IMAGE: Final = "docker.io/library/hello-world:latest"
+PROBE_TIMEOUT_S: Final = 20
+DEBIAN: Final = "heimdall/debian:bookworm"
+PYTHON: Final = "python:3.11-slim-bookworm"
+NETWORK_TOOLS: Final = "heimdall/network-tools:bookworm"
+NODE_BASE: Final = "heimdall/kind-base:dev"
+NODE: Final = f"heimdall/kind-node:{KUBERNETES_VERSION}"
+KUBE_ROUTER: Final = "docker.io/heimdall/kube-router:v2.1.0"
+SUITE: Final = "bookworm"
+CA_BUNDLE: Final = Path("/etc/ssl/certs/ca-certificates.crt")
+KUBE_BINARIES: Final = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy")
+
+
+@cache
+def can_pull() -> bool:
+    """Whether images can be pulled from a registry: asked once, bounded in time."""
+    return read([engine.docker(), "pull", "--quiet", PROBE_IMAGE], env=engine.environment(), timeout_s=PROBE_TIMEOUT_S) is not None
+
+
+def exists(image: str) -> bool:
+    """Whether the engine has an image."""
+    return read([engine.docker(), "image", "inspect", image], env=engine.environment()) is not None
+
+
+def docker(*arguments: str | Path, log: str, text: str | None = None) -> None:
+    """Run the Docker client with its output in a log file."""
+    run([engine.docker(), *arguments], log=LOGS / f"{log}.log", env={**engine.environment(), "DOCKER_BUILDKIT": "1"}, text=text)
+
+
+def ensure_python() -> None:
+    """Make sure that the base image of the project's own images is there."""
+    if exists(PYTHON):
+        return
+    if can_pull():
+        with step(f"pulling {PYTHON}"):
+            docker("pull", "--quiet", PYTHON, log="images")
+        return
+    _ensure_debian()
+    with step(f"building a stand-in for {PYTHON} from Debian packages"):
+        build(PYTHON, "python")
+
+
+def build(image: str, folder: str, *, context: Path | None = None) -> None:
+    """Build an image from a folder of `images/`, or with its Dockerfile from another context."""
+    source = IMAGES_SOURCE / folder
+    docker("build", "--quiet", "--tag", image, "--file", source / "Dockerfile", context or source, log="images")
+
+
+def _ensure_debian() -> None:
+    if exists(DEBIAN):
+        return
+    tree = CACHE / "debian"
+    with step("making a Debian base image with debootstrap"):
+        shutil.rmtree(tree, ignore_errors=True)
+        run(["debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, tree], log=LOGS / "debootstrap.log")
+        shutil.rmtree(tree / "var/cache/apt/archives", ignore_errors=True)
+        shutil.rmtree(tree / "var/lib/apt/lists", ignore_errors=True)
+        if CA_BUNDLE.exists():
+            # What this host trusts, containers that are built here must trust too.
+            shutil.copyfile(CA_BUNDLE, tree / CA_BUNDLE.relative_to("/"))
+        archive = ENGINE / "debian.tar"
+        run(["tar", "-C", tree, "-cf", archive, "."], log=LOGS / "debootstrap.log")
+        changes = [f"--change=ENV {name}={CA_BUNDLE}" for name in ("SSL_CERT_FILE", "PIP_CERT")]
+        docker("import", *changes, "--change=ENV UV_SYSTEM_CERTS=1", archive, DEBIAN, log="images")
+        archive.unlink()
+        shutil.rmtree(tree)
+
+
+# --- the node image ----------------------------------------------------------------------------------------------
+
+
+def ensure_node() -> str | None:
+    """Make sure that a node image is there.
+
+    Returns:
+        Its name; None where kind's own can be pulled.
+    """
+    if exists(NODE):
+        return NODE
+    if can_pull():
+        return None
+    parts.ensure(["kind", *parts.NODE_PARTS])
+    _ensure_debian()
+    with step("building the images of Kubernetes' own parts"):
+        if not exists(NETWORK_TOOLS):
+            build(NETWORK_TOOLS, "network-tools")
+        tarball = _server_tarball()
+    with step("building kind's base image"):
+        _build_node_base()
+    with step("building the node image"):
+        kind = parts.path_of("kind")
+        command = [kind, "build", "node-image", "--type", "file", tarball, "--base-image", NODE_BASE, "--image", NODE]
+        run(command, log=LOGS / "node-image.log", env=client_environment())
+        tarball.unlink()
+        read([engine.docker(), "image", "rm", NODE_BASE], env=engine.environment())
+    return NODE
+
+
+def client_environment() -> dict[str, str]:
+    """What kind must be told to find engine and client."""
+    path = f"{Path(engine.docker()).parent}:{os.environ.get('PATH', '')}"
+    return {**engine.environment(), "PATH": path}
+
+
+def _build_node_base() -> None:
+    """What kind's own base image does after its packages, with our binaries."""
+    source = parts.module_dir("sigs.k8s.io/kind", "kind") / "images/base/files"
+    with tempfile.TemporaryDirectory(dir=CACHE) as name:
+        context = Path(name)
+        shutil.copytree(source, context / "files")
+        for folder, part in {"bin": "containerd", "cni": "cni-plugins"}.items():
+            shutil.copytree(parts.PARTS / part, context / folder, ignore=shutil.ignore_patterns("stamp.json"))
+        shutil.copy(parts.path_of("crictl"), context / "bin")
+        config = context / "files/etc/containerd/config.toml"
+        config.chmod(0o644)
+        text = config.read_text()
+        if not engine.has_capability(engine.CAP_SYS_RESOURCE):
+            # Lowering a process's out-of-memory score needs the capability that this host lacks.
+            text = text.replace("restrict_oom_score_adj = false", "restrict_oom_score_adj = true")
+        config.write_text(text)
+        build(NODE_BASE, "kind-base", context=context)
+
+
+def _server_tarball() -> Path:
+    """What kind takes for a Kubernetes release: binaries, and an image archive for each part."""
+    target = CACHE / "kubernetes-server.tar"
+    images = wanted_images()
+    with tempfile.TemporaryDirectory(dir=CACHE) as name, tarfile.open(target, "w") as tar:
+        folder = Path(name)
+        _add_text(tar, "kubernetes/version", KUBERNETES_VERSION)
+        for binary in ("kubeadm", "kubelet", "kubectl"):
+            tar.add(parts.path_of("kubernetes", binary), f"kubernetes/server/bin/{binary}")
+        for binary in KUBE_BINARIES:
+            image = f"registry.k8s.io/{binary}-amd64:{KUBERNETES_VERSION}"
+            base = NETWORK_TOOLS if binary == "kube-proxy" else "scratch"
+            build_binary(image, parts.path_of("kubernetes", binary), base=base)
+            # What no archive names, kind would pull: so the last one holds everything else too.
+            extra = _build_extras(images) if binary == "kube-proxy" else []
+            archive = folder / f"{binary}.tar"
+            docker("save", "--output", archive, image, *extra, log="images")
+            rewritten = folder / f"{binary}.new"
+            rewrite_archive(archive, rewritten)
+            tar.add(rewritten, f"kubernetes/server/bin/{binary}.tar")
+    return target
+
+
+def wanted_images() -> list[str]:
+    """Every image that kubeadm and kind ask for beside Kubernetes' own."""
+    kubeadm = parts.path_of("kubernetes", "kubeadm")
+    listed = read([kubeadm, "config", "images", "list", "--kubernetes-version", KUBERNETES_VERSION]) or ""
+    source = parts.module_dir("sigs.k8s.io/kind", "kind")
+    kinds = []
+    for file in sorted((source / "pkg/build/nodeimage").glob("const_*.go")):
+        kinds += [word.strip('"') for word in file.read_text().split() if word.startswith('"docker.io/kindest/')]
+    config = (source / "images/base/files/etc/containerd/config.toml").read_text()
+    pause = next(line.split('"')[1] for line in config.splitlines() if "sandbox_image" in line)
+    others = [image for image in listed.split() if not any(name in image for name in KUBE_BINARIES)]
+    if not others or not kinds:
+        raise ClusterError("kubeadm or kind did not tell which images they need")
+    return sorted({*others, *kinds, pause, KUBE_ROUTER})
+
+
+def _build_extras(images: list[str]) -> list[str]:
+    binaries = {
+        "etcd": ("etcd", "scratch"),
+        "coredns": ("coredns", "scratch"),
+        "local-path-provisioner": ("local-path-provisioner", NETWORK_TOOLS),
+        "kube-router": ("kube-router", NETWORK_TOOLS),
+    }
+    for image in images:
+        name = image.rsplit("/", 1)[1].split(":")[0]
+        if name in binaries:
+            part, base = binaries[name]
+            build_binary(image, parts.path_of(part), base=base)
+        else:
+            # pause waits for a signal; the helper needs a shell; kindnetd is named, but not used.
+            docker("build", "--quiet", "--tag", image, "-", log="images", text=WAITING)
+    return images
+
+
+WAITING: Final = f'FROM {NETWORK_TOOLS}\nENTRYPOINT ["/bin/sh", "-c", "trap \\"exit 0\\" TERM INT; while :; do sleep 3600 & wait $!; done"]\n'
+
+
+def build_binary(image: str, binary: Path, *, base: str) -> None:
+    """Build an image that holds one static binary on its PATH."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as name:
+        context = Path(name)
+        shutil.copy(binary, context / binary.name)
+        (context / "Dockerfile").write_text(
+            f"FROM {base}\n"
+            "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
+            f"COPY {binary.name} /usr/local/bin/{binary.name}\n"
+            f'ENTRYPOINT ["/usr/local/bin/{binary.name}"]\n'
+        )
+        docker("build", "--quiet", "--tag", image, context, log="images")
+
+
+def rewrite_archive(source: Path, target: Path) -> None:
+    """Put an image archive's `repositories` first, with whole names.
+
+    kind reads names from whichever of `repositories` and `manifest.json` comes first, and of the latter only the
+    first image; and it compares them with names that begin with their registry.
+    """
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        listed = old.extractfile("repositories")
+        if listed is None:
+            raise ClusterError(f"{source} is no image archive")
+        names = {whole_name(name): tags for name, tags in json.load(listed).items()}
+        _add_text(new, "repositories", json.dumps(names))
+        for member in old.getmembers():
+            if member.name == "repositories":
+                continue
+            content: IO[bytes] | None = old.extractfile(member) if member.isfile() else None
+            new.addfile(member, content)
+
+
+def whole_name(name: str) -> str:
+    """An image's name with its registry: Docker leaves its own out."""
+    first = name.split("/", 1)[0]
+    return name if "." in first or ":" in first or first == "localhost" else f"docker.io/{name}"
+
+
+def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(text.encode())
+    info.mode = 0o644
+    tar.addfile(info, io.BytesIO(text.encode()))

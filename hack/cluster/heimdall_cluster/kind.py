@@ -1,0 +1,161 @@
+"""The cluster: kind's, with one control plane and two workers, of which one pretends to have GPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from heimdall_cluster import engine, images, parts
+from heimdall_cluster.paths import HERE, KUBECONFIG, LOGS
+from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_until
+
+NAME: Final = "heimdall"
+CONTROL_PLANE: Final = f"{NAME}-control-plane"
+WORKERS: Final = (f"{NAME}-worker", f"{NAME}-worker2")
+GPU_NODE: Final = WORKERS[1]
+GPUS: Final = 2
+GPU_RESOURCE: Final = "nvidia.com/gpu"
+NODES_TIMEOUT_S: Final = 180
+DELETE_TIMEOUT_S: Final = 120
+KUBE_ROUTER_MANIFEST: Final = HERE / "kube-router.yaml"
+
+
+def config(*, own_cni: bool, cgroup_v1: bool) -> dict[str, Any]:
+    """kind's configuration.
+
+    Args:
+        own_cni: Whether we bring the pod network (kube-router), because kind's can't be pulled.
+        cgroup_v1: Whether the host has cgroup v1, which a kubelet refuses unless told otherwise.
+
+    Returns:
+        A kind.x-k8s.io/v1alpha4 Cluster.
+    """
+    document: dict[str, Any] = {
+        "kind": "Cluster",
+        "apiVersion": "kind.x-k8s.io/v1alpha4",
+        "name": NAME,
+        "networking": {"apiServerAddress": "127.0.0.1"},
+        "nodes": [{"role": "control-plane"}, {"role": "worker"}, {"role": "worker"}],
+    }
+    if own_cni:
+        document["networking"]["disableDefaultCNI"] = True
+    if cgroup_v1:
+        document["kubeadmConfigPatches"] = [
+            json.dumps({"kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1", "failCgroupV1": False})
+        ]
+    return document
+
+
+def kubectl(*arguments: str, timeout_s: float = 60) -> str | None:
+    """The output of kubectl against the cluster, or None where it failed."""
+    return read([kubectl_path(), "--kubeconfig", KUBECONFIG, *arguments], timeout_s=timeout_s)
+
+
+def kubectl_path() -> str:
+    """kubectl: ours where it was built, otherwise the host's."""
+    built = parts.path_of("kubernetes", "kubectl")
+    return str(built) if built.exists() else "kubectl"
+
+
+def exists() -> bool:
+    """Whether the cluster's containers are there, running or not."""
+    return bool(_containers(all_states=True))
+
+
+def is_healthy() -> bool:
+    """Whether every node runs and is Ready."""
+    if len(_containers(all_states=False)) != 1 + len(WORKERS) or not KUBECONFIG.exists():
+        return False
+    listed = kubectl("get", "nodes", "-o", "json", timeout_s=10)
+    if listed is None:
+        return False
+    ready = [node for node in json.loads(listed)["items"] if _is_ready(node)]
+    return len(ready) == 1 + len(WORKERS)
+
+
+def _is_ready(node: dict[str, Any]) -> bool:
+    return any(item["type"] == "Ready" and item["status"] == "True" for item in node["status"]["conditions"])
+
+
+def _containers(*, all_states: bool) -> list[str]:
+    options = ["--all"] if all_states else []
+    listed = read(
+        [engine.docker(), "ps", *options, "--filter", f"label=io.x-k8s.kind.cluster={NAME}", "--format", "{{.Names}}"],
+        env=engine.environment(),
+    )
+    return (listed or "").split()
+
+
+def create() -> None:
+    """Make the cluster, taking down what is left of a broken one."""
+    if exists():
+        say("  what is left of an earlier cluster does not work: it is taken down first")
+        delete()
+    node_image = images.ensure_node()
+    parts.ensure(["kind"])
+    own_cni = node_image is not None
+    file = KUBECONFIG.with_name("kind.json")
+    file.write_text(json.dumps(config(own_cni=own_cni, cgroup_v1=not Path("/sys/fs/cgroup/cgroup.controllers").exists())))
+    with step("creating the cluster with kind"):
+        command = [parts.path_of("kind"), "create", "cluster", "--config", file, "--kubeconfig", KUBECONFIG]
+        image = ["--image", node_image] if node_image else []
+        run([*command, *image], log=LOGS / "kind.log", env=images.client_environment(), timeout_s=600)
+    if own_cni:
+        with step("installing kube-router (pod network and NetworkPolicies)"):
+            _apply(KUBE_ROUTER_MANIFEST)
+    with step("waiting for the nodes"):
+        wait_until(is_healthy, what="that all nodes are Ready", timeout_s=NODES_TIMEOUT_S)
+    _simulate_gpus()
+
+
+def _apply(manifest: Path) -> None:
+    run([kubectl_path(), "--kubeconfig", KUBECONFIG, "apply", "-f", manifest], log=LOGS / "kind.log")
+
+
+def gpu_patch() -> dict[str, Any]:
+    """The patch of a node's status that makes it offer GPUs."""
+    amount = {GPU_RESOURCE: str(GPUS)}
+    return {"status": {"capacity": amount, "allocatable": amount}}
+
+
+def _simulate_gpus() -> None:
+    with step(f"simulating {GPUS} GPUs on {GPU_NODE}"):
+        patch = json.dumps(gpu_patch())
+        done = kubectl("patch", "node", GPU_NODE, "--subresource=status", "--type=merge", "-p", patch)
+        labelled = kubectl("label", "--overwrite", "node", GPU_NODE, "heimdall.dev/gpu=simulated")
+        if done is None or labelled is None:
+            raise ClusterError(f"{GPU_NODE} could not be made to offer {GPU_RESOURCE}")
+
+
+def delete() -> None:
+    """Take the cluster down."""
+    command = [parts.path_of("kind"), "delete", "cluster", "--name", NAME, "--kubeconfig", KUBECONFIG]
+    run(command, log=LOGS / "kind.log", env=images.client_environment(), timeout_s=DELETE_TIMEOUT_S)
+    KUBECONFIG.unlink(missing_ok=True)
+    KUBECONFIG.with_name("kind.json").unlink(missing_ok=True)
+    if engine.environment():
+        # The network is shared by all kind clusters of an engine: only of our own engine it is ours.
+        read([engine.docker(), "network", "rm", "kind"], env=engine.environment())
+
+
+def load(names: list[str], nodes: list[str]) -> None:
+    """Give nodes images that the engine has; nodes that have them already are left alone."""
+    for name in names:
+        wanted = read([engine.docker(), "image", "inspect", "--format", "{{.Id}}", name], env=engine.environment())
+        if wanted is None:
+            raise ClusterError(f"the engine has no image {name}: build it first (python3 hack/images build)")
+        missing = [node for node in nodes if image_id(node, name) != wanted.strip()]
+        if missing:
+            with step(f"loading {name} into {', '.join(missing)}"):
+                command = [parts.path_of("kind"), "load", "docker-image", name, "--name", NAME, "--nodes", ",".join(missing)]
+                run(command, log=LOGS / "kind.log", env=images.client_environment())
+
+
+def image_id(node: str, name: str) -> str | None:
+    """ID of a node's image of a name, or None where it has none."""
+    found = read(
+        [engine.docker(), "exec", node, "crictl", "inspecti", "-o", "go-template", "--template", "{{.status.id}}", images.whole_name(name)],
+        env=engine.environment(),
+    )
+    return found.strip() if found else None

@@ -1,0 +1,111 @@
+"""Steps: what is being done, how long it took, and on failure the last words of what failed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+TAIL_LINES: Final = 25
+COMMAND_TIMEOUT_S: Final = 1800
+
+
+class ClusterError(Exception):
+    """Something is missing or failed; the message tells a person what and what to do."""
+
+
+def say(text: str) -> None:
+    """Tell the user something."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Announce a step and tell how long it took."""
+    say(f"→ {title} …")
+    began = time.monotonic()
+    yield
+    say(f"  {title}: {time.monotonic() - began:.0f} s")
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    text: str | None = None,
+    timeout_s: float = COMMAND_TIMEOUT_S,
+) -> None:
+    """Run a command with its output in a log file.
+
+    Args:
+        command: Program and arguments.
+        log: File that its output is appended to.
+        env: Variables beside the process's own.
+        cwd: Folder to run in.
+        text: Standard input.
+        timeout_s: Bound of the whole, in seconds.
+
+    Raises:
+        ClusterError: It failed or took too long; the message has its last lines.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        out.write(f"$ {' '.join(map(str, command))}\n")
+        out.flush()
+        try:
+            subprocess.run(
+                [str(part) for part in command],
+                check=True,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                cwd=cwd,
+                input=text,
+                text=True,
+                timeout=timeout_s,
+            )
+        except FileNotFoundError as error:
+            raise ClusterError(f"{command[0]} is missing") from error
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(f"{command[0]} took longer than {timeout_s:.0f} s; see {log}") from error
+        except subprocess.CalledProcessError as error:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            raise ClusterError(
+                f"{' '.join(map(str, command[:4]))} … failed ({error.returncode}). Its last lines ({log}):\n{tail}"
+            ) from error
+
+
+def read(command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> str | None:
+    """The output of a command, or None where it failed, is missing or took too long."""
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(env or {})},
+            timeout=timeout_s,
+            check=False,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def wait_until(check: Callable[[], bool], *, what: str, timeout_s: float, every_s: float = 0.5) -> None:
+    """Poll until a condition holds.
+
+    Raises:
+        ClusterError: It did not hold in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{what} did not happen within {timeout_s:.0f} s")
+        time.sleep(every_s)
