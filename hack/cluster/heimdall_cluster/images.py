@@ -142,9 +142,9 @@ def _build_node_base() -> None:
 
 def _server_tarball() -> Path:
     """What kind takes for a Kubernetes release: binaries, and an image archive for each part."""
-    target = CACHE / "kubernetes-server.tar"
+    target = CACHE / "kubernetes-server.tar.gz"
     images = wanted_images()
-    with tempfile.TemporaryDirectory(dir=CACHE) as name, tarfile.open(target, "w") as tar:
+    with tempfile.TemporaryDirectory(dir=CACHE) as name, tarfile.open(target, "w:gz", compresslevel=1) as tar:
         folder = Path(name)
         _add_text(tar, "kubernetes/version", KUBERNETES_VERSION)
         for binary in ("kubeadm", "kubelet", "kubectl"):

@@ -1,0 +1,148 @@
+"""The cluster as tests see it: kubectl and helm with one kubeconfig, and waits with a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parents[2]
+POLL_S = 1.0
+COMMAND_TIMEOUT_S = 300
+
+T = TypeVar("T")
+
+
+def hack(*arguments: str, timeout_s: float = 5400) -> None:
+    """Call one of the project's own tools; what it says goes to the terminal."""
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=timeout_s)
+
+
+def cluster_environment() -> dict[str, str]:
+    """Variables that reach the cluster."""
+    listed = subprocess.run(
+        [sys.executable, "hack/cluster", "env"], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    script = f"{listed}\nenv -0"
+    out = subprocess.run(["bash", "-c", script], check=True, capture_output=True, timeout=60, env=dict(os.environ)).stdout
+    return dict(item.split("=", 1) for item in out.decode().split("\0") if "=" in item)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A namespace of the cluster."""
+
+    env: dict[str, str] = field(repr=False)
+    namespace: str
+
+    def run(self, *command: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, env=self.env, cwd=ROOT, capture_output=True, text=True, input=text, timeout=COMMAND_TIMEOUT_S, check=False
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"{shlex.join(command)} failed: {done.stderr}{done.stdout}")
+        return done
+
+    def kubectl(self, *arguments: str, text: str | None = None) -> str:
+        return self.run("kubectl", "-n", self.namespace, *arguments, text=text).stdout
+
+    def refused(self, *arguments: str, text: str | None = None) -> str:
+        """What kubectl says of something that must not work."""
+        done = self.run("kubectl", "-n", self.namespace, *arguments, text=text, check=False)
+        assert done.returncode != 0, f"kubectl {shlex.join(arguments)} was not refused: {done.stdout}"
+        return done.stderr
+
+    def helm(self, *arguments: str) -> str:
+        return self.run("helm", "-n", self.namespace, *arguments).stdout
+
+    def get(self, kind: str, name: str) -> dict[str, Any] | None:
+        done = self.run("kubectl", "-n", self.namespace, "get", kind, name, "-o", "json", "--ignore-not-found")
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def list(self, kind: str, selector: str = "") -> list[dict[str, Any]]:
+        chosen = ["-l", selector] if selector else []
+        items: list[dict[str, Any]] = json.loads(self.kubectl("get", kind, *chosen, "-o", "json"))["items"]
+        return items
+
+    def apply(self, manifest: dict[str, Any]) -> None:
+        self.kubectl("apply", "-f", "-", text=json.dumps(manifest))
+
+    def training_run(self, name: str) -> dict[str, Any]:
+        found = self.get("trainingrun", name)
+        assert found is not None, f"there is no TrainingRun {name}"
+        return found
+
+    def status(self, name: str) -> dict[str, Any]:
+        status: dict[str, Any] = self.training_run(name).get("status", {})
+        return status
+
+    def wait_for_phase(self, name: str, *phases: str, timeout_s: float) -> dict[str, Any]:
+        """The status once the run is in one of the phases; what it hung on is told where it is not."""
+
+        def look() -> dict[str, Any] | None:
+            status = self.status(name)
+            return status if status.get("phase") in phases else None
+
+        return wait_for(look, what=f"{name} being {' or '.join(phases)}", timeout_s=timeout_s, tell=lambda: self.explain(name))
+
+    def explain(self, name: str) -> str:
+        """What a person would look at."""
+        parts = [json.dumps(self.status(name), indent=1)]
+        parts += [self.run("kubectl", "-n", self.namespace, "get", "pods", "-o", "wide", check=False).stdout]
+        selector = f"training.heimdall.dev/run={name}"
+        parts += [self.run("kubectl", "-n", self.namespace, "logs", "-l", selector, "--tail=30", check=False).stdout]
+        parts += [self.run("kubectl", "-n", self.namespace, "logs", "deploy/heimdall-operator", "--tail=30", check=False).stdout]
+        return "\n".join(parts)
+
+
+def wait_for(
+    look: Callable[[], T | None], *, what: str, timeout_s: float, tell: Callable[[], str] = lambda: "", every_s: float = POLL_S
+) -> T:
+    """Poll until there is something, with a deadline."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = look()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout_s:.0f} s\n{tell()}")
+        time.sleep(every_s)
+
+
+def condition(resource_status: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A condition of a status; empty where there is none."""
+    return next((item for item in resource_status.get("conditions", []) if item["type"] == kind), {})
+
+
+@contextmanager
+def port_forward(cluster: Cluster, target: str, port: int) -> Iterator[int]:
+    """A local port that leads to a Service or pod; the process is ended afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        local = probe.getsockname()[1]
+    command = ["kubectl", "-n", cluster.namespace, "port-forward", target, f"{local}:{port}"]
+    with subprocess.Popen(command, env=cluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+
+            def connected() -> bool:
+                assert process.poll() is None, f"{shlex.join(command)} ended"
+                try:
+                    with socket.create_connection(("127.0.0.1", local), timeout=1):
+                        return True
+                except OSError:
+                    return False
+
+            wait_for(connected, what=f"a connection to {target}", timeout_s=60, every_s=0.2)
+            yield local
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
