@@ -85,10 +85,7 @@ def _structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
         out["maximum"], out["exclusiveMaximum"] = out["exclusiveMaximum"], True
     if "properties" in node:
         out["properties"] = {name: _structural(child, definitions) for name, child in node["properties"].items()}
-        # The API server fills in defaults only below what is there: an object that needs nothing is always there.
-        for name, child in out["properties"].items():
-            if "properties" in child and not child.get("required") and "default" not in node["properties"][name]:
-                child["default"] = {}
+        _default_objects(out["properties"])
     elif isinstance(node.get("additionalProperties"), dict):
         out["additionalProperties"] = _structural(node["additionalProperties"], definitions)
     if "items" in node:
@@ -98,6 +95,20 @@ def _structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
     if node.get("format") == "date-time":
         out["format"] = "date-time"
     return out
+
+
+def _default_objects(properties: dict[str, Schema]) -> None:
+    """Give objects that need nothing a default, so that their own fields' defaults are filled in.
+
+    The default is written out whole, because rules are checked against it as it stands.
+    """
+    for child in properties.values():
+        if "properties" in child and not child.get("required") and "default" not in child:
+            child["default"] = _defaults(child)
+
+
+def _defaults(schema: Schema) -> Schema:
+    return {name: child["default"] for name, child in schema["properties"].items() if "default" in child}
 
 
 def schema_of(model: type[TrainingRunSpec] | type[TrainingRunStatus]) -> Schema:
@@ -117,7 +128,7 @@ def schema_of(model: type[TrainingRunSpec] | type[TrainingRunStatus]) -> Schema:
 def custom_resource_definition() -> Schema:
     """The whole CustomResourceDefinition of the TrainingRun."""
     spec = schema_of(TrainingRunSpec)
-    spec["default"] = {}  # an empty spec is a valid one
+    spec["default"] = _defaults(spec)  # an empty spec is a valid one
     status = schema_of(TrainingRunStatus)
     # What is only sometimes known must not be required; the operator alone writes the status.
     status.pop("required", None)
