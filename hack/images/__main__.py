@@ -1,0 +1,147 @@
+"""`python3 hack/images build [NAME …]` makes the images of chart and tests; `list` names them.
+
+The project's own are built; MLflow, PostgreSQL and MinIO are pulled where a registry can be reached, and built from
+packages and Go modules under the same names where not. An image whose inputs have not changed is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "hack/cluster"))
+
+from heimdall_cluster import engine, images, parts  # noqa: E402
+from heimdall_cluster.steps import ClusterError, read, say, step  # noqa: E402
+
+LABEL: Final = "dev.heimdall.inputs"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image and what it is made of."""
+
+    name: str
+    reference: str
+    dockerfile: str
+    inputs: tuple[str, ...]
+    official: bool = False
+    """Whether the same name can be pulled where a registry is reached."""
+
+
+CATALOGUE: Final = {
+    image.name: image
+    for image in (
+        Image(
+            "operator",
+            "heimdall/operator:dev",
+            "Dockerfile.operator",
+            ("requirements/operator.txt", "requirements/bootstrap.txt", "api", "tracking", "operator"),
+        ),
+        Image(
+            "trainer",
+            "heimdall/trainer:dev",
+            "Dockerfile.trainer",
+            ("requirements/trainer.txt", "requirements/bootstrap.txt", "api", "tracking", "trainer"),
+        ),
+        Image(
+            "contract",
+            "heimdall/contract:dev",
+            "images/contract/Dockerfile",
+            ("requirements/contract.txt", "requirements/bootstrap.txt", "images/contract"),
+        ),
+        Image(
+            "mlflow",
+            "ghcr.io/mlflow/mlflow:v3.17.2-full",
+            "images/mlflow/Dockerfile",
+            ("requirements/mlflow-server.txt", "requirements/bootstrap.txt", "images/mlflow"),
+            official=True,
+        ),
+        Image("postgresql", "docker.io/library/postgres:15", "images/postgresql/Dockerfile", ("images/postgresql",), official=True),
+        Image(
+            "minio",
+            "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z",
+            "images/minio/Dockerfile",
+            ("images/minio", "hack/cluster/parts/minio"),
+            official=True,
+        ),
+    )
+}
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="hack/images", description="Build or pull the images of chart and tests.")
+    parser.add_argument("command", choices=["build", "list"])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(CATALOGUE)}; all by default")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - CATALOGUE.keys()
+    if unknown:
+        parser.error(f"there is no image {', '.join(sorted(unknown))}; there are {', '.join(CATALOGUE)}")
+    if arguments.command == "list":
+        for image in CATALOGUE.values():
+            print(f"{image.name:12}{image.reference}")
+        return
+    try:
+        engine.ensure()
+        build(CATALOGUE[name] for name in arguments.names or CATALOGUE)
+    except ClusterError as error:
+        sys.exit(f"hack/images: {error}")
+
+
+def build(wanted: Iterable[Image]) -> None:
+    """Make images that are not there or not up to date."""
+    for image in wanted:
+        digest = inputs_digest(image)
+        if _label(image) == digest or (image.official and images.exists(image.reference) and images.can_pull()):
+            continue
+        if image.official and images.can_pull():
+            with step(f"pulling {image.reference}"):
+                images.docker("pull", "--quiet", image.reference, log="images")
+            continue
+        images.ensure_python()
+        with step(f"building {image.reference}"):
+            _build(image, digest)
+    say("images are up to date")
+
+
+def inputs_digest(image: Image) -> str:
+    """What an image is made of, as a checksum."""
+    digest = hashlib.sha256()
+    for path in (ROOT / name for name in (image.dockerfile, *image.inputs)):
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            if "__pycache__" in file.parts or any(part.endswith(".egg-info") for part in file.parts):
+                continue
+            digest.update(f"{file.relative_to(ROOT)}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _label(image: Image) -> str | None:
+    template = f'{{{{index .Config.Labels "{LABEL}"}}}}'
+    found = read([engine.docker(), "image", "inspect", "--format", template, image.reference], env=engine.environment())
+    return found.strip() if found else None
+
+
+def _build(image: Image, digest: str) -> None:
+    options = ["--quiet", "--tag", image.reference, "--label", f"{LABEL}={digest}", "--file", ROOT / image.dockerfile]
+    if image.name != "minio":
+        images.docker("build", *options, ROOT, log="images")
+        return
+    parts.ensure(["minio"])
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copy(parts.path_of("minio"), name)
+        images.docker("build", *options, name, log="images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A trainer in one plain script: it keeps docs/contract.md with mlflow-skinny alone.
+
+It "trains" by counting steps, and does all that a trainer owes its operator: it goes on from the last checkpoint,
+delivers metrics, progress and checkpoints to its MLflow run, heeds the fence, makes a checkpoint on SIGTERM, logs a
+model, and tells how it ended. Copy it, and put your training where `train_step` is.
+
+`spec.model.args` steers it: steps, stepSeconds, checkpointEvery, and `fail` (user, configuration, crash, memory, hang)
+at step `failAt` of attempt `failAttempt`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
+
+CONFIGURATION, FENCED, SIGTERM = 78, 79, 143
+RUN_ID = os.environ["MLFLOW_RUN_ID"]
+ATTEMPT = int(os.environ["HEIMDALL_ATTEMPT"])
+
+
+class Stop(Exception):
+    """Training must end: with this exit code, for this reason."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.reason = code, reason
+
+
+def main() -> None:
+    """Train, and tell how it ended."""
+    asked_to_stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    try:
+        train(json.loads(Path(os.environ["HEIMDALL_RUN_FILE"]).read_text()), MlflowClient(), asked_to_stop)
+    except Stop as stop:
+        end(stop.code, stop.reason, str(stop))
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, the operator is told
+        end(1, "UserError", f"{type(error).__name__}: {error}")
+
+
+def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[int]) -> None:
+    """Count from the last checkpoint to the last step."""
+    args = run_file["spec"].get("model", {}).get("args", {})
+    steps = args.get("steps", 10)
+    if not isinstance(steps, int) or steps < 1:
+        raise Stop(CONFIGURATION, "InvalidConfiguration", f"spec.model.args.steps is {steps!r}: use a positive number")
+    first = restore(client)
+    print(f"attempt {ATTEMPT} of run {RUN_ID}: steps {first} to {steps}", flush=True)
+    for step in range(first, steps):
+        train_step(args, step)
+        client.log_metric(RUN_ID, "train/loss", 1.0 / (step + 1), step=step)
+        progress = {"epoch": 0, "epochs": 1, "step": step + 1, "steps": steps, "time": now()}
+        client.set_tag(RUN_ID, "heimdall.progress", json.dumps(progress))
+        if asked_to_stop or (step + 1) % args.get("checkpointEvery", 5) == 0:
+            save(client, step + 1)
+        if asked_to_stop:
+            raise Stop(SIGTERM, "Preempted", f"Asked to end (SIGTERM); a checkpoint of step {step + 1} was delivered.")
+    client.log_metric(RUN_ID, "val/loss", 1.0 / steps, step=steps)
+    if run_file["spec"].get("registration"):
+        log_model(client, steps)
+
+
+def train_step(args: dict[str, Any], step: int) -> None:
+    """One step of training: here it only takes its time, or fails as it was told to."""
+    time.sleep(args.get("stepSeconds", 0.05))
+    if step != args.get("failAt", 3) or ATTEMPT != args.get("failAttempt", ATTEMPT):
+        return
+    match args.get("fail"):
+        case "user":
+            raise ValueError("the loss became NaN")
+        case "configuration":
+            raise Stop(CONFIGURATION, "InvalidConfiguration", "spec.model.args.fail asked for it: remove it")
+        case "crash":
+            os._exit(3)
+        case "memory":
+            hog = [b"x" * 2**20 for _ in range(2**16)]
+            print(len(hog))
+        case "hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def restore(client: MlflowClient) -> int:
+    """The step to go on from: that of the last whole checkpoint, or 0."""
+    listed = json.loads(client.get_run(RUN_ID).data.tags.get("heimdall.checkpoints", "[]"))
+    for checkpoint in reversed(listed):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(client.download_artifacts(RUN_ID, checkpoint["path"], folder))
+            if hashlib.sha256(file.read_bytes()).hexdigest() == checkpoint["sha256"]:
+                return int(json.loads(file.read_text())["step"])
+    return 0
+
+
+def save(client: MlflowClient, step: int) -> None:
+    """Upload a checkpoint; only when it is whole, give it its name."""
+    check_fence(client)
+    content = json.dumps({"step": step}).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"step-{step:08}-attempt-{ATTEMPT}.json"
+        file.write_bytes(content)
+        client.log_artifact(RUN_ID, str(file), "checkpoints")
+    checkpoint = {
+        "step": step,
+        "path": f"checkpoints/{file.name}",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "time": now(),
+        "last": True,
+    }
+    check_fence(client)
+    client.set_tag(RUN_ID, "heimdall.checkpoints", json.dumps([checkpoint]))
+
+
+def log_model(client: MlflowClient, steps: int) -> None:
+    """Log a model under the name that the operator registers."""
+    check_fence(client)
+    run = client.get_run(RUN_ID)
+    model = client.create_logged_model(run.info.experiment_id, name="model", source_run_id=RUN_ID)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "MLmodel").write_text(f"model_id: {model.model_id}\nflavors:\n  steps:\n    trained: {steps}\n")
+        client.log_model_artifacts(model.model_id, folder)
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def check_fence(client: MlflowClient) -> None:
+    """Publish nothing when a newer attempt exists."""
+    newest = int(client.get_run(RUN_ID).data.tags.get("heimdall.attempt", ATTEMPT))
+    if newest > ATTEMPT:
+        raise Stop(FENCED, "Fenced", f"Attempt {newest} has taken over; attempt {ATTEMPT} publishes nothing.")
+
+
+def end(code: int, reason: str, message: str) -> NoReturn:
+    """Leave last words and go."""
+    Path(os.environ["HEIMDALL_TERMINATION_MESSAGE"]).write_text(json.dumps({"reason": reason, "message": message[:1024]}))
+    print(f"{reason}: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def now() -> str:
+    """The time, as JSON has it."""
+    return datetime.now(UTC).isoformat()
+
+
+if __name__ == "__main__":
+    main()
