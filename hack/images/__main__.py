@@ -70,7 +70,7 @@ CATALOGUE: Final = {
             "minio",
             "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z",
             "images/minio/Dockerfile",
-            ("images/minio", "hack/cluster/parts/minio"),
+            ("images/minio", "hack/cluster/parts/minio", "hack/cluster/parts/mc"),
             official=True,
         ),
     )
@@ -137,9 +137,11 @@ def _build(image: Image, digest: str) -> None:
     if image.name != "minio":
         images.docker("build", *options, ROOT, log="images")
         return
-    parts.ensure(["minio"])
+    programs = ("minio", "mc")
+    parts.ensure(programs)
     with tempfile.TemporaryDirectory() as name:
-        shutil.copy(parts.path_of("minio"), name)
+        for program in programs:
+            shutil.copy(parts.path_of(program), name)
         images.docker("build", *options, name, log="images")
 
 

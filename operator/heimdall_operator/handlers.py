@@ -89,6 +89,7 @@ def register(registry: kopf.OperatorRegistry, settings: OperatorSettings) -> Non
         settings: The operator's settings.
     """
     handlers = Handlers(settings)
+    kopf.on.login(registry=registry)(login)
     kopf.on.startup(registry=registry)(handlers.start)
     kopf.on.cleanup(registry=registry)(handlers.stop)
     kopf.on.probe(registry=registry, id="looking")(handlers.probe)
@@ -97,12 +98,19 @@ def register(registry: kopf.OperatorRegistry, settings: OperatorSettings) -> Non
     kopf.on.event("", "v1", "pods", labels=OURS, registry=registry)(handlers.pod)
 
 
+def login(**more: Any) -> Any:
+    """In a pod its service account, elsewhere the kubeconfig."""
+    return kopf.login_with_service_account(**more) or kopf.login_with_kubeconfig(**more)
+
+
 def _tune(settings: kopf.OperatorSettings) -> None:
     """Bound every wait; leave batching.worker_limit unset: one slow handler would hold up all the others."""
     settings.watching.server_timeout = SERVER_TIMEOUT_S
     settings.watching.client_timeout = CLIENT_TIMEOUT_S
     settings.watching.connect_timeout = CONNECT_TIMEOUT_S
     settings.networking.request_timeout = CONNECT_TIMEOUT_S
+    # The CRD is there before the operator is; looking out for new ones would need rights on all of them.
+    settings.scanning.disabled = True
     # Events of the resource are written by the controller, one for each transition; kopf's log lines are no Events.
     settings.posting.enabled = False
     settings.posting.level = logging.CRITICAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -33,7 +34,10 @@ class Kube:
     async def __aenter__(self) -> Self:
         from kubernetes.aio import client, config
 
-        await config.load_config()  # type: ignore[no-untyped-call]
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            config.load_incluster_config()  # type: ignore[no-untyped-call]
+        else:
+            await config.load_kube_config()  # type: ignore[no-untyped-call]
         self._client = client.ApiClient()
         return self
 
@@ -126,7 +130,7 @@ class Kube:
 
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         headers = {"Accept": "application/json", "Content-Type": kind}
-        request = self._client.param_serialize(
+        request = await self._client.param_serialize(
             method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
         )
         response = await self._client.call_api(*request, _request_timeout=self._timeout_s)

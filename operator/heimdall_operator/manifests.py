@@ -170,6 +170,7 @@ def _environment(attempt: int, run_id: str, defaults: TrainerDefaults) -> list[d
         ENV_RUN_FILE: RUN_FILE,
         ENV_TERMINATION_MESSAGE: TERMINATION_MESSAGE_FILE,
         "HOME": SCRATCH_DIR,
+        "USER": CONTAINER,  # libraries ask who they are, and the image may not know its user
         "TMPDIR": SCRATCH_DIR,
     }
     return [{"name": name, "value": value} for name, value in values.items()]

@@ -69,7 +69,7 @@ def _up(_: argparse.Namespace) -> None:
         say("the cluster is up")
     else:
         kind.create()
-        parts.ensure(["minio", "kubeconform"])
+        parts.ensure(["minio", "mc", "kubeconform"])
         parts.drop_go_caches()
     say(f"cluster {kind.NAME}: up after {time.monotonic() - began:.0f} s; eval \"$(python3 hack/cluster env)\"")
 

@@ -43,6 +43,7 @@ CATALOGUE: Final = dict(
         _part("helm"),
         _part("kubeconform"),
         _part("minio"),
+        _part("mc"),
         _part("buildx"),
         _part("containerd", "containerd", "containerd-shim-runc-v2", "ctr"),
         _part("crictl"),
