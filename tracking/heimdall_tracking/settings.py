@@ -1,0 +1,65 @@
+"""Tracking settings. Of several sources the first wins: arguments, environment, `.env`, defaults."""
+
+from __future__ import annotations
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class SettingsError(Exception):
+    """Settings are missing or wrong; the message names each variable."""
+
+
+class TrackingSettings(BaseSettings):
+    """Where runs are tracked. The defaults are for a laptop: SQLite and local files."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, populate_by_name=True)
+
+    tracking_uri: str = Field(
+        default="sqlite:///mlflow.db",
+        min_length=1,
+        validation_alias=AliasChoices("MLFLOW_TRACKING_URI", "tracking_uri"),
+    )
+    """The MLflow server, or a local store."""
+    registry_uri: str = Field(default="", validation_alias=AliasChoices("MLFLOW_REGISTRY_URI", "registry_uri"))
+    """The model registry. Empty: the tracking server's."""
+    username: str = Field(default="", validation_alias=AliasChoices("MLFLOW_TRACKING_USERNAME", "username"))
+    password: SecretStr = Field(
+        default=SecretStr(""), validation_alias=AliasChoices("MLFLOW_TRACKING_PASSWORD", "password")
+    )
+    s3_endpoint_url: str = Field(
+        default="",
+        validation_alias=AliasChoices("MLFLOW_S3_ENDPOINT_URL", "HEIMDALL_S3_ENDPOINT_URL", "s3_endpoint_url"),
+    )
+    """S3 server of artifacts that are not proxied by MLflow."""
+    backend_store_uri: str = Field(
+        default="", validation_alias=AliasChoices("MLFLOW_BACKEND_STORE_URI", "backend_store_uri")
+    )
+    """Database of a server to be started by hand; a client does not need it."""
+    experiment_name: str = Field(
+        default="heimdall-localization",
+        min_length=1,
+        validation_alias=AliasChoices("MLFLOW_EXPERIMENT_NAME", "experiment_name"),
+    )
+    run_name_prefix: str = Field(
+        default="rf-localization", validation_alias=AliasChoices("HEIMDALL_RUN_NAME_PREFIX", "run_name_prefix")
+    )
+
+
+def load_settings(**overrides: object) -> TrackingSettings:
+    """Read the settings.
+
+    Args:
+        overrides: Values that win over every source.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingsError: A value is wrong; the message names its variable, never its value.
+    """
+    try:
+        return TrackingSettings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        named = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_input=False))
+        raise SettingsError(f"the tracking settings can't be used: {named}") from None
