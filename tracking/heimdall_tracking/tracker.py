@@ -143,9 +143,13 @@ class MLflowTracker:
         log.info("run ended", run_id=run_id, status=status, delivered=delivered)
         return delivered
 
+    def flush_metrics(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
+        """Wait until metrics are delivered; whether all were."""
+        return self._queue.flush(timeout_s) if self._queue else True
+
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Wait until metrics and artifacts are delivered; whether all were."""
-        delivered = self._queue.flush(timeout_s) if self._queue else True
+        delivered = self.flush_metrics(timeout_s)
         done, pending = wait_for_futures(self._pending, timeout_s)
         failed = [future for future in done if future.exception() is not None]
         for future in failed:

@@ -1,0 +1,221 @@
+"""Lightning callbacks: checkpoints, SIGTERM, progress. Made for whichever Lightning package the module belongs to."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
+from heimdall_trainer.checkpoints import CheckpointPublisher
+from heimdall_trainer.termination import TerminatedError
+
+if TYPE_CHECKING:
+    from heimdall_api.types import TrainingSpec
+    from heimdall_tracking import MLflowTracker
+
+PROGRESS_EVERY_S: Final = 5.0
+LINE_EVERY_S: Final = 10.0
+SIGTERM_TIMEOUT_S: Final = 40.0
+"""How long the last checkpoint's upload may take: the pod's grace period is 60 s."""
+
+log = structlog.get_logger()
+
+
+class Checkpointing:
+    """Makes checkpoints at epochs' ends, every so many minutes, and on SIGTERM."""
+
+    def __init__(self, publisher: CheckpointPublisher, training: TrainingSpec, folder: Path, attempt: int) -> None:
+        self._publisher = publisher
+        self._monitor = training.early_stopping.monitor
+        self._every_s = training.checkpoints.every_minutes * 60
+        self._folder = folder
+        self._attempt = attempt
+        self._last_time = time.monotonic()
+        self._last_step = -1
+        self._in_loop = False
+        self._asked_to_stop = False
+
+    def watch_sigterm(self) -> None:
+        """From here on SIGTERM ends training at the next step; outside of the loop, at once."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._asked_to_stop = True
+        if not self._in_loop:
+            raise TerminatedError("Asked to end (SIGTERM) outside of the training loop.")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning has registered its own handler by now: ours, which exits 143, comes after it."""
+        del pl_module
+        self._last_step = trainer.global_step
+        self._in_loop = True
+        if threading.current_thread() is threading.main_thread():
+            self.watch_sigterm()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The loop is over."""
+        del trainer, pl_module
+        self._in_loop = False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop if asked to; make a checkpoint if it is time."""
+        del pl_module, outputs, batch, batch_idx
+        if self._publisher.fence is not None:
+            raise self._publisher.fence
+        if self._asked_to_stop:
+            self._stop(trainer)
+        elif time.monotonic() - self._last_time >= self._every_s:
+            self._save(trainer, metric=None)
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Stop if asked to."""
+        if self._asked_to_stop and not trainer.sanity_checking:
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """An epoch is over, its validation included."""
+        del pl_module
+        value = trainer.callback_metrics.get(self._monitor)
+        self._save(trainer, metric=None if value is None else float(value))
+        if self._asked_to_stop:
+            self._stop(trainer)
+
+    def _stop(self, trainer: Any) -> None:
+        if trainer.global_step != self._last_step:
+            self._save(trainer, metric=None)
+        delivered = self._publisher.flush(SIGTERM_TIMEOUT_S)
+        fate = "was delivered" if delivered else "could not be delivered in time; an older one is used"
+        raise TerminatedError(f"Asked to end (SIGTERM) at step {trainer.global_step}; its checkpoint {fate}.")
+
+    def _save(self, trainer: Any, metric: float | None) -> None:
+        step = int(trainer.global_step)
+        file = self._folder / f"step-{step:08}-attempt-{self._attempt}-epoch-{trainer.current_epoch:04}.ckpt"
+        trainer.save_checkpoint(file)
+        self._last_time, self._last_step = time.monotonic(), step
+        if trainer.is_global_zero:
+            self._publisher.submit(file, step=step, epoch=int(trainer.current_epoch), metric=metric)
+
+
+class ProgressReport:
+    """Tells the run how far training is, behind training; and people, in plain lines, where there is no terminal."""
+
+    def __init__(self, tracker: MLflowTracker, training: TrainingSpec) -> None:
+        self._tracker = tracker
+        self._monitor = training.early_stopping.monitor
+        self._sign = 1 if training.early_stopping.mode == "min" else -1
+        self._best: float | None = None
+        self._wanted: dict[str, str] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._last_report = self._last_line = 0.0
+        self._lines = not sys.stderr.isatty()
+        self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
+        self._thread.start()
+
+    def restore_best(self, tag: str | None) -> None:
+        """Go on from the best value of an earlier attempt."""
+        if tag:
+            self._best = BestMetric.model_validate_json(tag).value
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Report now and then."""
+        del pl_module, outputs, batch, batch_idx
+        now = time.monotonic()
+        if now - self._last_report >= PROGRESS_EVERY_S:
+            self._report(trainer)
+        if self._lines and now - self._last_line >= LINE_EVERY_S:
+            self._line(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report each epoch, and the best value so far."""
+        del pl_module
+        value = trainer.callback_metrics.get(self._monitor)
+        if value is not None and math.isfinite(float(value)):
+            number = float(value)
+            if self._best is None or self._sign * number < self._sign * self._best:
+                self._best = number
+                best = BestMetric(name=self._monitor, value=number, step=int(trainer.global_step))
+                self._put(trainer, TAG_BEST, best.model_dump_json())
+        self._report(trainer, epoch_done=True)
+        if self._lines:
+            self._line(trainer)
+
+    def _report(self, trainer: Any, *, epoch_done: bool = False) -> None:
+        self._last_report = time.monotonic()
+        total = trainer.estimated_stepping_batches
+        progress = Progress(
+            epoch=int(trainer.current_epoch) + int(epoch_done),
+            epochs=int(trainer.max_epochs or 0),
+            step=int(trainer.global_step),
+            steps=int(total) if math.isfinite(total) else None,
+            time=datetime.now(UTC),
+        )
+        self._put(trainer, TAG_PROGRESS, progress.model_dump_json(exclude_none=True))
+
+    def _line(self, trainer: Any) -> None:
+        self._last_line = time.monotonic()
+        shown = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
+        place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
+        print(f"{place}: {json.dumps(shown)}", file=sys.stderr, flush=True)
+
+    def _put(self, trainer: Any, tag: str, value: str) -> None:
+        if trainer.is_global_zero:
+            with self._changed:
+                self._wanted[tag] = value  # only the newest counts
+                self._changed.notify_all()
+
+    def close(self, timeout_s: float) -> bool:
+        """Deliver the last word; whether it was."""
+        with self._changed:
+            delivered = self._changed.wait_for(lambda: not self._wanted, timeout_s)
+            self._closed = True
+            self._changed.notify_all()
+        return delivered
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    return
+                wanted = dict(self._wanted)
+            for tag, value in wanted.items():
+                self._deliver(tag, value)
+
+    def _deliver(self, tag: str, value: str) -> None:
+        try:
+            self._tracker.set_tag(tag, value)
+        except Exception as error:  # noqa: BLE001 - MLflow may be away; training goes on
+            log.info("progress could not be told; trying again", error=str(error))
+            time.sleep(1)
+            return
+        with self._changed:
+            if self._wanted.get(tag) == value:
+                del self._wanted[tag]
+                self._changed.notify_all()
+
+
+def as_callback(pl: Any, callback: Any) -> Any:
+    """Make one of ours a Callback of a Lightning package.
+
+    Args:
+        pl: `pytorch_lightning` or `lightning.pytorch`.
+        callback: Checkpointing or ProgressReport.
+
+    Returns:
+        The same object, of a class that the package's Trainer takes.
+    """
+    kind = type(callback)
+    callback.__class__ = type(kind.__name__, (kind, pl.Callback), {})
+    return callback

@@ -1,0 +1,238 @@
+"""Checkpoints as artifacts of the run: uploaded behind training, named only when whole, fenced by the attempt.
+
+One worker thread uploads in order. A checkpoint's name appears in the run's tag only after its bytes are there, with
+their checksum; so a kill at any moment leaves the names of whole ones only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import structlog
+
+from heimdall_api.contract import CHECKPOINT_DIR, TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints
+from heimdall_api.contract import parse_checkpoints as parse
+from heimdall_trainer.errors import FencedError
+
+if TYPE_CHECKING:
+    from heimdall_tracking import MLflowTracker
+
+PENDING_LIMIT: Final = 2
+"""Checkpoints that wait for upload; of more, the oldest is given up: a newer one says more."""
+RETRY_S: Final = 2.0
+RETRY_LIMIT_S: Final = 30.0
+METRICS_TIMEOUT_S: Final = 60.0
+
+log = structlog.get_logger()
+
+
+class CheckpointPublisher:
+    """Uploads checkpoints of one attempt, keeps the best ones and the last."""
+
+    def __init__(
+        self, tracker: MLflowTracker, *, attempt: int, keep: int, mode: Literal["min", "max"], fenced: bool = True
+    ) -> None:
+        """Start the worker thread.
+
+        Args:
+            tracker: The run.
+            attempt: This attempt's number.
+            keep: How many of the best are kept beside the last.
+            mode: Whether a smaller or a larger metric is better.
+            fenced: Whether a newer attempt is looked out for.
+        """
+        self._tracker = tracker
+        self._attempt = attempt
+        self._keep = keep
+        self._mode = mode
+        self._fenced = fenced
+        self.listed = parse(tracker.client.get_run(tracker.run_id).data.tags.get(TAG_CHECKPOINTS))
+        self.files: dict[str, Path] = {}
+        """Local copies of listed checkpoints, by artifact path."""
+        self._pending: deque[tuple[Path, Checkpoint]] = deque()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closed = False
+        self.fence: FencedError | None = None
+        """Set when a newer attempt has taken over."""
+        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def submit(self, file: Path, *, step: int, epoch: int, metric: float | None) -> None:
+        """Hand a checkpoint over; returns at once.
+
+        Args:
+            file: The checkpoint, which is this publisher's from now on.
+            step: Optimizer step.
+            epoch: Epoch, from 0.
+            metric: The monitored metric, if it is known.
+        """
+        checkpoint = Checkpoint(
+            step=step,
+            epoch=epoch,
+            path=f"{CHECKPOINT_DIR}/{file.name}",
+            sha256="",
+            size=file.stat().st_size,
+            time=datetime.now(UTC),
+            metric=metric if metric is not None and math.isfinite(metric) else None,
+            last=True,
+        )
+        with self._changed:
+            while len(self._pending) >= PENDING_LIMIT:
+                given_up, _ = self._pending.popleft()
+                given_up.unlink(missing_ok=True)
+            self._pending.append((file, checkpoint))
+            self._changed.notify_all()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything that was submitted is published; whether it was."""
+        with self._changed:
+            done = self._changed.wait_for(
+                lambda: not (self._pending or self._busy) or self.fence is not None, timeout_s
+            )
+        return done and self.fence is None
+
+    def close(self) -> None:
+        """End the worker thread; what was not published is given up."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=1)
+
+    def best(self) -> Checkpoint | None:
+        """The listed checkpoint with the best metric; without metrics the last one."""
+        ranked = _ranked(self.listed, self._mode)
+        return ranked[0] if ranked else (self.listed[-1] if self.listed else None)
+
+    def local_file(self, checkpoint: Checkpoint, folder: Path) -> Path | None:
+        """A checkpoint's file, downloaded where it is not here; None where its bytes are not what they were."""
+        if checkpoint.path in self.files:
+            return self.files[checkpoint.path]
+        folder.mkdir(parents=True, exist_ok=True)
+        target = tempfile.mkdtemp(dir=folder)
+        file = Path(self._tracker.client.download_artifacts(self._tracker.run_id, checkpoint.path, target))
+        if _sha256(file) != checkpoint.sha256:
+            log.warning("a checkpoint is not what was uploaded and is left out", path=checkpoint.path)
+            return None
+        self.files[checkpoint.path] = file
+        return file
+
+    def newest_file(self, folder: Path) -> Path | None:
+        """The newest whole checkpoint, to go on from; None where there is none."""
+        for checkpoint in sorted(self.listed, key=lambda item: (item.last, item.step), reverse=True):
+            file = self.local_file(checkpoint, folder)
+            if file is not None:
+                return file
+        return None
+
+    def check_fence(self) -> None:
+        """Look whether a newer attempt has taken over.
+
+        Raises:
+            FencedError: One has.
+        """
+        if not self._fenced:
+            return
+        newest = self._tracker.client.get_run(self._tracker.run_id).data.tags.get(TAG_ATTEMPT, "0")
+        if newest.isdigit() and int(newest) > self._attempt:
+            raise FencedError(f"attempt {newest} has taken over: attempt {self._attempt} publishes nothing more")
+
+    # --- the worker ----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closed)
+                if self._closed:
+                    return
+                file, checkpoint = self._pending.popleft()
+                self._busy = True
+            self._try_until_done(file, checkpoint)
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _try_until_done(self, file: Path, checkpoint: Checkpoint) -> None:
+        delay = RETRY_S
+        while not self._closed:
+            try:
+                self._publish(file, checkpoint)
+            except FencedError as error:
+                self.fence = error
+                return
+            except Exception as error:  # noqa: BLE001 - MLflow may be away; training goes on
+                log.warning("a checkpoint could not be uploaded; trying again", error=str(error), again_in_s=delay)
+                time.sleep(delay)
+                delay = min(2 * delay, RETRY_LIMIT_S)
+            else:
+                return
+
+    def _publish(self, file: Path, checkpoint: Checkpoint) -> None:
+        began = time.monotonic()
+        self.check_fence()
+        whole = checkpoint.model_copy(update={"sha256": _sha256(file), "time": datetime.now(UTC)})
+        self._tracker.client.log_artifact(self._tracker.run_id, str(file), CHECKPOINT_DIR)
+        # What a checkpoint knows of must be there before the checkpoint is: metrics first.
+        self._tracker.flush_metrics(METRICS_TIMEOUT_S)
+        self.check_fence()
+        listed, dropped = retained([*self.listed, whole], keep=self._keep, mode=self._mode)
+        self._tracker.set_tag(TAG_CHECKPOINTS, format_checkpoints(listed))
+        self.listed = listed
+        self.files[whole.path] = file
+        for old in dropped:
+            self._forget(old)
+        log.info("checkpoint published", step=whole.step, seconds=round(time.monotonic() - began, 2))
+
+    def _forget(self, checkpoint: Checkpoint) -> None:
+        local = self.files.pop(checkpoint.path, None)
+        if local is not None:
+            local.unlink(missing_ok=True)
+        try:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            run = self._tracker.client.get_run(self._tracker.run_id)
+            uri = run.info.artifact_uri
+            get_artifact_repository(uri, tracking_uri=self._tracker.settings.tracking_uri).delete_artifacts(
+                checkpoint.path
+            )
+        except Exception as error:  # noqa: BLE001 - it only takes room; its name is gone already
+            log.info("an old checkpoint was not removed", path=checkpoint.path, error=str(error))
+
+
+def retained(
+    checkpoints: list[Checkpoint], *, keep: int, mode: Literal["min", "max"]
+) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    """Which checkpoints stay: the best ones, and the newest whatever it is worth.
+
+    Args:
+        checkpoints: All of them, newest last.
+        keep: How many of the best.
+        mode: Whether a smaller or a larger metric is better.
+
+    Returns:
+        Those that stay, newest last and alone marked as the last; and those that go.
+    """
+    newest = checkpoints[-1]
+    best = {item.path for item in _ranked(checkpoints, mode)[:keep]}
+    stay = [item for item in checkpoints if item.path in best or item is newest]
+    marked = [item.model_copy(update={"last": item is newest}) for item in stay]
+    kept = {item.path for item in stay}
+    return marked, [item for item in checkpoints if item.path not in kept]
+
+
+def _ranked(checkpoints: list[Checkpoint], mode: Literal["min", "max"]) -> list[Checkpoint]:
+    known = [(item.metric, item) for item in checkpoints if item.metric is not None]
+    return [item for _, item in sorted(known, key=lambda pair: pair[0], reverse=mode == "max")]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,198 @@
+"""`heimdall-train`: train a TrainingRun, on a cluster or without one; check it; make recordings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heimdall_api.contract import ENV_ATTEMPT, ENV_MLFLOW_RUN_ID, ENV_RUN_FILE, RUN_FILE
+
+if TYPE_CHECKING:
+    from heimdall_api.types import TrainingRun
+
+
+def main() -> None:
+    """Do what the command line asks for, and end as the contract says."""
+    from heimdall_trainer.termination import run_to_exit_code
+
+    arguments = _parser().parse_args()
+    code = run_to_exit_code(lambda: arguments.call(arguments))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Background threads may hang in a call to a server that is away: they must not hold the end up.
+    os._exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="heimdall-train", description="Train the model of a TrainingRun.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train a TrainingRun: on a cluster by its pod, elsewhere on SQLite and files")
+    run.add_argument("-f", "--file", default=os.environ.get(ENV_RUN_FILE, RUN_FILE), help="TrainingRun, YAML or JSON")
+    run.add_argument("--output-dir", type=Path, default=None, help="folder for what is on its way (default: outputs)")
+    run.set_defaults(call=_run)
+
+    train = commands.add_parser("train", help="train from flags and a configuration; a flag beats the file")
+    train.add_argument("--config", help="TrainingRun or configuration, YAML or JSON")
+    train.add_argument("--backbone")
+    train.add_argument("--pretrained", action=argparse.BooleanOptionalAction)
+    train.add_argument("--freeze-backbone", action=argparse.BooleanOptionalAction)
+    train.add_argument("--learning-rate", type=float)
+    train.add_argument("--batch-size", type=int)
+    train.add_argument("--epochs", type=int)
+    train.add_argument("--run-name")
+    train.add_argument("--output-dir", type=Path, default=None)
+    train.set_defaults(call=_train)
+
+    validate = commands.add_parser("validate", help="check a TrainingRun without training it")
+    validate.add_argument("-f", "--file", required=True)
+    validate.set_defaults(call=_validate)
+
+    data = commands.add_parser("data", help="recordings").add_subparsers(dest="what", required=True, metavar="WHAT")
+    generate = data.add_parser("generate", help="make recordings and write them to database and store")
+    generate.add_argument("--sessions", type=int, default=12)
+    generate.add_argument("--transmissions", type=int, default=20, help="transmissions of each session")
+    generate.add_argument("--receivers", type=int, default=5)
+    generate.add_argument("--samples", type=int, default=4096, help="samples of each recording")
+    generate.add_argument("--seed", type=int, default=7)
+    generate.set_defaults(call=_generate)
+    inspect = data.add_parser("inspect", help="tell what sessions there are")
+    inspect.set_defaults(call=_inspect)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from heimdall_trainer.config import load_training_config
+
+    _configure_logging()
+    run = load_training_config(arguments.file)
+    if ENV_MLFLOW_RUN_ID in os.environ:
+        _train_in_pod(run, arguments.output_dir or Path.cwd() / "outputs")
+    else:
+        _train_locally(run, arguments.output_dir or Path("outputs"))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from heimdall_trainer.config import load_training_config, override, parse
+
+    _configure_logging()
+    run = (
+        load_training_config(arguments.config)
+        if arguments.config
+        else parse({"metadata": {"name": "train"}, "spec": {}})
+    )
+    flags = {
+        "model.backbone": arguments.backbone,
+        "model.pretrained": arguments.pretrained,
+        "model.freezeBackbone": arguments.freeze_backbone,
+        "training.learningRate": arguments.learning_rate,
+        "training.batchSize": arguments.batch_size,
+        "training.epochs": arguments.epochs,
+        "tracking.runName": arguments.run_name,
+    }
+    _train_locally(override(run, flags), arguments.output_dir or Path("outputs"))
+
+
+def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
+    """The operator owns the run: it is neither created nor ended here."""
+    from heimdall_tracking import initialize_mlflow
+    from heimdall_trainer.pipeline import TrainingPipeline
+
+    tracker = initialize_mlflow()
+    tracker.start_run(run_id=os.environ[ENV_MLFLOW_RUN_ID])
+    attempt = int(os.environ.get(ENV_ATTEMPT, "1"))
+    TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True).train()
+
+
+def _train_locally(run: TrainingRun, output_dir: Path) -> None:
+    """Without an operator this process owns the run, with the operator's own code."""
+    from heimdall_tracking import initialize_mlflow, load_settings, registry, runs
+    from heimdall_trainer.pipeline import TrainingPipeline
+    from heimdall_trainer.termination import TerminatedError
+
+    tracker = initialize_mlflow(load_settings(experiment_name=run.spec.tracking.experiment))
+    facts = runs.ensure_run(
+        tracker.client,
+        uid=run.metadata.uid or str(uuid.uuid4()),
+        experiment=run.spec.tracking.experiment,
+        name=run.spec.tracking.run_name or run.metadata.name,
+        tags=run.spec.tracking.tags,
+    )
+    tracker.start_run(run_id=facts.run_id)
+    print(f"run:     {facts.run_id} in {tracker.settings.tracking_uri}", flush=True)
+    try:
+        metrics = TrainingPipeline(run, tracker, output_dir=output_dir / facts.run_id).train()
+        registration = None
+        if run.spec.registration is not None:
+            found = runs.read_facts(tracker.client, facts.run_id)
+            assert found is not None  # noqa: S101 - it was just trained
+            registration = registry.register(tracker.client, found, run.spec.registration)
+    except BaseException as error:
+        runs.end_run(tracker.client, facts.run_id, "KILLED" if isinstance(error, TerminatedError) else "FAILED")
+        raise
+    runs.end_run(tracker.client, facts.run_id, "FINISHED")
+    for name, value in sorted(metrics.items()):
+        print(f"  {name:34}{value:12.4f}")
+    if registration is not None:
+        print(f"model:   {registration.uri}")
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    from heimdall_trainer.config import load_training_config
+
+    run = load_training_config(arguments.file)
+    print(f"{arguments.file}: {run.metadata.name} is valid")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from heimdall_trainer.data.generator import Scene, generate
+    from heimdall_trainer.settings import DataSettings
+
+    names = ("sessions", "transmissions", "receivers", "samples", "seed")
+    added = generate(DataSettings(), Scene(**{name: getattr(arguments, name) for name in names}))
+    print(f"{added} sessions added, {arguments.sessions - added} were there")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from heimdall_trainer.data.sessions import SessionStore
+    from heimdall_trainer.settings import DataSettings
+
+    del arguments
+    store = SessionStore.open(DataSettings())
+    for session in store.approved():
+        found = store.transmissions([session])
+        recordings = sum(len(item.recordings) for item in found)
+        print(f"{session}: {len(found)} transmissions, {recordings} recordings")
+
+
+def _configure_logging() -> None:
+    """Lines for people on a terminal, JSON elsewhere."""
+    import logging
+    import warnings
+
+    import structlog
+
+    renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Advice for people who write trainers, not for people who run them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""From a file and flags to a TrainingRun: a flag beats the file, the file beats the default."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from heimdall_api.types import TrainingRun
+from heimdall_trainer.errors import ConfigurationError
+
+
+def load_training_config(path: str | Path) -> TrainingRun:
+    """Read a TrainingRun from YAML or JSON; a bare spec, or the bare `training` part of one, will do.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The TrainingRun, checked, with all defaults.
+
+    Raises:
+        ConfigurationError: The file is missing, no YAML, or not valid; the message names each field.
+    """
+    import yaml
+
+    file = Path(path)
+    try:
+        document = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"{file} can't be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"{file} holds no TrainingRun")
+    return parse(document, name=file.stem)
+
+
+def parse(document: dict[str, Any], name: str = "run") -> TrainingRun:
+    """Check a document; see load_training_config."""
+    if "spec" not in document:
+        spec = document if set(document) & SPEC_FIELDS else {"training": document}
+        document = {"metadata": {"name": name}, "spec": spec}
+    try:
+        return TrainingRun.model_validate(document)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        raise ConfigurationError("; ".join(problems)) from None
+
+
+SPEC_FIELDS = {"model", "data", "training", "tracking", "resources", "registration", "retries", "image", "suspend"}
+
+
+def override(run: TrainingRun, flags: dict[str, Any]) -> TrainingRun:
+    """Lay flags over a TrainingRun.
+
+    Args:
+        run: What file and defaults say.
+        flags: Values by their path in the spec, such as `training.epochs`; None is left out.
+
+    Returns:
+        The TrainingRun, checked again.
+
+    Raises:
+        ConfigurationError: A flag's value can't be used.
+    """
+    document = json.loads(run.model_dump_json(exclude_none=True))
+    for path, value in flags.items():
+        if value is None:
+            continue
+        *parents, leaf = path.split(".")
+        target = document["spec"]
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[leaf] = value
+    return parse(document)

@@ -1,0 +1,1 @@
+"""Recordings: made, stored, read, and turned into features."""

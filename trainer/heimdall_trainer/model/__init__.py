@@ -1,0 +1,1 @@
+"""The localizer: network, losses, metrics."""

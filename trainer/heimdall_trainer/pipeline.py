@@ -1,0 +1,278 @@
+"""TrainingPipeline: what happens in a training, from data to logged model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from heimdall_api.contract import TAG_BEST
+from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
+from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
+from heimdall_trainer.checkpoints import CheckpointPublisher
+from heimdall_trainer.errors import UndeliveredError
+from heimdall_trainer.imports import construct, lightning_of, load_class
+from heimdall_trainer.logger import make_logger
+from heimdall_trainer.settings import DataSettings
+
+if TYPE_CHECKING:
+    from heimdall_tracking import MLflowTracker
+
+DELIVERY_TIMEOUT_S: Final = 600
+"""How long the end waits for MLflow before it gives up."""
+log = structlog.get_logger()
+
+
+class TrainingPipeline:
+    """Trains what a TrainingRun describes, in the tracker's run.
+
+    Example:
+        pipeline = TrainingPipeline(load_training_config("run.yaml"), tracker, output_dir=Path("outputs"))
+        pipeline.train()
+    """
+
+    def __init__(
+        self, run: TrainingRun, tracker: MLflowTracker, *, output_dir: Path, attempt: int = 1, fenced: bool = False
+    ) -> None:
+        """Prepare; nothing is read or built yet.
+
+        Args:
+            run: What to train.
+            tracker: Its MLflow run, started.
+            output_dir: Folder for checkpoints on their way.
+            attempt: Number of this attempt.
+            fenced: Whether a newer attempt may take over.
+        """
+        self.run = run
+        self.spec = run.spec
+        self.tracker = tracker
+        self.output_dir = output_dir
+        self.module: Any = None
+        self.data: Any = None
+        self._publisher = CheckpointPublisher(
+            tracker,
+            attempt=attempt,
+            keep=self.spec.training.checkpoints.keep,
+            mode=self.spec.training.early_stopping.mode,
+            fenced=fenced,
+        )
+        self._attempt = attempt
+        self._progress = ProgressReport(tracker, self.spec.training)
+        self._checkpointing = Checkpointing(self._publisher, self.spec.training, output_dir / "checkpoints", attempt)
+
+    def train(self) -> dict[str, float]:
+        """Train, test, and log the model.
+
+        Returns:
+            The last value of every metric.
+
+        Raises:
+            ConfigurationError: The spec can't work.
+            DataError: The recordings can't be trained on.
+            FencedError: A newer attempt has taken over.
+            TerminatedError: SIGTERM was received; a checkpoint was made.
+            UndeliveredError: MLflow was away for too long.
+        """
+        self._checkpointing.watch_sigterm()
+        (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.setup_model()
+        self.setup_data_loaders()
+        trainer = self._make_trainer()
+        self._log_parameters(trainer)
+        self._fit(trainer)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics |= self._test(trainer)
+        self._deliver()
+        if self.spec.registration is not None:
+            self._publisher.check_fence()
+            self._log_model()
+        self.close()
+        return metrics
+
+    def close(self) -> None:
+        """Stop the background threads."""
+        self._publisher.close()
+        self._progress.close(0)
+        self.tracker.close(0)
+
+    def setup_model(self) -> Any:
+        """The module: the localizer on its backbone, or the user's own."""
+        _seed(self.spec.training.seed)
+        model, training = self.spec.model, self.spec.training
+        if model.module is not None:
+            found = load_class(model.module, "spec.model.module")
+            self.module = construct(found, model.args or {}, "spec.model.args")
+        else:
+            from heimdall_trainer.model.module import LocalizationModule
+
+            self.module = LocalizationModule(
+                model.backbone or DEFAULT_BACKBONE,
+                pretrained=model.pretrained,
+                freeze_backbone=model.freeze_backbone,
+                learning_rate=training.learning_rate,
+                weight_decay=training.weight_decay,
+                loss=training.loss,
+            )
+        return self.module
+
+    def setup_data_loaders(self) -> Any:
+        """The data: recording sessions divided by session, or the user's own; None where the module brings its own."""
+        data, training = self.spec.data, self.spec.training
+        if data.module is not None:
+            self.data = construct(load_class(data.module, "spec.data.module"), data.args or {}, "spec.data.args")
+        elif self.spec.model.module is None:
+            from heimdall_trainer.data.module import HeimdallDataModule
+
+            self.data = HeimdallDataModule(
+                DataSettings(),
+                data,
+                batch_size=training.batch_size,
+                num_workers=training.data_loader_workers,
+                seed=training.seed,
+            )
+            self.data.setup()
+        return self.data
+
+    def setup_callbacks(self, pl: Any) -> list[Any]:
+        """Checkpoints, progress, early stopping, learning-rate monitor."""
+        stopping = self.spec.training.early_stopping
+        callbacks = [
+            as_callback(pl, self._progress),
+            pl.callbacks.LearningRateMonitor("step"),
+            # The last: a checkpoint holds the state of all the others.
+            as_callback(pl, self._checkpointing),
+        ]
+        if stopping.patience > 0 and self._has_validation():
+            stopper = pl.callbacks.EarlyStopping(
+                stopping.monitor, mode=stopping.mode, patience=stopping.patience, strict=False
+            )
+            callbacks.insert(0, stopper)
+        return callbacks
+
+    def _has_validation(self) -> bool:
+        return (
+            self.spec.data.module is not None
+            or self.spec.model.module is not None
+            or self.spec.data.validation_fraction > 0
+        )
+
+    def _make_trainer(self) -> Any:
+        pl = lightning_of(self.module)
+        pl.seed_everything(self.spec.training.seed, workers=True, verbose=False)
+        return pl.Trainer(
+            max_epochs=self.spec.training.epochs,
+            precision=self._precision(),
+            logger=make_logger(pl, self.tracker),
+            callbacks=self.setup_callbacks(pl),
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=os.isatty(2),
+            log_every_n_steps=1,
+            default_root_dir=self.output_dir,
+            num_sanity_val_steps=0,
+        )
+
+    def _precision(self) -> Any:
+        import torch
+
+        if self.spec.training.precision != "auto":
+            return self.spec.training.precision
+        return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+    def _log_parameters(self, trainer: Any) -> None:
+        import torch
+
+        spec = json.loads(self.spec.model_dump_json(exclude_none=True))
+        self.tracker.log_params(spec)
+        environment = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "devices": trainer.num_devices,
+            "precision": trainer.precision,
+        }
+        self.tracker.log_params({"environment": environment})
+        if hasattr(self.data, "dataset_identity"):
+            self.tracker.log_params({"dataset": self.data.dataset_identity()})
+
+    def _fit(self, trainer: Any) -> None:
+        tags = self.tracker.client.get_run(self.tracker.run_id).data.tags
+        self._progress.restore_best(tags.get(TAG_BEST))
+        resumed = self._publisher.newest_file(self.output_dir / "resumed")
+        if resumed is not None:
+            log.info("going on from a checkpoint", file=resumed.name, attempt=self._attempt)
+        with warnings.catch_warnings():
+            # A checkpoint in mid-epoch is resumed on purpose.
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=resumed, weights_only=False)
+
+    def _test(self, trainer: Any) -> dict[str, float]:
+        """Load the best weights and test them."""
+        import torch
+
+        if not self._publisher.flush(DELIVERY_TIMEOUT_S):
+            raise self._publisher.fence or UndeliveredError(
+                "the last checkpoint could not be delivered to MLflow in time"
+            )
+        best = self._publisher.best()
+        file = self._publisher.local_file(best, self.output_dir / "resumed") if best else None
+        if file is not None:
+            state = torch.load(file, map_location="cpu", weights_only=False)["state_dict"]
+            self.module.load_state_dict(state)
+        if not self._has_test():
+            return {}
+        results = trainer.test(self.module, datamodule=self.data, verbose=False)
+        return {name: float(value) for result in results for name, value in result.items()}
+
+    def _has_test(self) -> bool:
+        if self.spec.model.module is None and self.spec.data.module is None:
+            return self.spec.data.test_fraction > 0
+        from importlib import import_module
+
+        package = import_module(lightning_of(self.module).__name__)
+        overrides = type(self.module).test_step is not package.LightningModule.test_step
+        source = self.data if self.data is not None else self.module
+        base = package.LightningDataModule if self.data is not None else package.LightningModule
+        return overrides and type(source).test_dataloader is not base.test_dataloader
+
+    def _deliver(self) -> None:
+        delivered = self._progress.close(DELIVERY_TIMEOUT_S)
+        if not (self.tracker.flush(DELIVERY_TIMEOUT_S) and delivered):
+            raise UndeliveredError(f"metrics could not be delivered to MLflow within {DELIVERY_TIMEOUT_S} s")
+
+    def _log_model(self) -> str:
+        from heimdall_trainer import modelling
+
+        batch = self._example_batch()
+        if self.spec.model.module is None:
+            example = {name: batch[name][:1].numpy() for name in ("spectrograms", "receivers")}
+            return modelling.log_localizer(self.tracker, self.module.net, example)
+        return modelling.log_module(self.tracker, self.module, _single_array(batch))
+
+    def _example_batch(self) -> Any:
+        source = self.data if self.data is not None else self.module
+        return next(iter(source.train_dataloader()))
+
+
+def _seed(seed: int) -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _single_array(batch: Any) -> Any:
+    """A batch's input as a numpy array of one row, or None where it is no single tensor."""
+    import torch
+
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    return first[:1].numpy() if isinstance(first, torch.Tensor) else None
