@@ -65,7 +65,13 @@ CATALOGUE: Final = {
             ("requirements/mlflow-server.txt", "requirements/bootstrap.txt", "images/mlflow"),
             official=True,
         ),
-        Image("postgresql", "docker.io/library/postgres:15", "images/postgresql/Dockerfile", ("images/postgresql",), official=True),
+        Image(
+            "postgresql",
+            "docker.io/library/postgres:15",
+            "images/postgresql/Dockerfile",
+            ("images/postgresql",),
+            official=True,
+        ),
         Image(
             "minio",
             "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z",
@@ -133,7 +139,15 @@ def _label(image: Image) -> str | None:
 
 
 def _build(image: Image, digest: str) -> None:
-    options = ["--quiet", "--tag", image.reference, "--label", f"{LABEL}={digest}", "--file", ROOT / image.dockerfile]
+    options: list[str | Path] = [
+        "--quiet",
+        "--tag",
+        image.reference,
+        "--label",
+        f"{LABEL}={digest}",
+        "--file",
+        ROOT / image.dockerfile,
+    ]
     if image.name != "minio":
         images.docker("build", *options, ROOT, log="images")
         return

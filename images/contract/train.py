@@ -1,11 +1,11 @@
 """A trainer in one plain script: it keeps docs/contract.md with mlflow-skinny alone.
 
 It "trains" by counting steps, and does all that a trainer owes its operator: it goes on from the last checkpoint,
-delivers metrics, progress and checkpoints to its MLflow run, heeds the fence, makes a checkpoint on SIGTERM, logs a
-model, and tells how it ended. Copy it, and put your training where `train_step` is.
+delivers parameters, metrics, progress and checkpoints to its MLflow run, heeds the fence, makes a checkpoint on
+SIGTERM, logs a model, and tells how it ended. Copy it, and put your training where `train_step` is.
 
-`spec.model.args` steers it: steps, stepSeconds, checkpointEvery, and `fail` (user, configuration, crash, memory, hang)
-at step `failAt` of attempt `failAttempt`.
+`spec.model.args` steers it: steps, stepSeconds, checkpointEvery, and `fail` (user, configuration, cuda, memory, crash,
+hang) at step `failAt` of attempt `failAttempt` (every attempt, if it is not given).
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from mlflow import MlflowClient
-from mlflow.entities import LoggedModelStatus
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
-CONFIGURATION, FENCED, SIGTERM = 78, 79, 143
+ERROR, CONFIGURATION, FENCED, DEVICE_MEMORY, UNDELIVERED, SIGTERM = 1, 78, 79, 80, 81, 143
 RUN_ID = os.environ["MLFLOW_RUN_ID"]
 ATTEMPT = int(os.environ["HEIMDALL_ATTEMPT"])
+MESSAGE_LIMIT = 1024
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 - not every stop is an error
     """Training must end: with this exit code, for this reason."""
 
     def __init__(self, code: int, reason: str, message: str) -> None:
@@ -40,13 +41,19 @@ class Stop(Exception):
 def main() -> None:
     """Train, and tell how it ended."""
     asked_to_stop: list[int] = []
+    # Before anything that takes its time: a container's first process ignores signals that it has no handler for.
     signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
     try:
         train(json.loads(Path(os.environ["HEIMDALL_RUN_FILE"]).read_text()), MlflowClient(), asked_to_stop)
     except Stop as stop:
         end(stop.code, stop.reason, str(stop))
+    except MlflowException as error:  # not the training's fault: another attempt may go on
+        end(UNDELIVERED, "TrackingUnavailable", f"MLflow did not take what was delivered: {error}")
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the operator is told
-        end(1, "UserError", f"{type(error).__name__}: {error}")
+        end(ERROR, "UserError", f"{type(error).__name__}: {error}")
 
 
 def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[int]) -> None:
@@ -55,6 +62,8 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
     steps = args.get("steps", 10)
     if not isinstance(steps, int) or steps < 1:
         raise Stop(CONFIGURATION, "InvalidConfiguration", f"spec.model.args.steps is {steps!r}: use a positive number")
+    for name, value in args.items():
+        client.log_param(RUN_ID, name, value)
     first = restore(client)
     print(f"attempt {ATTEMPT} of run {RUN_ID}: steps {first} to {steps}", flush=True)
     for step in range(first, steps):
@@ -67,6 +76,7 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
         if asked_to_stop:
             raise Stop(SIGTERM, "Preempted", f"Asked to end (SIGTERM); a checkpoint of step {step + 1} was delivered.")
     client.log_metric(RUN_ID, "val/loss", 1.0 / steps, step=steps)
+    client.set_tag(RUN_ID, "heimdall.best", json.dumps({"name": "val/loss", "value": 1.0 / steps, "step": steps}))
     if run_file["spec"].get("registration"):
         log_model(client, steps)
 
@@ -74,20 +84,23 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
 def train_step(args: dict[str, Any], step: int) -> None:
     """One step of training: here it only takes its time, or fails as it was told to."""
     time.sleep(args.get("stepSeconds", 0.05))
-    if step != args.get("failAt", 3) or ATTEMPT != args.get("failAttempt", ATTEMPT):
+    if step != args.get("failAt", 3) or args.get("failAttempt", ATTEMPT) != ATTEMPT:
         return
     match args.get("fail"):
         case "user":
             raise ValueError("the loss became NaN")
         case "configuration":
             raise Stop(CONFIGURATION, "InvalidConfiguration", "spec.model.args.fail asked for it: remove it")
-        case "crash":
-            os._exit(3)
+        case "cuda":
+            raise Stop(DEVICE_MEMORY, "CudaOutOfMemory", "The GPU's memory does not suffice: use a smaller batch.")
         case "memory":
             hog = [b"x" * 2**20 for _ in range(2**16)]
             print(len(hog))
-        case "hang":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        case "crash":
+            os._exit(3)
+        case "hang":  # as a collective that waits for a lost worker: alive, deaf to SIGTERM, no step ever again
+            while True:
+                time.sleep(60)
 
 
 def restore(client: MlflowClient) -> int:
@@ -123,6 +136,8 @@ def save(client: MlflowClient, step: int) -> None:
 
 def log_model(client: MlflowClient, steps: int) -> None:
     """Log a model under the name that the operator registers."""
+    from mlflow.entities import LoggedModelStatus
+
     check_fence(client)
     run = client.get_run(RUN_ID)
     model = client.create_logged_model(run.info.experiment_id, name="model", source_run_id=RUN_ID)
@@ -141,7 +156,8 @@ def check_fence(client: MlflowClient) -> None:
 
 def end(code: int, reason: str, message: str) -> NoReturn:
     """Leave last words and go."""
-    Path(os.environ["HEIMDALL_TERMINATION_MESSAGE"]).write_text(json.dumps({"reason": reason, "message": message[:1024]}))
+    words = {"reason": reason, "message": message[:MESSAGE_LIMIT]}
+    Path(os.environ["HEIMDALL_TERMINATION_MESSAGE"]).write_text(json.dumps(words))
     print(f"{reason}: {message}", file=sys.stderr, flush=True)
     os._exit(code)
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
@@ -199,10 +199,10 @@ class CheckpointPublisher:
             from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
             run = self._tracker.client.get_run(self._tracker.run_id)
-            uri = run.info.artifact_uri
-            get_artifact_repository(uri, tracking_uri=self._tracker.settings.tracking_uri).delete_artifacts(
-                checkpoint.path
+            store: Any = get_artifact_repository(
+                run.info.artifact_uri, tracking_uri=self._tracker.settings.tracking_uri
             )
+            store.delete_artifacts(checkpoint.path)
         except Exception as error:  # noqa: BLE001 - it only takes room; its name is gone already
             log.info("an old checkpoint was not removed", path=checkpoint.path, error=str(error))
 

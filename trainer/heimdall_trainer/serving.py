@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 
-class Localizer(PythonModel):  # type: ignore[misc]
+class Localizer(PythonModel):
     """Predicts where transmissions came from, and how sure it is."""
 
     def __init__(self, net: torch.nn.Module) -> None:
         self.net = net
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> dict[str, Any]:
+    # Without type hints: MLflow would take them for a schema, which the signature is already.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Locate transmissions.
 
         Args:

@@ -1,32 +1,109 @@
-"""Where recordings and features lie. Of several sources the first wins: environment, `.env`, defaults for a laptop."""
+"""Where recordings and features lie. Of several sources the first wins: arguments, environment, `.env`, defaults."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from heimdall_trainer.errors import ConfigurationError
+
+PREFIX: Final = "HEIMDALL_"
+_POSTGRES: Final = "postgresql+psycopg://"
 
 
 class DataSettings(BaseSettings):
-    """Settings of data access; each one's variable is `HEIMDALL_` and its name in capitals."""
+    """Settings of data access; each one's variable is `HEIMDALL_` and its name in capitals.
 
-    model_config = SettingsConfigDict(env_prefix="HEIMDALL_", env_file=".env", extra="ignore", frozen=True)
+    The defaults are for a laptop: an SQLite file and a folder. Use `load_data_settings` for errors that people can read.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
 
     database_url: SecretStr = SecretStr("sqlite:///heimdall.db")
-    """Database of recording sessions. A password may be left to PGPASSWORD."""
-    recordings_url: str = "file:recordings"
-    """`s3://bucket[/prefix]`, or `file:` and a folder."""
-    s3_endpoint_url: str = ""
-    """S3 server; empty for AWS."""
-    s3_access_key: SecretStr = SecretStr("")
-    s3_secret_key: SecretStr = SecretStr("")
+    """Database of recording sessions: `postgresql://…` or `sqlite:///FILE`. A password may be left to PGPASSWORD."""
+    recordings_url: str = "file:./recordings"
+    """Where recordings lie: `s3://BUCKET[/PREFIX]`, or `file:` and a folder."""
+    s3_endpoint_url: str | None = None
+    """S3 server, such as MinIO's address. Without it: AWS."""
+    s3_access_key: SecretStr | None = None
+    """Without the two keys, boto3 looks for credentials where it always does (a role, a profile)."""
+    s3_secret_key: SecretStr | None = None
     s3_region: str = "us-east-1"
-    s3_ca_bundle: str = ""
+    s3_ca_bundle: Path | None = None
     """File with the certificate authorities of a private endpoint."""
-    cache_dir: Path = Path("~/.cache/heimdall-features")
-    """Folder of cached features."""
+    s3_path_style: bool = True
+    """Address buckets by path: private endpoints rarely have a host name per bucket."""
+    cache_dir: Path = Path("~/.cache/heimdall")
+    """Folder of cached features and downloaded weights."""
+    weights_url: str = ""
+    """Folder or `s3://BUCKET/PREFIX` holding pretrained weights as `BACKBONE.safetensors` or `BACKBONE.pth`.
+
+    Empty: the library's own, from the Internet."""
     skip_limit: float = Field(default=0.05, ge=0, le=1)
-    """Share of recordings that may be unreadable before training is refused."""
+    """Share of recordings that may be missing or corrupt before training is refused."""
     read_threads: int = Field(default=8, ge=1, le=64)
-    """Recordings that are read side by side."""
+    """Recordings that are read or written side by side."""
+
+    @field_validator("database_url")
+    @classmethod
+    def _use_psycopg(cls, value: SecretStr) -> SecretStr:
+        url = value.get_secret_value().strip()
+        scheme, separator, rest = url.partition("://")
+        if not separator:
+            raise ValueError("is no database URL: use postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:///FILE")
+        if scheme in {"postgres", "postgresql"}:
+            return SecretStr(_POSTGRES + rest)
+        if scheme not in {"sqlite", "postgresql+psycopg"}:
+            raise ValueError(f"names the unknown database {scheme!r}: use postgresql:// or sqlite:///")
+        return SecretStr(url)
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        problems = []
+        if (self.s3_access_key is None) != (self.s3_secret_key is None):
+            missing = "S3_SECRET_KEY" if self.s3_secret_key is None else "S3_ACCESS_KEY"
+            problems.append(f"{PREFIX}{missing} is missing: the two keys of S3 go together")
+        if not self.recordings_url.startswith(("file:", "s3://")):
+            problems.append(f"{PREFIX}RECORDINGS_URL must be s3://BUCKET[/PREFIX], or file: and a folder")
+        if self.s3_ca_bundle is not None and not self.s3_ca_bundle.is_file():
+            problems.append(f"{PREFIX}S3_CA_BUNDLE names {self.s3_ca_bundle}, which is no file")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def load_data_settings(**overrides: object) -> DataSettings:
+    """Read the settings.
+
+    Args:
+        overrides: Values that win over every source.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigurationError: Values are missing or wrong; the message names each variable, and never a value.
+    """
+    try:
+        return DataSettings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_input=False, include_url=False):
+            name = f"{PREFIX}{str(item['loc'][0]).upper()} " if item["loc"] else ""
+            problems.append(name + item["msg"].removeprefix("Value error, "))
+        raise ConfigurationError(f"the data settings can't be used: {'; '.join(problems)}") from None

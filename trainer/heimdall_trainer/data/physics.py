@@ -8,21 +8,28 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 SPEED_OF_LIGHT_M_S: Final = 299_792_458.0
 BOLTZMANN_J_K: Final = 1.380649e-23
 REFERENCE_TEMPERATURE_K: Final = 290.0
+"""Standard noise temperature (IEEE Std 145; ITU-R V.573)."""
+VOICE_BAND_HZ: Final = (300.0, 3400.0)
+"""Band of telephone speech (ITU-T G.712)."""
+FM_DEVIATION_HZ: Final = 2500.0
+"""Peak deviation of narrow-band voice FM in 12.5 kHz channels (ETSI EN 300 086)."""
+FSK_BAUD: Final = 9600.0
+FSK_DEVIATION_HZ: Final = 4800.0
+OFDM_CARRIERS: Final = 64
+OFDM_USED: Final = 48
+OFDM_PREFIX: Final = 16
+INTERPOLATION_TAPS: Final = 32
 
 Signal = NDArray[np.complex128]
 
 
-def _signal(values: ArrayLike) -> Signal:
-    return np.asarray(values, dtype=np.complex128)
-
-
 def free_space_loss_db(distance_m: float, frequency_hz: float) -> float:
-    """Free-space loss between isotropic antennas (Friis 1946; ITU-R P.525-4).
+    """Free-space loss between isotropic antennas (Friis 1946; ITU-R P.525-4, eq. 3).
 
     Args:
         distance_m: Distance in metres, greater than 0.
@@ -35,7 +42,7 @@ def free_space_loss_db(distance_m: float, frequency_hz: float) -> float:
 
 
 def log_distance_loss_db(distance_m: float, frequency_hz: float, exponent: float, reference_m: float = 1.0) -> float:
-    """Log-distance loss: free space up to a reference, then 10·n decibels a decade (Rappaport 2002, 4.9).
+    """Mean log-distance loss: free space up to a reference, then 10·n dB a decade (Rappaport 2002, eq. 4.68).
 
     Args:
         distance_m: Distance in metres; at least the reference distance counts.
@@ -50,8 +57,13 @@ def log_distance_loss_db(distance_m: float, frequency_hz: float, exponent: float
     return free_space_loss_db(reference_m, frequency_hz) + float(10 * exponent * np.log10(ratio))
 
 
+def shadowing_db(deviation_db: float, rng: np.random.Generator) -> float:
+    """Log-normal shadowing: a normal deviation of the loss in decibels (Rappaport 2002, eq. 4.69)."""
+    return float(rng.normal(0.0, deviation_db))
+
+
 def thermal_noise_dbm(bandwidth_hz: float, noise_figure_db: float) -> float:
-    """Noise power of a receiver: k·T·B at 290 K, raised by its noise figure (Johnson 1928, Nyquist 1928).
+    """Noise power of a receiver: k·T·B at 290 K, raised by its noise figure (Nyquist 1928; Friis 1944).
 
     Args:
         bandwidth_hz: Bandwidth in hertz.
@@ -64,23 +76,23 @@ def thermal_noise_dbm(bandwidth_hz: float, noise_figure_db: float) -> float:
     return float(10 * np.log10(milliwatts)) + noise_figure_db
 
 
-def delay_s(distance_m: float) -> float:
-    """Time of flight in seconds over a distance in metres."""
+def arrival_delay_s(distance_m: float) -> float:
+    """Time of flight in seconds over a distance in metres, in vacuum."""
     return distance_m / SPEED_OF_LIGHT_M_S
 
 
-def power_dbm(signal: Signal) -> float:
+def power_dbm(signal: NDArray[np.complexfloating]) -> float:
     """Mean power of a signal in dBm."""
     return float(10 * np.log10(np.mean(np.abs(signal) ** 2)))
 
 
 def scale_to_dbm(signal: Signal, dbm: float) -> Signal:
     """Scale a signal to a mean power in dBm."""
-    return _signal(signal * 10 ** ((dbm - power_dbm(signal)) / 20))
+    return signal * 10 ** ((dbm - power_dbm(signal)) / 20)
 
 
 def apply_delay(signal: Signal, seconds: float, sample_rate_hz: float, frequency_hz: float = 0.0) -> Signal:
-    """Delay a signal by any fraction of a sample, cyclically, with the carrier's phase turn.
+    """Delay a signal by any fraction of a sample, cyclically, with the carrier's phase turn (Fourier shift theorem).
 
     Args:
         signal: Samples, shape (samples,).
@@ -92,53 +104,109 @@ def apply_delay(signal: Signal, seconds: float, sample_rate_hz: float, frequency
         Samples, shape (samples,).
     """
     frequencies = np.fft.fftfreq(signal.size, 1 / sample_rate_hz) + frequency_hz
-    return _signal(np.fft.ifft(np.fft.fft(signal) * np.exp(-2j * np.pi * frequencies * seconds)))
+    delayed: Signal = np.fft.ifft(np.fft.fft(signal) * np.exp(-2j * np.pi * frequencies * seconds))
+    return delayed
 
 
 def apply_carrier_offset(signal: Signal, offset_hz: float, sample_rate_hz: float) -> Signal:
-    """Turn a signal by a receiver's error of its carrier frequency, in hertz."""
-    return _signal(signal * np.exp(2j * np.pi * offset_hz * np.arange(signal.size) / sample_rate_hz))
+    """Turn a signal by an error of the carrier frequency, in hertz."""
+    return signal * np.exp(2j * np.pi * offset_hz * np.arange(signal.size) / sample_rate_hz)
 
 
 def apply_sampling_offset(signal: Signal, ppm: float) -> Signal:
-    """Sample a signal with a clock that is off by some parts per million (linear interpolation)."""
+    """Sample a signal with a clock that is off: sample n is taken at n·(1 + ppm·10⁻⁶).
+
+    Band-limited interpolation by a Kaiser-windowed sinc (Oppenheim and Schafer, 3rd ed., 4.4 and 7.5).
+
+    Args:
+        signal: Samples, shape (samples,); silence before and after.
+        ppm: Error in parts per million; positive: the clock is slow, and less samples are taken of the same time.
+
+    Returns:
+        Samples, shape (samples,).
+    """
+    half = INTERPOLATION_TAPS // 2
     times = np.arange(signal.size) * (1 + ppm * 1e-6)
-    index = np.arange(signal.size)
-    return _signal(np.interp(times, index, signal.real) + 1j * np.interp(times, index, signal.imag))
+    first = np.floor(times).astype(np.int64)
+    padded = np.concatenate([np.zeros(half), signal, np.zeros(half + 2 + int(np.ceil(times[-1])) - signal.size)])
+    taps = np.arange(-half + 1, half + 1)
+    distance = (times - first)[:, None] - taps
+    window = np.i0(8.0 * np.sqrt(np.clip(1 - (distance / half) ** 2, 0, 1))) / np.i0(8.0)
+    taken: Signal = np.sum(padded[first[:, None] + taps + half] * np.sinc(distance) * window, axis=1)
+    return taken
 
 
 def white_noise(samples: int, dbm: float, rng: np.random.Generator) -> Signal:
-    """Complex white Gaussian noise of a power in dBm."""
+    """Complex white Gaussian noise of a power in dBm, shape (samples,)."""
     scale = np.sqrt(10 ** (dbm / 10) / 2)
-    return _signal(scale * (rng.standard_normal(samples) + 1j * rng.standard_normal(samples)))
+    noise: Signal = scale * (rng.standard_normal(samples) + 1j * rng.standard_normal(samples))
+    return noise
+
+
+def full_scale_dbm(signal: Signal, headroom_db: float = 6.0, step_db: float = 10.0) -> float:
+    """Full scale of a converter behind a gain that is set in steps so that a signal fits with some headroom.
+
+    Args:
+        signal: Samples, shape (samples,), power in milliwatts.
+        headroom_db: Least distance of the highest peak from full scale, in decibels.
+        step_db: Steps of the gain in decibels.
+
+    Returns:
+        Power in dBm of a sample of magnitude 1.
+    """
+    peak_dbm = float(20 * np.log10(np.max(np.abs(signal))))
+    return float(np.ceil((peak_dbm + headroom_db) / step_db) * step_db)
 
 
 def fm_voice(samples: int, sample_rate_hz: float, rng: np.random.Generator) -> Signal:
-    """Narrow-band FM of noise that is shaped like speech (300 to 3,400 Hz), 2.5 kHz deviation, unit power."""
+    """Narrow-band FM of noise in the band of speech, 2.5 kHz deviation, unit power.
+
+    Its bandwidth is about 2·(2.5 + 3.4) kHz (Carson 1922).
+
+    Args:
+        samples: How many samples.
+        sample_rate_hz: Sampling rate in hertz, at least 12 kHz.
+        rng: Source of randomness.
+
+    Returns:
+        Samples, shape (samples,).
+    """
     spectrum = np.fft.rfft(rng.standard_normal(samples))
     frequencies = np.fft.rfftfreq(samples, 1 / sample_rate_hz)
-    spectrum[(frequencies < 300) | (frequencies > 3400)] = 0  # noqa: PLR2004 - ITU-T G.712's voice band
+    spectrum[(frequencies < VOICE_BAND_HZ[0]) | (frequencies > VOICE_BAND_HZ[1])] = 0
     voice = np.fft.irfft(spectrum, samples)
     peak = np.max(np.abs(voice)) or 1.0
-    return _signal(np.exp(2j * np.pi * 2500 * np.cumsum(voice / peak) / sample_rate_hz))
+    return np.exp(2j * np.pi * FM_DEVIATION_HZ * np.cumsum(voice / peak) / sample_rate_hz)
 
 
 def fsk(samples: int, sample_rate_hz: float, rng: np.random.Generator) -> Signal:
-    """Two-level FSK at 4,800 baud with 2.4 kHz deviation, continuous phase, unit power."""
-    symbol = max(1, round(sample_rate_hz / 4800))
-    bits = rng.integers(0, 2, samples // symbol + 1) * 2 - 1
-    return _signal(np.exp(2j * np.pi * 2400 * np.cumsum(np.repeat(bits, symbol)[:samples]) / sample_rate_hz))
+    """Two-level FSK at 9,600 baud with 4.8 kHz deviation, continuous phase, unit power, shape (samples,)."""
+    symbol = (np.arange(samples) * FSK_BAUD / sample_rate_hz).astype(np.int64)
+    bits = rng.integers(0, 2, symbol[-1] + 1) * 2 - 1
+    return np.exp(2j * np.pi * FSK_DEVIATION_HZ * np.cumsum(bits[symbol]) / sample_rate_hz)
 
 
 def ofdm(samples: int, sample_rate_hz: float, rng: np.random.Generator) -> Signal:
-    """OFDM-like: 64 carriers of which 48 carry QPSK over three quarters of the band, unit power."""
-    del sample_rate_hz  # its band is a share of the sampling rate
-    count = samples // 64 + 1
-    grid = np.zeros((count, 64), dtype=np.complex128)
-    used = np.r_[1:25, 40:64]
+    """OFDM-like: 48 of 64 carriers with QPSK and a prefix of 16, over 3/4 of the band, unit power (cf. IEEE 802.11, 17).
+
+    Args:
+        samples: How many samples.
+        sample_rate_hz: Sampling rate in hertz; it sets nothing here, as the band is a share of it.
+        rng: Source of randomness.
+
+    Returns:
+        Samples, shape (samples,).
+    """
+    del sample_rate_hz
+    length = OFDM_CARRIERS + OFDM_PREFIX
+    count = samples // length + 1
+    used = np.r_[1 : OFDM_USED // 2 + 1, OFDM_CARRIERS - OFDM_USED // 2 : OFDM_CARRIERS]
+    grid = np.zeros((count, OFDM_CARRIERS), dtype=np.complex128)
     grid[:, used] = np.exp(0.5j * np.pi * rng.integers(0, 4, (count, used.size)))
-    signal = np.fft.ifft(grid, axis=1).reshape(-1)[:samples]
-    return _signal(signal / np.sqrt(np.mean(np.abs(signal) ** 2)))
+    symbols = np.fft.ifft(grid, axis=1)
+    signal = np.concatenate([symbols[:, -OFDM_PREFIX:], symbols], axis=1).reshape(-1)[:samples]
+    unit: Signal = signal / np.sqrt(np.mean(np.abs(signal) ** 2))
+    return unit
 
 
 MODULATIONS: Final = {"fm": fm_voice, "fsk": fsk, "ofdm": ofdm}

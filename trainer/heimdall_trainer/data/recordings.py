@@ -1,24 +1,38 @@
-"""Recordings as SigMF (sigmf.org), the field's standard for IQ: in S3, or in a folder."""
+"""Recordings as SigMF (sigmf.org), the field's standard for IQ: in S3, or in a folder.
+
+Absolute power is kept: `heimdall:full_scale_dbm` in the metadata is the power in dBm of a sample of magnitude 1 (the
+converter's full scale), so that samples of receivers with different gains compare. Samples that were read have a mean
+squared magnitude that is their power in milliwatts.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heimdall_trainer.data.sessions import Recording
+from heimdall_trainer.data.sessions import Receiver, Recording
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.settings import DataSettings
 
-DATATYPE: Final = "cf32_le"
 META: Final = ".sigmf-meta"
 DATA: Final = ".sigmf-data"
+SIGMF_VERSION: Final = "1.2.0"
+EXTENSION: Final = "heimdall"
+FULL_SCALE: Final = "heimdall:full_scale_dbm"
+SAMPLE_BYTES: Final = {"ci16_le": 4, "cf32_le": 8}
 S3_TIMEOUT_S: Final = 30
 S3_TRIES: Final = 5
+
+Datatype = Literal["ci16_le", "cf32_le"]
 
 
 class UnreadableError(Exception):
@@ -26,13 +40,16 @@ class UnreadableError(Exception):
 
 
 class ObjectStore(Protocol):
-    """Objects by key."""
+    """Objects by key. A server that does not answer is a ConnectionError."""
 
     def get(self, key: str) -> bytes:
         """The object's bytes; UnreadableError where there is none."""
 
     def put(self, key: str, content: bytes) -> None:
-        """Store an object."""
+        """Store an object, whole or not at all."""
+
+    def has(self, key: str) -> bool:
+        """Whether there is such an object."""
 
 
 class Folder:
@@ -49,10 +66,12 @@ class Folder:
             raise UnreadableError(f"{key} is missing ({error.strerror})") from None
 
     def put(self, key: str, content: bytes) -> None:
-        """Store an object."""
-        file = self._root / key
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        """Store an object: written beside, then renamed."""
+        write_whole(self._root / key, content)
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a file."""
+        return (self._root / key).is_file()
 
 
 class Bucket:
@@ -66,27 +85,9 @@ class Bucket:
 
     @property
     def _client(self) -> Any:
-        # Made where it is used: a client does not survive a fork or a pickle.
+        # Made where it is used: a client does not survive a pickle.
         if self._made is None:
-            import boto3
-            from botocore.config import Config
-
-            settings = self._settings
-            self._made = boto3.client(
-                "s3",
-                endpoint_url=settings.s3_endpoint_url or None,
-                aws_access_key_id=settings.s3_access_key.get_secret_value() or None,
-                aws_secret_access_key=settings.s3_secret_key.get_secret_value() or None,
-                region_name=settings.s3_region,
-                verify=settings.s3_ca_bundle or None,
-                config=Config(
-                    connect_timeout=S3_TIMEOUT_S,
-                    read_timeout=S3_TIMEOUT_S,
-                    retries={"max_attempts": S3_TRIES, "mode": "standard"},
-                    max_pool_connections=settings.read_threads,
-                    s3={"addressing_style": "path"} if settings.s3_endpoint_url else {},
-                ),
-            )
+            self._made = _s3_client(self._settings)
         return self._made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,37 +95,93 @@ class Bucket:
 
     def get(self, key: str) -> bytes:
         """The object's bytes."""
-        from botocore.exceptions import ClientError
-
-        try:
-            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()
-        except ClientError as error:
-            if error.response["Error"]["Code"] in {"NoSuchKey", "404"}:
-                raise UnreadableError(f"{key} is missing in bucket {self._bucket}") from None
-            raise
+        answer = self._ask("get_object", key)
+        if answer is None:
+            raise UnreadableError(f"{self._prefix}{key} is missing in bucket {self._bucket}")
+        content: bytes = answer["Body"].read()
         return content
 
     def put(self, key: str, content: bytes) -> None:
         """Store an object."""
-        self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=content)
+        if self._ask("put_object", key, Body=content) is None:
+            raise ConfigurationError(f"HEIMDALL_RECORDINGS_URL names the bucket {self._bucket}, which does not exist")
+
+    def has(self, key: str) -> bool:
+        """Whether there is such an object."""
+        return self._ask("head_object", key) is not None
+
+    def _ask(self, operation: str, key: str, **more: object) -> Any:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        where = f"{self._settings.s3_endpoint_url or 'S3'}, bucket {self._bucket}"
+        try:
+            return getattr(self._client, operation)(Bucket=self._bucket, Key=self._prefix + key, **more)
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code in {"NoSuchKey", "NoSuchBucket", "404"}:
+                return None
+            if code in {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
+                raise ConfigurationError(
+                    f"{where} refuses access ({code}): check HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
+                ) from None
+            raise ConnectionError(f"{where} can't be used: {code}") from None
+        except BotoCoreError as error:
+            raise ConnectionError(f"{where} can't be reached: {type(error).__name__}") from None
 
 
-def open_store(settings: DataSettings) -> ObjectStore:
-    """The store that `HEIMDALL_RECORDINGS_URL` names.
+def _s3_client(settings: DataSettings) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    keys = settings.s3_access_key, settings.s3_secret_key
+    return boto3.client(
+        "s3",
+        endpoint_url=settings.s3_endpoint_url,
+        aws_access_key_id=keys[0].get_secret_value() if keys[0] else None,
+        aws_secret_access_key=keys[1].get_secret_value() if keys[1] else None,
+        region_name=settings.s3_region,
+        verify=str(settings.s3_ca_bundle) if settings.s3_ca_bundle else None,
+        config=Config(
+            connect_timeout=S3_TIMEOUT_S,
+            read_timeout=S3_TIMEOUT_S,
+            retries={"max_attempts": S3_TRIES, "mode": "standard"},
+            max_pool_connections=settings.read_threads,
+            s3={"addressing_style": "path" if settings.s3_path_style else "auto"},
+        ),
+    )
+
+
+def open_objects(settings: DataSettings, url: str = "") -> ObjectStore:
+    """The objects under a URL.
+
+    Args:
+        settings: Endpoint and credentials.
+        url: `s3://BUCKET[/PREFIX]`, or `file:` and a folder; `HEIMDALL_RECORDINGS_URL` if empty.
 
     Raises:
-        ConfigurationError: It names none.
+        ConfigurationError: It is neither.
     """
-    scheme, _, rest = settings.recordings_url.partition(":")
+    url = url or settings.recordings_url
+    scheme, _, rest = url.partition(":")
     if scheme == "file" and rest:
         return Folder(Path(rest.removeprefix("//")))
-    if scheme == "s3" and rest.startswith("//"):
-        bucket, _, prefix = rest[2:].partition("/")
-        if bucket:
-            return Bucket(settings, bucket, f"{prefix.strip('/')}/" if prefix.strip("/") else "")
-    raise ConfigurationError(
-        f"HEIMDALL_RECORDINGS_URL is {settings.recordings_url!r}: use s3://BUCKET[/PREFIX] or file:FOLDER"
-    )
+    bucket, _, prefix = rest.removeprefix("//").partition("/")
+    if scheme == "s3" and bucket:
+        return Bucket(settings, bucket, f"{prefix.strip('/')}/" if prefix.strip("/") else "")
+    raise ConfigurationError(f"{url!r} is no place for objects: use s3://BUCKET[/PREFIX], or file: and a folder")
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it, so that no process ever reads half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(content)
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def key_of(session_id: str, transmission_id: str, receiver_id: str) -> str:
@@ -132,78 +189,153 @@ def key_of(session_id: str, transmission_id: str, receiver_id: str) -> str:
     return f"sessions/{session_id}/{transmission_id}/{receiver_id}{META}"
 
 
-def write_recording(
-    store: ObjectStore,
-    key: str,
-    signal: NDArray[np.complex128],
-    *,
-    sample_rate_hz: float,
-    frequency_hz: float,
-    geolocation: tuple[float, float],
-    author: str,
-) -> str:
-    """Write a recording, data before metadata.
+def data_key(object_key: str) -> str:
+    """Key of the data that belongs to a key of metadata."""
+    return object_key.removesuffix(META) + DATA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What a recording's metadata says beside its samples."""
+
+    session_id: str
+    transmission_id: str
+    receiver: Receiver
+    sample_rate_hz: float
+    frequency_hz: float
+    started_at: datetime
+    full_scale_dbm: float
+    """Power in dBm of a sample of magnitude 1."""
+    datatype: Datatype = "ci16_le"
+    author: str = ""
+
+
+class RecordingStore:
+    """Writes and reads recordings."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        """Args: objects: Where they lie."""
+        self._objects = objects
+
+    @classmethod
+    def open(cls, settings: DataSettings) -> RecordingStore:
+        """The store that `HEIMDALL_RECORDINGS_URL` names; nothing is asked of it yet."""
+        return cls(open_objects(settings))
+
+    def has(self, object_key: str) -> bool:
+        """Whether the recording is there; its metadata is written last."""
+        return self._objects.has(object_key)
+
+    def write(self, signal: NDArray[np.complex128], capture: Capture) -> Recording:
+        """Write a recording, data before metadata.
+
+        Args:
+            signal: Samples, shape (samples,); mean squared magnitude is power in milliwatts.
+            capture: What is said of them.
+
+        Returns:
+            The recording as the database holds it.
+        """
+        content = encode(signal, capture.full_scale_dbm, capture.datatype)
+        key = key_of(capture.session_id, capture.transmission_id, capture.receiver.receiver_id)
+        self._objects.put(data_key(key), content)
+        self._objects.put(key, _metadata(content, capture).encode())
+        return Recording(
+            session_id=capture.session_id,
+            transmission_id=capture.transmission_id,
+            receiver=capture.receiver,
+            object_key=key,
+            sample_count=signal.size,
+            sha256=hashlib.sha256(content).hexdigest(),
+            full_scale_dbm=capture.full_scale_dbm,
+            sample_rate_hz=capture.sample_rate_hz,
+        )
+
+    def read(self, recording: Recording) -> NDArray[np.complex64]:
+        """Read a recording and check it against its metadata and the database.
+
+        Returns:
+            Samples, shape (samples,); mean squared magnitude is power in milliwatts.
+
+        Raises:
+            UnreadableError: It is missing, short, corrupt, of another sampling rate or type.
+            ConnectionError: The store does not answer.
+        """
+        from sigmf import SigMFFile
+        from sigmf.error import SigMFError
+
+        about = self._objects.get(recording.object_key)
+        content = self._objects.get(data_key(recording.object_key))
+        try:
+            meta = SigMFFile(metadata=about.decode())
+            _check(meta, recording, len(content))
+            meta.set_data_file(data_buffer=io.BytesIO(content))  # compares core:sha512
+        except (SigMFError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnreadableError(f"its metadata does not fit its data: {error}") from None
+        if hashlib.sha256(content).hexdigest() != recording.sha256:
+            raise UnreadableError("its checksum is not the one in the database")
+        samples: NDArray[np.complex64] = meta.read_samples()
+        if not np.isfinite(samples).all():
+            raise UnreadableError("it holds samples that are no numbers")
+        return samples * np.float32(10 ** (recording.full_scale_dbm / 20))
+
+
+def encode(signal: NDArray[np.complex128], full_scale_dbm: float, datatype: Datatype) -> bytes:
+    """Samples as a converter of a full scale gives them.
 
     Args:
-        store: Where to.
-        key: Key of the metadata.
         signal: Samples, shape (samples,); mean squared magnitude is power in milliwatts.
-        sample_rate_hz: Sampling rate in hertz.
-        frequency_hz: Carrier frequency in hertz.
-        geolocation: The receiver's latitude and longitude in degrees.
-        author: Who made it.
+        full_scale_dbm: Power of a sample of magnitude 1 after scaling; larger parts are clipped for ci16_le.
+        datatype: SigMF datatype.
 
     Returns:
-        SHA-512 of the data, hexadecimal.
+        Interleaved little-endian I and Q.
     """
+    scaled = signal * 10 ** (-full_scale_dbm / 20)
+    if datatype == "cf32_le":
+        return scaled.astype("<c8").tobytes()
+    steps = np.stack([scaled.real, scaled.imag], axis=-1) * 2**15
+    return np.clip(np.round(steps), -(2**15), 2**15 - 1).astype("<i2").tobytes()
+
+
+def _metadata(content: bytes, capture: Capture) -> str:
     from sigmf import SigMFFile
 
-    content = signal.astype("<c8").tobytes()
-    digest = hashlib.sha512(content).hexdigest()
     meta = SigMFFile(
         global_info={
-            SigMFFile.DATATYPE_KEY: DATATYPE,
-            SigMFFile.SAMPLE_RATE_KEY: sample_rate_hz,
-            SigMFFile.AUTHOR_KEY: author,
-            SigMFFile.DESCRIPTION_KEY: "Mean squared magnitude is power in milliwatts.",
-            SigMFFile.HASH_KEY: digest,
-            SigMFFile.VERSION_KEY: "1.2.0",
+            "core:datatype": capture.datatype,
+            "core:sample_rate": capture.sample_rate_hz,
+            "core:version": SIGMF_VERSION,
+            "core:author": capture.author,
+            "core:extensions": [{"name": EXTENSION, "version": "1.0.0", "optional": True}],
+            FULL_SCALE: capture.full_scale_dbm,
         }
     )
-    latitude, longitude = geolocation
-    point = {"type": "Point", "coordinates": [longitude, latitude]}
-    meta.add_capture(0, metadata={SigMFFile.FREQUENCY_KEY: frequency_hz, SigMFFile.GEOLOCATION_KEY: point})
-    store.put(key.removesuffix(META) + DATA, content)
-    store.put(key, meta.dumps().encode())
-    return digest
+    place = [capture.receiver.longitude, capture.receiver.latitude, capture.receiver.altitude_m]
+    started = capture.started_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    meta.add_capture(
+        0,
+        metadata={
+            "core:frequency": capture.frequency_hz,
+            "core:datetime": started,
+            "core:geolocation": {"type": "Point", "coordinates": place},
+        },
+    )
+    meta.set_data_file(data_buffer=io.BytesIO(content))  # sets core:sha512
+    text: str = meta.dumps()
+    return text
 
 
-def read_recording(store: ObjectStore, recording: Recording) -> NDArray[np.complex64]:
-    """Read a recording and check it.
-
-    Args:
-        store: Where from.
-        recording: Which one, and what the database says of it.
-
-    Returns:
-        Samples, shape (samples,); mean squared magnitude is power in milliwatts.
-
-    Raises:
-        UnreadableError: It is missing, short, corrupt, of another sampling rate or type.
-    """
-    try:
-        about = json.loads(store.get(recording.object_key))["global"]
-    except (ValueError, KeyError, TypeError):
-        raise UnreadableError(f"{recording.object_key} is no SigMF metadata") from None
-    if about.get("core:datatype") != DATATYPE:
-        raise UnreadableError(f"its datatype is {about.get('core:datatype')}, not {DATATYPE}")
-    if about.get("core:sample_rate") != recording.sample_rate_hz:
+def _check(meta: Any, recording: Recording, size: int) -> None:
+    about = meta.get_global_info()
+    datatype, rate = about.get("core:datatype"), about.get("core:sample_rate")
+    if datatype not in SAMPLE_BYTES:
+        raise UnreadableError(f"its datatype is {datatype}, not one of {', '.join(SAMPLE_BYTES)}")
+    if rate != recording.sample_rate_hz:
+        raise UnreadableError(f"it was sampled at {rate} Hz, its session at {recording.sample_rate_hz} Hz")
+    if size != SAMPLE_BYTES[datatype] * recording.sample_count:
+        raise UnreadableError(f"it has {size // SAMPLE_BYTES[datatype]} samples, not {recording.sample_count}")
+    if about.get(FULL_SCALE, recording.full_scale_dbm) != recording.full_scale_dbm:
         raise UnreadableError(
-            f"it was sampled at {about.get('core:sample_rate')} Hz, not at {recording.sample_rate_hz}"
+            f"its metadata says full scale is {about[FULL_SCALE]} dBm, the database {recording.full_scale_dbm} dBm"
         )
-    content = store.get(recording.object_key.removesuffix(META) + DATA)
-    if len(content) != 8 * recording.samples:
-        raise UnreadableError(f"it has {len(content) // 8} samples, not {recording.samples}")
-    if hashlib.sha512(content).hexdigest() != recording.sha512:
-        raise UnreadableError("its checksum is not the one that was recorded")
-    return np.frombuffer(content, dtype="<c8")

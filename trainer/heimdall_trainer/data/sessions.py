@@ -1,11 +1,12 @@
-"""Recording sessions in PostgreSQL (or SQLite, on a laptop): who recorded what, where."""
+"""Recording sessions in PostgreSQL (or SQLite, on a laptop): who recorded what, where, and whether it may be used."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
@@ -14,12 +15,21 @@ from heimdall_trainer.settings import DataSettings
 
 POOL_SIZE: Final = 4
 CONNECT_TIMEOUT_S: Final = 10
+READ_TRIES: Final = 5
+"""Tries at reading from a database that does not answer; the waits between them double from 1 s."""
+SCHEMA_LOCK: Final = 0x4845494D
+"""Advisory lock of PostgreSQL that two processes making the tables at once wait for."""
+NAMED_IDS: Final = 10
+"""How many sessions an error names."""
+
+Status = Literal["pending", "approved", "rejected"]
 
 metadata = sa.MetaData()
 recording_sessions = sa.Table(
     "recording_sessions",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
     sa.Column("status", sa.Text, sa.CheckConstraint("status IN ('pending', 'approved', 'rejected')"), nullable=False),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("center_frequency_hz", sa.Double, nullable=False),
@@ -34,6 +44,7 @@ receivers = sa.Table(
     sa.Column("receiver_id", sa.Text, primary_key=True),
     sa.Column("latitude", sa.Double, nullable=False),
     sa.Column("longitude", sa.Double, nullable=False),
+    sa.Column("altitude_m", sa.Double, nullable=False),
     sa.Column("noise_figure_db", sa.Double, nullable=False),
 )
 transmissions = sa.Table(
@@ -41,6 +52,7 @@ transmissions = sa.Table(
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("session_id", sa.Text, sa.ForeignKey("recording_sessions.id"), nullable=False, index=True),
+    sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("latitude", sa.Double, nullable=False),
     sa.Column("longitude", sa.Double, nullable=False),
     sa.Column("modulation", sa.Text, nullable=False),
@@ -51,56 +63,87 @@ recordings = sa.Table(
     sa.Column("transmission_id", sa.Text, sa.ForeignKey("transmissions.id"), primary_key=True),
     sa.Column("receiver_id", sa.Text, primary_key=True),
     sa.Column("object_key", sa.Text, nullable=False),
-    sa.Column("samples", sa.Integer, nullable=False),
-    sa.Column("sha512", sa.Text, nullable=False),
+    sa.Column("sample_count", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("full_scale_dbm", sa.Double, nullable=False),
 )
 
 
-@dataclass(frozen=True)
-class Recording:
-    """One receiver's recording of a transmission."""
+@dataclass(frozen=True, kw_only=True)
+class Receiver:
+    """A receiver and its place: degrees, metres above the ellipsoid, decibels."""
 
-    session_id: str
-    transmission_id: str
     receiver_id: str
     latitude: float
     longitude: float
+    altitude_m: float = 0.0
+    noise_figure_db: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What one receiver recorded of a transmission."""
+
+    session_id: str
+    transmission_id: str
+    receiver: Receiver
     object_key: str
-    samples: int
-    sha512: str
+    """Key of the `.sigmf-meta` object."""
+    sample_count: int
+    sha256: str
+    """SHA-256 of the data, hexadecimal."""
+    full_scale_dbm: float
+    """Power in dBm of a sample of magnitude 1, the converter's full scale."""
     sample_rate_hz: float
 
     def __str__(self) -> str:
         """As reports name it."""
-        return f"session {self.session_id}, transmission {self.transmission_id}, receiver {self.receiver_id}"
+        return f"session {self.session_id}, transmission {self.transmission_id}, receiver {self.receiver.receiver_id}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Transmission:
-    """A transmission, where it truly came from, and who recorded it."""
+    """A transmission, where it truly came from (degrees), and who recorded it."""
 
     id: str
     session_id: str
+    started_at: datetime
     latitude: float
     longitude: float
+    modulation: str
     origin: tuple[float, float]
+    """Latitude and longitude of the session's origin."""
     recordings: tuple[Recording, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A recording session: receivers that stood still, on one frequency, at one sampling rate."""
+
+    id: str
+    name: str
+    status: Status = "pending"
+    center_frequency_hz: float
+    sample_rate_hz: float
+    origin: tuple[float, float]
+    """Latitude and longitude that local metres are counted from."""
+    receivers: tuple[Receiver, ...]
+    transmissions: tuple[Transmission, ...]
 
 
 class SessionStore:
     """Reads and writes recording sessions."""
 
     def __init__(self, engine: sa.Engine) -> None:
+        """Args: engine: PostgreSQL (psycopg) or SQLite; nothing is asked of it yet."""
         self._engine = engine
 
     @classmethod
     def open(cls, settings: DataSettings) -> SessionStore:
-        """Open the settings' database; nothing is asked of it yet."""
+        """Open the settings' database with a small pool of connections that are checked before use."""
         url = sa.make_url(settings.database_url.get_secret_value())
-        if url.drivername in {"postgresql", "postgres"}:
-            url = url.set(drivername="postgresql+psycopg")
         options: dict[str, Any] = {"pool_pre_ping": True}
-        if url.drivername.startswith("postgresql"):
+        if url.get_backend_name() == "postgresql":
             options |= {"pool_size": POOL_SIZE, "connect_args": {"connect_timeout": CONNECT_TIMEOUT_S}}
         return cls(sa.create_engine(url, **options))
 
@@ -109,22 +152,43 @@ class SessionStore:
         self._engine.dispose()
 
     def create_schema(self) -> None:
-        """Make the tables that are not there."""
-        metadata.create_all(self._engine)
-
-    def has_session(self, session_id: str) -> bool:
-        """Whether there is such a session."""
-        with self._engine.connect() as connection:
-            query = sa.select(recording_sessions.c.id).where(recording_sessions.c.id == session_id)
-            return connection.execute(query).first() is not None
-
-    def add_session(self, session: dict[str, Any], **rows: Sequence[dict[str, Any]]) -> None:
-        """Add a session with its receivers, transmissions and recordings, all or nothing."""
+        """Make the tables that are not there; two processes may do so at once."""
         with self._engine.begin() as connection:
-            created = {"created_at": datetime.now(UTC), "status": "approved"}
-            connection.execute(recording_sessions.insert(), [created | session])
-            for table in (receivers, transmissions, recordings):
-                connection.execute(table.insert(), list(rows[table.name]))
+            if self._engine.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
+            metadata.create_all(connection)
+
+    def session_name(self, session_id: str) -> str | None:
+        """Name of a session, whatever its status; None where there is none."""
+        query = sa.select(recording_sessions.c.name).where(recording_sessions.c.id == session_id)
+        rows = self._read(query)
+        return str(rows[0][0]) if rows else None
+
+    def add_session(self, session: Session) -> bool:
+        """Add a session with its receivers, transmissions and recordings, all or nothing.
+
+        Returns:
+            False where a session of this ID is there already; it is left as it is.
+        """
+        with self._engine.begin() as connection:
+            known = sa.select(recording_sessions.c.id).where(recording_sessions.c.id == session.id)
+            if connection.execute(known).first() is not None:
+                return False
+            for table, rows in _rows_of(session):
+                if rows:
+                    connection.execute(table.insert(), rows)
+        return True
+
+    def set_status(self, session_id: str, status: Status) -> None:
+        """Approve or reject a session.
+
+        Raises:
+            ConfigurationError: There is no such session.
+        """
+        update = recording_sessions.update().where(recording_sessions.c.id == session_id).values(status=status)
+        with self._engine.begin() as connection:
+            if connection.execute(update).rowcount == 0:
+                raise ConfigurationError(f"there is no recording session {session_id!r} to become {status}")
 
     def approved(self, ids: Iterable[str] = ()) -> list[str]:
         """IDs of approved sessions, sorted.
@@ -134,63 +198,117 @@ class SessionStore:
 
         Raises:
             ConfigurationError: A session that was asked for is missing or not approved.
-            DataError: The database can't be read, or holds no approved session.
+            DataError: The database holds no recording sessions, or none that is approved.
+            ConnectionError: The database does not answer.
         """
         wanted = sorted(set(ids))
-        query = sa.select(recording_sessions.c.id).where(recording_sessions.c.status == "approved")
-        found = sorted(row[0] for row in self._read(query))
-        missing = [session for session in wanted if session not in set(found)]
-        if missing:
+        rows = self._read(sa.select(recording_sessions.c.id, recording_sessions.c.status))
+        status = {row.id: row.status for row in rows}
+        found = sorted(name for name, state in status.items() if state == "approved")
+        problems = [f"{name} ({status.get(name, 'unknown')})" for name in wanted if status.get(name) != "approved"]
+        if problems:
+            more = f" and {len(problems) - NAMED_IDS} more" if len(problems) > NAMED_IDS else ""
             raise ConfigurationError(
-                f"spec.data.sessions.ids names sessions that are missing or not approved: {', '.join(missing[:10])}; "
-                f"approve them, or leave them out"
+                f"spec.data.sessions.ids names sessions that can't be used: {', '.join(problems[:NAMED_IDS])}{more}; "
+                "approve them, correct their IDs, or leave them out"
             )
         if not found:
             raise DataError(
-                "the database holds no approved recording session: record some, or make some with "
+                "the database holds no approved recording session: approve one, or make some with "
                 "`heimdall-train data generate`"
             )
         return wanted or found
 
     def transmissions(self, session_ids: Sequence[str]) -> list[Transmission]:
-        """Transmissions of sessions with their recordings, in a fixed order: one query."""
-        query = (
-            sa.select(
-                *(transmissions.c.id, transmissions.c.session_id, transmissions.c.latitude, transmissions.c.longitude),
-                *(recording_sessions.c.origin_latitude, recording_sessions.c.origin_longitude),
-                *(recording_sessions.c.sample_rate_hz, recordings.c.receiver_id),
-                receivers.c.latitude.label("receiver_latitude"),
-                receivers.c.longitude.label("receiver_longitude"),
-                *(recordings.c.object_key, recordings.c.samples, recordings.c.sha512),
-            )
-            .join(recording_sessions, recording_sessions.c.id == transmissions.c.session_id)
-            .join(recordings, recordings.c.transmission_id == transmissions.c.id)
-            .join(
-                receivers,
-                sa.and_(
-                    receivers.c.session_id == transmissions.c.session_id,
-                    receivers.c.receiver_id == recordings.c.receiver_id,
-                ),
-            )
-            .where(transmissions.c.session_id.in_(session_ids))
-            .order_by(transmissions.c.id, recordings.c.receiver_id)
-        )
+        """Transmissions of sessions with their recordings, in a fixed order: one query.
+
+        Args:
+            session_ids: Sessions, whatever their status.
+
+        Raises:
+            ConnectionError: The database does not answer.
+        """
         grouped: dict[str, list[Any]] = {}
-        for row in self._read(query):
+        for row in self._read(_transmissions_query(session_ids)):
             grouped.setdefault(row.id, []).append(row)
         return [_transmission(rows) for rows in grouped.values()]
 
-    def _read(self, query: Any) -> Sequence[Any]:
-        try:
-            with self._engine.connect() as connection:
-                return connection.execute(query).all()
-        except sa.exc.OperationalError as error:
-            where = self._engine.url.render_as_string(hide_password=True)
-            raise DataError(f"the database {where} (HEIMDALL_DATABASE_URL) can't be read: {error.orig}") from None
-        except sa.exc.ProgrammingError as error:
+    def _read(self, query: sa.Executable) -> Sequence[Any]:
+        wait_s = 1.0
+        for left in reversed(range(READ_TRIES)):
+            try:
+                with self._engine.connect() as connection:
+                    return connection.execute(query).all()
+            except sa.exc.DBAPIError as error:
+                self._raise_unless_away(error, tries_left=left)
+            time.sleep(wait_s)
+            wait_s *= 2
+        raise AssertionError("the last try raises")
+
+    def _raise_unless_away(self, error: sa.exc.DBAPIError, *, tries_left: int) -> None:
+        where = self._engine.url.render_as_string(hide_password=True)
+        reason = str(error.orig).strip()
+        if "no such table" in reason or "does not exist" in reason:
             raise DataError(
-                f"the database has no recording sessions ({error.orig}): make some with `heimdall-train data generate`"
+                f"the database {where} holds no recording sessions ({reason.splitlines()[0]}): "
+                "check HEIMDALL_DATABASE_URL, or make some with `heimdall-train data generate`"
             ) from None
+        if not isinstance(error, sa.exc.OperationalError) or self._engine.dialect.name != "postgresql":
+            raise DataError(f"the database {where} (HEIMDALL_DATABASE_URL) can't be read: {reason}") from None
+        if tries_left == 0:
+            raise ConnectionError(f"the database {where} (HEIMDALL_DATABASE_URL) does not answer: {reason}") from None
+
+
+def _rows_of(session: Session) -> list[tuple[sa.Table, list[dict[str, Any]]]]:
+    head = {
+        "id": session.id,
+        "name": session.name,
+        "status": session.status,
+        "created_at": datetime.now(UTC),
+        "center_frequency_hz": session.center_frequency_hz,
+        "sample_rate_hz": session.sample_rate_hz,
+        "origin_latitude": session.origin[0],
+        "origin_longitude": session.origin[1],
+    }
+    return [
+        (recording_sessions, [head]),
+        (receivers, [{"session_id": session.id, **vars(receiver)} for receiver in session.receivers]),
+        (transmissions, [_row(transmissions, item, session_id=session.id) for item in session.transmissions]),
+        (
+            recordings,
+            [
+                _row(recordings, item, transmission_id=sent.id, receiver_id=item.receiver.receiver_id)
+                for sent in session.transmissions
+                for item in sent.recordings
+            ],
+        ),
+    ]
+
+
+def _row(table: sa.Table, item: Transmission | Recording, **more: str) -> dict[str, Any]:
+    return {column.name: more.get(column.name, getattr(item, column.name, None)) for column in table.columns}
+
+
+def _transmissions_query(session_ids: Sequence[str]) -> sa.Select[Any]:
+    sessions, heard = recording_sessions.c, receivers.c
+    return (
+        sa.select(
+            transmissions,
+            *(sessions.origin_latitude, sessions.origin_longitude, sessions.sample_rate_hz),
+            *(heard.receiver_id, heard.altitude_m, heard.noise_figure_db),
+            heard.latitude.label("receiver_latitude"),
+            heard.longitude.label("receiver_longitude"),
+            *(recordings.c.object_key, recordings.c.sample_count, recordings.c.sha256, recordings.c.full_scale_dbm),
+        )
+        .join(recording_sessions, sessions.id == transmissions.c.session_id)
+        .join(recordings, recordings.c.transmission_id == transmissions.c.id)
+        .join(
+            receivers,
+            sa.and_(heard.session_id == transmissions.c.session_id, heard.receiver_id == recordings.c.receiver_id),
+        )
+        .where(transmissions.c.session_id.in_(session_ids))
+        .order_by(transmissions.c.id, recordings.c.receiver_id)
+    )
 
 
 def _transmission(rows: Sequence[Any]) -> Transmission:
@@ -198,21 +316,29 @@ def _transmission(rows: Sequence[Any]) -> Transmission:
     return Transmission(
         id=first.id,
         session_id=first.session_id,
+        started_at=first.started_at,
         latitude=first.latitude,
         longitude=first.longitude,
+        modulation=first.modulation,
         origin=(first.origin_latitude, first.origin_longitude),
-        recordings=tuple(
-            Recording(
-                session_id=row.session_id,
-                transmission_id=row.id,
-                receiver_id=row.receiver_id,
-                latitude=row.receiver_latitude,
-                longitude=row.receiver_longitude,
-                object_key=row.object_key,
-                samples=row.samples,
-                sha512=row.sha512,
-                sample_rate_hz=row.sample_rate_hz,
-            )
-            for row in rows
+        recordings=tuple(_recording(row) for row in rows),
+    )
+
+
+def _recording(row: Any) -> Recording:
+    return Recording(
+        session_id=row.session_id,
+        transmission_id=row.id,
+        receiver=Receiver(
+            receiver_id=row.receiver_id,
+            latitude=row.receiver_latitude,
+            longitude=row.receiver_longitude,
+            altitude_m=row.altitude_m,
+            noise_figure_db=row.noise_figure_db,
         ),
+        object_key=row.object_key,
+        sample_count=row.sample_count,
+        sha256=row.sha256,
+        full_scale_dbm=row.full_scale_dbm,
+        sample_rate_hz=row.sample_rate_hz,
     )

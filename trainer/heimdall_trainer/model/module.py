@@ -38,7 +38,7 @@ class LocalizationModule(pl.LightningModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        self._rates = {"lr": learning_rate, "weight_decay": weight_decay}
+        self._learning_rate, self._weight_decay = learning_rate, weight_decay
         self.net = LocalizationNet(backbone, pretrained=pretrained, freeze_backbone=freeze_backbone)
         self._loss = LOSSES[loss]
         self._metrics = {"val": LocalizationMetrics(), "test": LocalizationMetrics()}
@@ -75,7 +75,7 @@ class LocalizationModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over all steps."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, **self._rates)
+        optimizer = torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=self._weight_decay)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
