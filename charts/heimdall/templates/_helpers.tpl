@@ -16,10 +16,12 @@ app.kubernetes.io/component: {{ .role }}
 {{- end }}
 
 {{- define "heimdall.databaseSecret" -}}
+{{- if and .Values.database.external (not .Values.database.existingSecret) }}{{ fail "database.existingSecret is needed with database.external: the passwords are that server's" }}{{ end }}
 {{- .Values.database.existingSecret | default (printf "%s-database" (include "heimdall.fullname" .)) }}
 {{- end }}
 
 {{- define "heimdall.objectStoreSecret" -}}
+{{- if and .Values.objectStore.external (not .Values.objectStore.existingSecret) }}{{ fail "objectStore.existingSecret is needed with objectStore.external: the keys are that server's" }}{{ end }}
 {{- .Values.objectStore.existingSecret | default (printf "%s-object-store" (include "heimdall.fullname" .)) }}
 {{- end }}
 
@@ -38,17 +40,26 @@ app.kubernetes.io/component: {{ .role }}
 {{- else }}http://{{ include "heimdall.fullname" . }}-tracking.{{ .Release.Namespace }}.svc:5000{{ end }}
 {{- end }}
 
-{{- /* The data of a Secret whose values are generated once: what the cluster has wins. Computed once a rendering, because
-other Secrets are made of the same values. include "heimdall.secretData" (dict "root" $ "name" NAME "generated" DICT) gives JSON
-of base64 values. */}}
+{{- /* The data of a Secret whose values are generated once: what the cluster has wins, and of a Secret that is not ours nothing is
+made up. Computed once a rendering, because other Secrets are made of the same values. include "heimdall.secretData" (dict
+"root" $ "name" NAME "existing" BOOL "generated" DICT "needed" KEYS) gives JSON of base64 values. */}}
 {{- define "heimdall.secretData" -}}
 {{- $memo := get .root.Values "memo" | default dict }}
+{{- $name := .name }}
+{{- $existing := .existing }}
+{{- $needed := .needed }}
 {{- if not (hasKey $memo .name) }}
 {{- $found := lookup "v1" "Secret" .root.Release.Namespace .name }}
 {{- $kept := dict }}
 {{- if $found }}{{- $kept = $found.data | default dict }}{{- end }}
+{{- if and .existing (not $found) }}
+{{- fail (printf "Secret %s is not in namespace %s, or this is rendered without a cluster: make it first, or set trainer.createSecrets=false and make the Secrets of trainer yourself (docs/chart.md)" .name .root.Release.Namespace) }}
+{{- end }}
 {{- $data := dict }}
 {{- range $key, $value := .generated }}
+{{- if and $existing (not (hasKey $kept $key)) (has $key $needed) }}
+{{- fail (printf "Secret %s has no key %s" $name $key) }}
+{{- end }}
 {{- $_ := set $data $key (get $kept $key | default ($value | b64enc)) }}
 {{- end }}
 {{- $_ := set $memo .name (merge (dict) $kept $data) }}
@@ -62,7 +73,7 @@ of base64 values. */}}
 {{- range list "postgres-password" "mlflow-password" "writer-password" "reader-password" }}
 {{- $_ := set $generated . (randAlphaNum 32) }}
 {{- end }}
-{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.databaseSecret" .) "generated" $generated) }}
+{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.databaseSecret" .) "existing" .Values.database.existingSecret "generated" $generated "needed" (list "writer-password" "reader-password")) }}
 {{- end }}
 
 {{- define "heimdall.objectStoreData" -}}
@@ -71,7 +82,7 @@ of base64 values. */}}
 {{- $_ := set $generated (printf "%s-access-key" .) (printf "heimdall-%s" .) }}
 {{- $_ := set $generated (printf "%s-secret-key" .) (randAlphaNum 32) }}
 {{- end }}
-{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.objectStoreSecret" .) "generated" $generated) }}
+{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.objectStoreSecret" .) "existing" .Values.objectStore.existingSecret "generated" $generated "needed" (list "writer-access-key" "writer-secret-key" "reader-access-key" "reader-secret-key")) }}
 {{- end }}
 
 {{- /* What reads or writes recordings: include "heimdall.recordingsAccess" (dict "root" $ "who" "reader") */}}
@@ -96,4 +107,46 @@ seccompProfile: {type: RuntimeDefault}
 allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 readOnlyRootFilesystem: true
+{{- end }}
+
+{{- /* Environment variables of MLflow's client: the credentials of an external server, if it asks for them. */}}
+{{- define "heimdall.trackingCredentials" -}}
+{{- with .Values.tracking.existingSecret }}
+envFrom: [{secretRef: {name: {{ . }}}}]
+{{- end }}
+{{- end }}
+
+{{- /* What is the same in every pod: include "heimdall.podDefaults" (dict "root" $ "values" .Values.operator) */}}
+{{- define "heimdall.podDefaults" -}}
+# Variables for every Service of the namespace would be taken for settings: HEIMDALL_… are ours.
+enableServiceLinks: false
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- /* What training pods are told of MLflow beside its address, as data of a Secret. */}}
+{{- define "heimdall.trainerTracking" -}}
+MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD: {{ .Values.tracking.presignedTransfers | toString | b64enc }}
+MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD: {{ .Values.tracking.presignedTransfers | toString | b64enc }}
+{{- /* 16 MiB: several chunks of the default 100 MiB are held in memory at once, and that ends small pods. */}}
+MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE: {{ "16777216" | b64enc }}
+{{- with .Values.tracking.existingSecret }}
+{{- $found := lookup "v1" "Secret" $.Release.Namespace . }}
+{{- if not $found }}{{ fail (printf "Secret %s is not in namespace %s: make it first, or set trainer.createSecrets=false" . $.Release.Namespace) }}{{ end }}
+{{- range $key := list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD" }}
+{{- with get $found.data $key }}
+{{ $key }}: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
