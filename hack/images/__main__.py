@@ -114,8 +114,10 @@ def build(wanted: Iterable[Image]) -> None:
                 images.docker("pull", "--quiet", image.reference, log="images")
             continue
         images.ensure_python()
+        before = _inspect(image, "{{.Id}}")
         with step(f"building {image.reference}"):
             _build(image, digest)
+        _drop_replaced(image, before)
     say("images are up to date")
 
 
@@ -133,9 +135,19 @@ def inputs_digest(image: Image) -> str:
 
 
 def _label(image: Image) -> str | None:
-    template = f'{{{{index .Config.Labels "{LABEL}"}}}}'
+    return _inspect(image, f'{{{{index .Config.Labels "{LABEL}"}}}}')
+
+
+def _inspect(image: Image, template: str) -> str | None:
+    """A property of an image, or None where the engine has none."""
     found = read([engine.docker(), "image", "inspect", "--format", template, image.reference], env=engine.environment())
     return found.strip() if found else None
+
+
+def _drop_replaced(image: Image, before: str | None) -> None:
+    """Remove the image that lost its name: a trainer that nobody can name any more holds 6 GB."""
+    if before is not None and before != _inspect(image, "{{.Id}}"):
+        read([engine.docker(), "image", "rm", before], env=engine.environment())
 
 
 def _build(image: Image, digest: str) -> None:
