@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import enum
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime, time
-from pathlib import PurePath
 from typing import Any, Final
+
+from heimdall_tracking.redact import MASK, names_secret, redact
 
 KEY_LIMIT: Final = 250
 VALUE_LIMIT: Final = 6000
 DEPTH_LIMIT: Final = 20
-MASK: Final = "***"
+ARRAY_LIMIT: Final = 1000
+"""Elements of an array that is written out; of a larger one, shape and type."""
 _FORBIDDEN: Final = re.compile(r"[^\w\-. /:]")
-_SECRET: Final = re.compile(r"(?i)(password|passwd|secret|token|credential|api_?key|access_?key|private_?key)")
-_USERINFO: Final = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def flatten(params: Mapping[Any, Any]) -> dict[str, str]:
@@ -31,46 +33,100 @@ def flatten(params: Mapping[Any, Any]) -> dict[str, str]:
     return dict(_walk("", params, 0))
 
 
+def clean_name(name: object) -> str:
+    """A name that MLflow takes for a parameter or a metric: what it refuses becomes an underscore."""
+    text = _FORBIDDEN.sub("_", _text(name))
+    # MLflow reads names as paths that must be as short as they can be: no empty, `.` or `..` parts, no `..` in front.
+    parts = [part for part in text.split("/") if part not in ("", ".", "..")]
+    text = "/".join(parts).strip()
+    if text.startswith(".."):
+        text = f"_{text}"
+    if len(text) > KEY_LIMIT:
+        # Names that differ only beyond the limit must stay apart.
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        text = f"{text[: KEY_LIMIT - 9].rstrip('/')}-{digest}"
+    return text or "_"
+
+
 def _walk(prefix: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {item.name: getattr(value, item.name, None) for item in dataclasses.fields(value)}
+    value = _opened(value)
     if isinstance(value, Mapping) and value and depth < DEPTH_LIMIT:
         for key, child in value.items():
             name = f"{prefix}.{_text(key)}" if prefix else _text(key)
             yield from _walk(name, child, depth + 1)
-    else:
-        name = _key(prefix)
-        yield name, MASK if _SECRET.search(prefix) and value not in (None, "") else _value(value)
+    elif prefix:
+        secret = names_secret(prefix) and value is not None and value != ""
+        yield clean_name(prefix), MASK if secret else _value(value)
 
 
-def _key(name: str) -> str:
-    cleaned = _FORBIDDEN.sub("_", name)[:KEY_LIMIT].strip("/. ")
-    return cleaned or "_"
+def _opened(value: Any) -> Any:
+    """Dataclasses, pydantic models and namespaces as mappings; the rest as it is."""
+    try:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {item.name: getattr(value, item.name, None) for item in dataclasses.fields(value)}
+        if hasattr(value, "model_dump") and not isinstance(value, type):
+            return value.model_dump(mode="python")
+        if isinstance(value, argparse.Namespace):
+            return vars(value)
+    except Exception:  # noqa: BLE001 - a type that can't be opened is printed as a whole
+        return value
+    return value
 
 
 def _value(value: Any) -> str:
-    text = _USERINFO.sub(f"{MASK}@", _text(value))
+    text = redact(_text(value))
     return text if len(text) <= VALUE_LIMIT else f"{text[: VALUE_LIMIT - 1]}…"
 
 
 def _text(value: Any) -> str:
     try:
-        return _plain(value)
+        return _plain(value, set())
     except Exception:  # noqa: BLE001 - a type that can't be printed must not end a training
         return f"<{type(value).__name__}>"
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, above: set[int]) -> str:
+    """A value as text; `above` holds the containers that it lies in, so that one in itself ends."""
     if isinstance(value, enum.Enum):
         return str(value.value)
     if isinstance(value, datetime | date | time):
         return value.isoformat()
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-        return f"[{', '.join(_text(item) for item in items)}]"
+    if isinstance(value, list | tuple | set | frozenset | Mapping):
+        return _container(value, above)
     if hasattr(value, "tolist") and hasattr(value, "dtype"):  # numpy and torch, without importing them
-        detached = value.detach() if hasattr(value, "detach") else value
-        return str(detached.tolist())
+        return _array(value)
     return str(value)
+
+
+def _container(value: Any, above: set[int]) -> str:
+    if id(value) in above or len(above) > DEPTH_LIMIT:
+        return "…"
+    inside = above | {id(value)}
+    if isinstance(value, Mapping):
+        pairs = (
+            f"{_plain(key, inside)}: {MASK if names_secret(str(key)) else _plain(item, inside)}"
+            for key, item in value.items()
+        )
+        return f"{{{_joined(pairs)}}}"
+    items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+    return f"[{_joined(_plain(item, inside) for item in items)}]"
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Texts with commas between, no more of them than a value may hold."""
+    joined: list[str] = []
+    length = 0
+    for text in texts:
+        joined.append(text)
+        length += len(text) + 2
+        if length > VALUE_LIMIT:
+            break
+    return ", ".join(joined)
+
+
+def _array(value: Any) -> str:
+    size = int(value.numel() if hasattr(value, "numel") else value.size)
+    if size > ARRAY_LIMIT:
+        return f"{type(value).__name__}(shape={tuple(value.shape)}, dtype={value.dtype})"
+    detached = value.detach() if hasattr(value, "detach") else value
+    return str(detached.tolist())

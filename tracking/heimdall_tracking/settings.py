@@ -1,9 +1,18 @@
-"""Tracking settings. Of several sources the first wins: arguments, environment, `.env`, defaults."""
+"""Tracking settings. Of several sources the first wins: arguments, environment, `.env`, defaults.
+
+The variables are MLflow's own where it has one, so that what works with `mlflow` works here.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from typing import Any
+
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from heimdall_tracking.redact import redact
 
 
 class SettingsError(Exception):
@@ -13,7 +22,14 @@ class SettingsError(Exception):
 class TrackingSettings(BaseSettings):
     """Where runs are tracked. The defaults are for a laptop: SQLite and local files."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,
+    )
 
     tracking_uri: str = Field(
         default="sqlite:///mlflow.db",
@@ -32,8 +48,8 @@ class TrackingSettings(BaseSettings):
         validation_alias=AliasChoices("MLFLOW_S3_ENDPOINT_URL", "HEIMDALL_S3_ENDPOINT_URL", "s3_endpoint_url"),
     )
     """S3 server of artifacts that are not proxied by MLflow."""
-    backend_store_uri: str = Field(
-        default="", validation_alias=AliasChoices("MLFLOW_BACKEND_STORE_URI", "backend_store_uri")
+    backend_store_uri: SecretStr = Field(
+        default=SecretStr(""), validation_alias=AliasChoices("MLFLOW_BACKEND_STORE_URI", "backend_store_uri")
     )
     """Database of a server to be started by hand; a client does not need it."""
     experiment_name: str = Field(
@@ -44,6 +60,26 @@ class TrackingSettings(BaseSettings):
     run_name_prefix: str = Field(
         default="rf-localization", validation_alias=AliasChoices("HEIMDALL_RUN_NAME_PREFIX", "run_name_prefix")
     )
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redact(value) if isinstance(value, str) else value
+
+    @property
+    def display_uri(self) -> str:
+        """The tracking URI as it may be shown: without user and password."""
+        return redact(self.tracking_uri)
+
+    def export(self) -> None:
+        """Give MLflow's client what it reads from the environment alone; variables that are set stay as they are."""
+        values = {
+            "MLFLOW_TRACKING_USERNAME": self.username,
+            "MLFLOW_TRACKING_PASSWORD": self.password.get_secret_value(),
+            "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint_url,
+        }
+        for name, value in values.items():
+            if value:
+                os.environ.setdefault(name, value)
 
 
 def load_settings(**overrides: object) -> TrackingSettings:
@@ -61,5 +97,9 @@ def load_settings(**overrides: object) -> TrackingSettings:
     try:
         return TrackingSettings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
-        named = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_input=False))
+        named = "; ".join(f"{_where(item['loc'])}: {item['msg']}" for item in error.errors(include_input=False))
         raise SettingsError(f"the tracking settings can't be used: {named}") from None
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return str(location[0]) if location else "settings"

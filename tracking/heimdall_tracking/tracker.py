@@ -1,27 +1,37 @@
-"""MLflowTracker: one run of MLflow, from its start to its end. Usable without the rest of Heimdall."""
+"""MLflowTracker: one run of MLflow, from its start to its end. Usable without the rest of Heimdall.
+
+What training must not wait for (metrics, parameters, tags, artifacts) goes behind it, through background threads that
+try again while the server is away; `flush` waits for them. What needs an answer (starting a run, registering) is asked
+at once and raises.
+"""
 
 from __future__ import annotations
 
 import math
-import os
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
+from concurrent.futures import Future
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
+from heimdall_tracking.artifacts import Uploader
+from heimdall_tracking.errors import TrackingError
 from heimdall_tracking.experiments import ensure_experiment
-from heimdall_tracking.params import flatten
+from heimdall_tracking.outbox import Outbox
+from heimdall_tracking.params import clean_name, flatten
 from heimdall_tracking.queue import MetricQueue, Point, now_ms
+from heimdall_tracking.redact import redact
+from heimdall_tracking.registry import find_version
 from heimdall_tracking.runs import FinalStatus
 from heimdall_tracking.settings import TrackingSettings, load_settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Param, Run
 
 PARAM_BATCH: Final = 100
 """MLflow takes at most this many parameters in one call."""
@@ -29,12 +39,11 @@ REGISTER_TIMEOUT_S: Final = 300
 FLUSH_TIMEOUT_S: Final = 300
 INFINITY: Final = 1.79769e308
 """What MLflow's databases keep an infinity as."""
+TAG_LIMIT: Final = 5000
+"""Longest value of a tag."""
+SEARCH_PAGE: Final = 1000
 
 log = structlog.get_logger()
-
-
-class TrackingError(Exception):
-    """Something can't be tracked; the message says why and what to do."""
 
 
 class MLflowTracker:
@@ -59,19 +68,18 @@ class MLflowTracker:
         self._given_client = client
         self._experiment_id: str | None = None
         self._run_id: str | None = None
-        self._queue: MetricQueue | None = None
-        self._uploads: ThreadPoolExecutor | None = None
-        self._pending: list[Future[None]] = []
+        self._metrics: MetricQueue | None = None
+        self._outbox: Outbox | None = None
+        self._uploader: Uploader | None = None
+        self._params_put = 0
 
     @property
     def client(self) -> MlflowClient:
-        """Client of tracking server and registry."""
+        """Client of tracking server and registry, made at first use; MLflow's global state is left alone."""
         if self._given_client is None:
             from mlflow import MlflowClient
 
-            if self.settings.username:
-                os.environ["MLFLOW_TRACKING_USERNAME"] = self.settings.username
-                os.environ["MLFLOW_TRACKING_PASSWORD"] = self.settings.password.get_secret_value()
+            self.settings.export()
             uri = self.settings.tracking_uri
             self._given_client = MlflowClient(uri, self.settings.registry_uri or uri)
         return self._given_client
@@ -89,7 +97,7 @@ class MLflowTracker:
 
     @property
     def experiment_id(self) -> str:
-        """ID of the experiment, found or created at first use."""
+        """ID of the experiment: found, created or restored at first use."""
         if self._experiment_id is None:
             self._experiment_id = ensure_experiment(self.client, self.settings.experiment_name)
         return self._experiment_id
@@ -114,7 +122,7 @@ class MLflowTracker:
         """
         if run_id is not None:
             run = self.client.get_run(run_id)
-            self._experiment_id = run.info.experiment_id
+            self._experiment_id = str(run.info.experiment_id)
             if run.info.status != "RUNNING":
                 self.client.update_run(run_id, status="RUNNING")
             for name, value in (tags or {}).items():
@@ -123,8 +131,20 @@ class MLflowTracker:
             name = run_name or f"{self.settings.run_name_prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
             run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags or {}))
         self._run_id = str(run.info.run_id)
-        log.info("run started", run_id=self._run_id, resumed=run_id is not None)
+        log.info("run started", run_id=self._run_id, resumed=run_id is not None, uri=self.settings.display_uri)
         return self._run_id
+
+    def attach(self, run_id: str) -> None:
+        """Log to a run that somebody else owns: its status is left alone.
+
+        Args:
+            run_id: ID of the run.
+
+        Raises:
+            MlflowException: The server is away, or there is no such run.
+        """
+        self._experiment_id = str(self.client.get_run(run_id).info.experiment_id)
+        self._run_id = run_id
 
     def end_run(self, status: FinalStatus = "FINISHED", timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Deliver what is left, then end the run.
@@ -135,6 +155,9 @@ class MLflowTracker:
 
         Returns:
             Whether everything was delivered.
+
+        Raises:
+            MlflowException: The server is away: the run is still RUNNING there, and may be ended by another call.
         """
         run_id = self.run_id
         delivered = self.close(timeout_s)
@@ -144,158 +167,244 @@ class MLflowTracker:
         return delivered
 
     def flush_metrics(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
-        """Wait until metrics are delivered; whether all were."""
-        return self._queue.flush(timeout_s) if self._queue else True
+        """Wait until the metrics logged so far are delivered; whether they were."""
+        return self._metrics.flush(timeout_s) if self._metrics else True
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
-        """Wait until metrics and artifacts are delivered; whether all were."""
-        delivered = self.flush_metrics(timeout_s)
-        done, pending = wait_for_futures(self._pending, timeout_s)
-        failed = [future for future in done if future.exception() is not None]
-        for future in failed:
-            log.error("an artifact was not delivered", error=str(future.exception()))
-        self._pending = [*failed, *pending]
-        return delivered and not self._pending
+        """Wait until everything logged so far is delivered.
+
+        Args:
+            timeout_s: How long to wait at most, in all.
+
+        Returns:
+            Whether everything was delivered.
+        """
+        deadline = time.monotonic() + timeout_s
+        parts = (self._metrics, self._outbox, self._uploader)
+        delivered = True
+        for part in parts:
+            if part is not None:
+                delivered = part.flush(max(0.0, deadline - time.monotonic())) and delivered
+        return delivered
 
     def close(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
-        """Deliver what is left and stop the background threads; the run stays as it is."""
+        """Deliver what is left and stop the background threads; the run stays as it is.
+
+        Returns:
+            Whether everything was delivered.
+        """
         delivered = self.flush(timeout_s)
-        if self._queue is not None:
-            delivered = self._queue.close(0) and delivered
-            self._queue = None
-        if self._uploads is not None:
-            self._uploads.shutdown(wait=False, cancel_futures=True)
-            self._uploads = None
+        for part in (self._metrics, self._outbox, self._uploader):
+            if part is not None:
+                delivered = part.close(0) and delivered
+        self._metrics = self._outbox = self._uploader = None
         return delivered
 
     # --- what is logged ------------------------------------------------------------------------------------------
 
     def log_params(self, params: Mapping[Any, Any]) -> None:
-        """Log parameters of any type, nested at will; what can't be logged is warned about, never raised."""
+        """Log parameters behind training: any type, nested at will. Returns at once and never raises.
+
+        MLflow keeps a parameter's first value for ever; one that is logged again with another value is warned about.
+
+        Args:
+            params: The parameters; nested names are joined by dots, values become text of at most 6,000 characters.
+        """
         from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
 
         items = [Param(name, value) for name, value in flatten(params).items()]
+        run_id = self.run_id
         for start in range(0, len(items), PARAM_BATCH):
-            try:
-                self.client.log_batch(self.run_id, params=items[start : start + PARAM_BATCH])
-            except MlflowException as error:
-                # A resumed run has them already; MLflow refuses other values for the same name.
-                log.warning("parameters were not logged", error=str(error))
+            self._params_put += 1
+            send = partial(self._send_params, run_id, items[start : start + PARAM_BATCH])
+            self._out().put(f"params {self._params_put}", send)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
         """Log metrics behind training: returns at once and never raises.
 
         Args:
             metrics: Values by name; NaN and infinities are kept as such.
             step: Training step.
         """
-        if self._queue is None:
-            self._queue = MetricQueue(self._send)
         stamp = now_ms()
         points = []
         for name, value in metrics.items():
             try:
                 number = float(value)
-            except (TypeError, ValueError):
-                log.warning("a metric is no number and was left out", metric=name)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                log.warning("a metric is no number and was left out", metric=str(name))
                 continue
-            points.append(Point(name, _storable(number), step, stamp))
-        self._queue.put(points)
-
-    def _send(self, points: Sequence[Point]) -> None:
-        from mlflow.entities import Metric
-
-        batch = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in points]
-        self.client.log_batch(self.run_id, metrics=batch)
+            points.append(Point(clean_name(name), _storable(number), int(step), stamp))
+        if self._metrics is None:
+            run_id = self.run_id
+            self._metrics = MetricQueue(lambda batch: self._send_metrics(run_id, batch))
+        self._metrics.put(points)
 
     def set_tag(self, name: str, value: str) -> None:
-        """Set a tag of the run."""
+        """Set a tag of the run now.
+
+        Raises:
+            MlflowException: The server is away or refuses.
+        """
         self.client.set_tag(self.run_id, name, value)
+
+    def put_tag(self, name: str, value: object) -> None:
+        """Set a tag of the run behind training; of values that wait, only the newest is sent."""
+        run_id, text = self.run_id, redact(value)[:TAG_LIMIT]
+        self._out().put(f"tag {name}", lambda: self.client.set_tag(run_id, name, text))
+
+    def put(self, what: str, call: Any) -> None:
+        """Have an idempotent call made behind training, until it succeeds.
+
+        Args:
+            what: What it does, for logs; a newer call of the same name replaces one that waits.
+            call: Makes it, or raises.
+        """
+        self._out().put(what, call)
 
     def log_artifact(self, file: str | Path, folder: str | None = None) -> Future[None]:
         """Upload a file behind training.
 
         Args:
-            file: The file.
+            file: The file. It must stay as it is until it was uploaded.
             folder: Artifact folder to put it in.
 
         Returns:
-            The upload.
+            The upload, to wait for; its exception is a TrackingError where the upload is impossible.
 
         Raises:
             TrackingError: The file is missing or can't be read.
         """
-        path = Path(file)
-        if not path.is_file():
-            raise TrackingError(f"{path} is no file: it was not logged")
-        if not os.access(path, os.R_OK):
-            raise TrackingError(f"{path} can't be read: give this user the right to")
-        return self._upload(self.client.log_artifact, str(path), folder)
+        run_id = self.run_id
+        return self._uploads().file(lambda path: self.client.log_artifact(run_id, path, folder), Path(file))
 
     def log_artifacts_dir(self, source: str | Path, folder: str | None = None) -> Future[None]:
         """Upload a folder behind training; see log_artifact."""
-        path = Path(source)
-        if not path.is_dir():
-            raise TrackingError(f"{path} is no folder: it was not logged")
-        return self._upload(self.client.log_artifacts, str(path), folder)
+        run_id = self.run_id
+        return self._uploads().folder(lambda path: self.client.log_artifacts(run_id, path, folder), Path(source))
 
-    def _upload(self, call: Any, source: str, folder: str | None) -> Future[None]:
-        if self._uploads is None:
-            self._uploads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
-        future: Future[None] = self._uploads.submit(call, self.run_id, source, folder)
-        self._pending.append(future)
-        return future
+    def _out(self) -> Outbox:
+        if self._outbox is None:
+            self._outbox = Outbox()
+        return self._outbox
+
+    def _uploads(self) -> Uploader:
+        if self._uploader is None:
+            self._uploader = Uploader()
+        return self._uploader
+
+    def _send_metrics(self, run_id: str, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        batch = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in points]
+        self.client.log_batch(run_id, metrics=batch)
+
+    def _send_params(self, run_id: str, batch: Sequence[Param]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_batch(run_id, params=batch)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if len(batch) == 1:
+                log.warning("a parameter was not logged", name=batch[0].key, error=redact(error))
+                return
+            # One that can't change took the others along: each by itself.
+            for param in batch:
+                self._send_params(run_id, [param])
 
     # --- registry and search -------------------------------------------------------------------------------------
 
     def register_model(self, name: str, model_uri: str, timeout_s: int = REGISTER_TIMEOUT_S) -> str:
-        """Register a model of this run.
+        """Register a model of this run; a run's model is registered once, however often this is called.
 
         Args:
             name: Registered model; made when missing.
-            model_uri: `models:/m-…` or `runs:/…`.
+            model_uri: `models:/m-…`, `runs:/…` or a location.
             timeout_s: How long to wait until the version is ready.
 
         Returns:
             The version's number.
+
+        Raises:
+            MlflowException: The server is away or refuses, or the version is not ready in time.
         """
         from mlflow.exceptions import MlflowException
+        from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 
+        found = find_version(self.client, name, self.run_id)
+        if found is not None:
+            return found
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        version = self.client.create_model_version(name, model_uri, self.run_id, await_creation_for=timeout_s)
+        source = model_uri
+        if model_uri.startswith("runs:/"):
+            source = RunsArtifactRepository.get_underlying_uri(model_uri, self.settings.tracking_uri)
+        model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
+        version = self.client.create_model_version(
+            name, source, self.run_id, model_id=model_id, await_creation_for=timeout_s
+        )
         return str(version.version)
 
     def transition_model_stage(
-        self, name: str, version: str, stage: Literal["Staging", "Production", "Archived"]
+        self, name: str, version: str, stage: Literal["Staging", "Production", "Archived", "None"]
     ) -> None:
-        """Kept for callers of stages: sets the alias of the stage's name, which is what MLflow 3 has."""
-        self.client.set_registered_model_alias(name, stage.lower(), version)
+        """Kept for callers of stages, which MLflow 3 has replaced by aliases: sets the alias of the stage's name.
+
+        `Archived` and `None` take the aliases `staging` and `production` from the version.
+
+        Args:
+            name: Registered model.
+            version: Its version.
+            stage: The stage.
+
+        Raises:
+            MlflowException: There is no such version, or the server is away.
+        """
+        if stage in ("Staging", "Production"):
+            self.client.set_registered_model_alias(name, stage.lower(), version)
+            return
+        aliases: Sequence[str] = self.client.get_model_version(name, version).aliases
+        for alias in ("staging", "production"):
+            if alias in aliases:
+                self.client.delete_registered_model_alias(name, alias)
+        if stage == "Archived":
+            self.client.set_registered_model_alias(name, "archived", version)
 
     def get_run_info(self, run_id: str | None = None) -> dict[str, Any]:
-        """ID, status, parameters, metrics and tags of a run (this one by default)."""
+        """ID, name, status, parameters, metrics and tags of a run (this one by default)."""
         return _info(self.client.get_run(run_id or self.run_id))
 
     def get_best_run(self, metric: str, mode: Literal["min", "max"] = "min") -> dict[str, Any] | None:
         """The experiment's finished run with the best value of a metric, or None where there is none.
 
         Runs that lack the metric, or whose value is not a number, don't count; of equals the older wins.
+
+        Args:
+            metric: Name of the metric.
+            mode: Whether smaller or larger is better.
         """
         order = "ASC" if mode == "min" else "DESC"
-        runs = self.client.search_runs(
-            [self.experiment_id],
-            filter_string="attributes.status = 'FINISHED'",
-            order_by=[f"metrics.`{metric}` {order}", "attributes.start_time ASC"],
-        )
-        for run in runs:
-            value = run.data.metrics.get(metric)
-            if value is not None and not math.isnan(value):
-                return _info(run)
-        return None
+        token: str | None = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id],
+                filter_string="attributes.status = 'FINISHED'",
+                order_by=[f"metrics.`{clean_name(metric)}` {order}", "attributes.start_time ASC"],
+                max_results=SEARCH_PAGE,
+                page_token=token,
+            )
+            for run in page:
+                value = run.data.metrics.get(clean_name(metric))
+                if value is not None and not math.isnan(value):
+                    return _info(run)
+            token = page.token
+            if not token:
+                return None
 
 
 def initialize_mlflow(settings: TrackingSettings | None = None) -> MLflowTracker:

@@ -1,0 +1,23 @@
+"""Errors of tracking, and which errors of MLflow will never go away by waiting."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PERMANENT: Final = frozenset(
+    {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "NOT_FOUND"}
+)
+"""Error codes of MLflow that say the call itself is wrong. Everything else may be a server that is away."""
+
+
+class TrackingError(Exception):
+    """Something can't be tracked; the message says why and what to do."""
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether the same call would fail again however long one waits."""
+    if isinstance(error, TrackingError):
+        return True
+    if isinstance(error, OSError) and isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return True
+    return getattr(error, "error_code", None) in PERMANENT

@@ -1,0 +1,31 @@
+"""Keeping secrets out of logs, errors and parameters."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+MASK: Final = "***"
+_USERINFO: Final = re.compile(r"(?<=://)[^/?#\s'\"]+@")
+_QUERY: Final = re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|signature|credential|key)[^=&\s]*=)[^&\s'\"]+")
+_SECRET_NAME: Final = re.compile(
+    r"(?i)(pass(word|wd|phrase)|secret|(^|[^a-z])token$|(auth|access|api|bearer)[_-]?token|credential"
+    r"|(api|access|private|secret)[_-]?key)"
+)
+
+
+def redact(text: object) -> str:
+    """A text without the user names and passwords that its URLs hold.
+
+    Args:
+        text: Anything that is about to be logged or raised.
+
+    Returns:
+        The text, with `***` where a URL named a user, a password or a signature.
+    """
+    return _QUERY.sub(rf"\1{MASK}", _USERINFO.sub(f"{MASK}@", str(text)))
+
+
+def names_secret(name: str) -> bool:
+    """Whether a name says that what it names is a secret. Matched narrowly: `max_tokens` and `tokenizer` are none."""
+    return _SECRET_NAME.search(name) is not None
