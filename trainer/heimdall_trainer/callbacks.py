@@ -115,13 +115,8 @@ class ProgressReport:
         self._monitor = training.early_stopping.monitor
         self._sign = 1 if training.early_stopping.mode == "min" else -1
         self._best: float | None = None
-        self._wanted: dict[str, str] = {}
-        self._changed = threading.Condition()
-        self._closed = False
         self._last_report = self._last_line = 0.0
         self._lines = not sys.stderr.isatty()
-        self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
-        self._thread.start()
 
     def restore_best(self, tag: str | None) -> None:
         """Go on from the best value of an earlier attempt."""
@@ -171,39 +166,7 @@ class ProgressReport:
 
     def _put(self, trainer: Any, tag: str, value: str) -> None:
         if trainer.is_global_zero:
-            with self._changed:
-                self._wanted[tag] = value  # only the newest counts
-                self._changed.notify_all()
-
-    def close(self, timeout_s: float) -> bool:
-        """Deliver the last word; whether it was."""
-        with self._changed:
-            delivered = self._changed.wait_for(lambda: not self._wanted, timeout_s)
-            self._closed = True
-            self._changed.notify_all()
-        return delivered
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._wanted or self._closed)
-                if self._closed:
-                    return
-                wanted = dict(self._wanted)
-            for tag, value in wanted.items():
-                self._deliver(tag, value)
-
-    def _deliver(self, tag: str, value: str) -> None:
-        try:
-            self._tracker.set_tag(tag, value)
-        except Exception as error:  # noqa: BLE001 - MLflow may be away; training goes on
-            log.info("progress could not be told; trying again", error=str(error))
-            time.sleep(1)
-            return
-        with self._changed:
-            if self._wanted.get(tag) == value:
-                del self._wanted[tag]
-                self._changed.notify_all()
+            self._tracker.put_tag(tag, value)
 
 
 def as_callback(pl: Any, callback: Any) -> Any:

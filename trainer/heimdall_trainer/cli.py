@@ -103,7 +103,7 @@ def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
     from heimdall_trainer.pipeline import TrainingPipeline
 
     tracker = initialize_mlflow()
-    tracker.start_run(run_id=os.environ[ENV_MLFLOW_RUN_ID])
+    tracker.attach(os.environ[ENV_MLFLOW_RUN_ID])
     attempt = int(os.environ.get(ENV_ATTEMPT, "1"))
     TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True).train()
 
@@ -123,7 +123,7 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
         tags=run.spec.tracking.tags,
     )
     tracker.start_run(run_id=facts.run_id)
-    print(f"run:     {facts.run_id} in {tracker.settings.tracking_uri}", flush=True)
+    print(f"run:     {facts.run_id} in {tracker.settings.display_uri}", flush=True)
     try:
         metrics = TrainingPipeline(run, tracker, output_dir=output_dir / facts.run_id).train()
         registration = None
@@ -149,24 +149,33 @@ def _validate(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from heimdall_trainer.data.generator import Scene, generate
-    from heimdall_trainer.settings import DataSettings
+    from heimdall_trainer.data.generator import generate
+    from heimdall_trainer.settings import load_data_settings
 
-    names = ("sessions", "transmissions", "receivers", "samples", "seed")
-    added = generate(DataSettings(), Scene(**{name: getattr(arguments, name) for name in names}))
+    added = generate(
+        load_data_settings(),
+        sessions=arguments.sessions,
+        transmissions_per_session=arguments.transmissions,
+        receivers=arguments.receivers,
+        samples=arguments.samples,
+        seed=arguments.seed,
+    )
     print(f"{added} sessions added, {arguments.sessions - added} were there")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from heimdall_trainer.data.sessions import SessionStore
-    from heimdall_trainer.settings import DataSettings
+    from heimdall_trainer.settings import load_data_settings
 
     del arguments
-    store = SessionStore.open(DataSettings())
-    for session in store.approved():
-        found = store.transmissions([session])
-        recordings = sum(len(item.recordings) for item in found)
-        print(f"{session}: {len(found)} transmissions, {recordings} recordings")
+    store = SessionStore.open(load_data_settings())
+    try:
+        found = store.transmissions(store.approved())
+    finally:
+        store.close()
+    for session in sorted({item.session_id for item in found}):
+        sent = [item for item in found if item.session_id == session]
+        print(f"{session}: {len(sent)} transmissions, {sum(len(item.recordings) for item in sent)} recordings")
 
 
 def _configure_logging() -> None:

@@ -18,7 +18,7 @@ from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import UndeliveredError
 from heimdall_trainer.imports import construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
-from heimdall_trainer.settings import DataSettings
+from heimdall_trainer.settings import load_data_settings
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
@@ -97,7 +97,6 @@ class TrainingPipeline:
     def close(self) -> None:
         """Stop the background threads."""
         self._publisher.close()
-        self._progress.close(0)
         self.tracker.close(0)
 
     def setup_model(self) -> Any:
@@ -129,7 +128,7 @@ class TrainingPipeline:
             from heimdall_trainer.data.module import HeimdallDataModule
 
             self.data = HeimdallDataModule(
-                DataSettings(),
+                load_data_settings(),
                 data,
                 batch_size=training.batch_size,
                 num_workers=training.data_loader_workers,
@@ -241,8 +240,7 @@ class TrainingPipeline:
         return overrides and type(source).test_dataloader is not base.test_dataloader
 
     def _deliver(self) -> None:
-        delivered = self._progress.close(DELIVERY_TIMEOUT_S)
-        if not (self.tracker.flush(DELIVERY_TIMEOUT_S) and delivered):
+        if not self.tracker.flush(DELIVERY_TIMEOUT_S):
             raise UndeliveredError(f"metrics could not be delivered to MLflow within {DELIVERY_TIMEOUT_S} s")
 
     def _log_model(self) -> str:

@@ -17,7 +17,7 @@ _POSTGRES: Final = "postgresql+psycopg://"
 class DataSettings(BaseSettings):
     """Settings of data access; each one's variable is `HEIMDALL_` and its name in capitals.
 
-    The defaults are for a laptop: an SQLite file and a folder. Use `load_data_settings` for errors that people can read.
+    The defaults are for a laptop: an SQLite file and a folder. `load_data_settings` gives errors that people can read.
     """
 
     model_config = SettingsConfigDict(

@@ -1,1 +1,26 @@
-"""Recordings: made, stored, read, and turned into features."""
+"""Recordings: made, stored, read, and turned into features. Names are imported when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+_HOMES: Final = {
+    "Augmentation": "augment",
+    "HeimdallDataModule": "module",
+    "HeimdallDataset": "dataset",
+    "RecordingStore": "recordings",
+    "Scene": "generator",
+    "SessionStore": "sessions",
+    "collate": "dataset",
+    "generate": "generator",
+    "mel_spectrogram": "spectrogram",
+    "split_sessions": "split",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

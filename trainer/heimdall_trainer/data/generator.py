@@ -1,4 +1,4 @@
-"""Generated recordings that are physically sensible, written as sessions to the same database and store as real ones."""
+"""Generated recordings that are physically sensible, written as sessions to the database and store of real ones."""
 
 from __future__ import annotations
 
@@ -169,7 +169,8 @@ def _make_session(store: RecordingStore, plan: _Plan, number: int, pool: ThreadP
         origin=scene.origin,
         receivers=tuple(station.receiver for station in stations),
         transmissions=tuple(
-            _make_transmission(store, plan, (number, item), stations, rng, pool) for item in range(plan.transmissions)
+            _make_transmission(store, plan, (number, item), stations=stations, rng=rng, pool=pool)
+            for item in range(plan.transmissions)
         ),
     )
 
@@ -196,6 +197,7 @@ def _make_transmission(
     store: RecordingStore,
     plan: _Plan,
     numbers: tuple[int, int],
+    *,
     stations: list[_Station],
     rng: np.random.Generator,
     pool: ThreadPoolExecutor,

@@ -77,4 +77,5 @@ def _small_step(metres: Metres, origin: Degrees) -> Degrees:
     root = np.sqrt(1 - _ECCENTRICITY_2 * sine**2)
     meridian = EQUATORIAL_RADIUS_M * (1 - _ECCENTRICITY_2) / root**3
     across = EQUATORIAL_RADIUS_M / root * np.cos(np.radians(origin[0]))
-    return np.degrees(np.stack([metres[..., 1] / meridian, metres[..., 0] / across], axis=-1))
+    step: Degrees = np.degrees(np.stack([metres[..., 1] / meridian, metres[..., 0] / across], axis=-1))
+    return step

@@ -1,55 +1,51 @@
-"""HeimdallDataModule: training, validation and test data of recording sessions."""
+"""The localizer's data as Lightning wants it: sessions found, checked, divided, loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
 from typing import Any
 
-import pytorch_lightning as pl
+import pytorch_lightning as L  # noqa: N812 - the name its users know
+import structlog
 import torch
-from torch.utils.data import DataLoader, Sampler
 
 from heimdall_api.types import DataSpec
-from heimdall_trainer.data.dataset import HeimdallDataset, Sample, collate
-from heimdall_trainer.data.sessions import SessionStore
+from heimdall_trainer.data.augment import Augmentation
+from heimdall_trainer.data.dataset import HeimdallDataset
+from heimdall_trainer.data.features import FeatureSource, keep_readable
+from heimdall_trainer.data.loader import ResumableLoader
+from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.data.split import Split, split_sessions
+from heimdall_trainer.errors import DataError
 from heimdall_trainer.settings import DataSettings
 
-
-class EpochSampler(Sampler[int]):
-    """An order that depends on seed and epoch alone, so that a resumed training sees what it would have seen."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self._size = size
-        self._seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self._size, generator=generator).tolist())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
+log = structlog.get_logger(__name__)
 
 
-class HeimdallDataModule(pl.LightningDataModule):
-    """Recording sessions, divided so that none is on two sides."""
+class HeimdallDataModule(L.LightningDataModule):
+    """Training, validation and test data of recording sessions."""
 
     def __init__(
-        self, settings: DataSettings, data: DataSpec, *, batch_size: int = 32, num_workers: int = 0, seed: int = 42
+        self,
+        settings: DataSettings,
+        data: DataSpec,
+        *,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 42,
+        augmentation: Augmentation | None = None,
+        augment: bool = True,
     ) -> None:
-        """Prepare; nothing is read before setup.
+        """Nothing is read before `setup`.
 
         Args:
-            settings: Where recordings lie.
+            settings: Database, store and cache.
             data: Which sessions, and how they are divided.
-            batch_size: Transmissions in a batch.
-            num_workers: Processes that load data.
-            seed: Seed of division, order and augmentation.
+            batch_size: Transmissions in a batch, per device.
+            num_workers: Processes that load data, per device.
+            seed: Seed of split, order and augmentation.
+            augmentation: How training samples are varied; the usual way if None.
+            augment: Whether they are varied at all.
         """
         super().__init__()
         self._settings = settings
@@ -57,55 +53,105 @@ class HeimdallDataModule(pl.LightningDataModule):
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._seed = seed
-        self.split: Split | None = None
-        self._sets: dict[str, HeimdallDataset] = {}
+        self._augmentation = (augmentation or Augmentation()) if augment else None
+        self._source = FeatureSource.open(settings)
+        self._found: tuple[Split, list[Transmission]] | None = None
+
+    @property
+    def split(self) -> Split:
+        """Which session is on which side."""
+        return self._load()[0]
+
+    def prepare_data(self) -> None:
+        """Compute all features, once per node.
+
+        Raises:
+            ConfigurationError: Sessions are missing, not approved, or too few.
+            DataError: Too many recordings can't be read.
+            ConnectionError: Database or store do not answer.
+        """
+        self._load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Divide the sessions and open them, once, whatever the stage."""
+        """Find the data; every process does, and finds the same. Raises what `prepare_data` does."""
         del stage
-        if self._sets:
-            return
-        store = SessionStore.open(self._settings)
-        sessions = store.approved(self._data.sessions.ids)
-        store.close()
-        self.split = split_sessions(
-            sessions,
-            validation_fraction=self._data.validation_fraction,
-            test_fraction=self._data.test_fraction,
-            seed=self._seed,
+        split, _ = self._load()
+        log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches for training, in an order that depends on seed and epoch alone."""
+        return self._loader(self.split.train, training=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        """Batches for validation; empty where the spec keeps no sessions for it."""
+        return self._loader(self.split.validation) if self.split.validation else []
+
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        """Batches for the test; empty where the spec keeps no sessions for it."""
+        return self._loader(self.split.test) if self.split.test else []
+
+    def dataset(self, session_ids: tuple[str, ...], *, training: bool = False) -> HeimdallDataset:
+        """The dataset of some of the sessions.
+
+        Raises:
+            DataError: No recording of theirs can be read.
+        """
+        chosen = [item for item in self._load()[1] if item.session_id in set(session_ids)]
+        if not chosen:
+            raise DataError(f"the recording sessions {', '.join(session_ids)} hold no readable recording")
+        return HeimdallDataset(
+            chosen, self._source, augmentation=self._augmentation if training else None, seed=self._seed
         )
-        sides = {"train": self.split.train, "validation": self.split.validation, "test": self.split.test}
-        self._sets = {
-            side: HeimdallDataset(self._settings, ids, augment=side == "train", seed=self._seed)
-            for side, ids in sides.items()
-            if ids
-        }
 
     def dataset_identity(self) -> dict[str, Any]:
-        """What each side is made of."""
-        return {side: dataset.identity() for side, dataset in self._sets.items()}
+        """What was trained on, for tracking.
 
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Batches in an order of their own in each epoch."""
-        dataset = self._sets["train"]
-        sampler = EpochSampler(len(dataset), self._seed)
-        return self._loader(dataset, sampler=sampler)
+        Returns:
+            `digest` (SHA-256 over the checksums of all recordings that are used), counts, and each side's sessions.
+        """
+        split, transmissions = self._load()
+        checksums = sorted(f"{item}:{item.sha256}" for sent in transmissions for item in sent.recordings)
+        return {
+            "digest": hashlib.sha256("\n".join(checksums).encode()).hexdigest(),
+            "transmissions": len(transmissions),
+            "recordings": len(checksums),
+            "train_sessions": list(split.train),
+            "validation_sessions": list(split.validation),
+            "test_sessions": list(split.test),
+        }
 
-    def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
-        """Batches for validation; empty where no session is kept for it."""
-        return self._loader(self._sets["validation"]) if "validation" in self._sets else []
+    def _load(self) -> tuple[Split, list[Transmission]]:
+        if self._found is None:
+            self._found = self._find()
+        return self._found
 
-    def test_dataloader(self) -> DataLoader[Sample] | list[Any]:
-        """Batches for the test; empty where no session is kept for it."""
-        return self._loader(self._sets["test"]) if "test" in self._sets else []
+    def _find(self) -> tuple[Split, list[Transmission]]:
+        database = SessionStore.open(self._settings)
+        try:
+            ids = database.approved(self._data.sessions.ids)
+            split = split_sessions(
+                ids,
+                validation_fraction=self._data.validation_fraction,
+                test_fraction=self._data.test_fraction,
+                seed=self._seed,
+            )
+            transmissions = database.transmissions(ids)
+        finally:
+            database.close()
+        settings = self._settings
+        return split, keep_readable(
+            transmissions, self._source, skip_limit=settings.skip_limit, threads=settings.read_threads
+        )
 
-    def _loader(self, dataset: HeimdallDataset, sampler: EpochSampler | None = None) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset,
+    def _loader(self, session_ids: tuple[str, ...], *, training: bool = False) -> ResumableLoader:
+        trainer = self.trainer
+        return ResumableLoader(
+            self.dataset(session_ids, training=training),
             batch_size=self._batch_size,
-            sampler=sampler,
             num_workers=self._num_workers,
-            collate_fn=collate,
-            persistent_workers=self._num_workers > 0,
+            seed=self._seed,
+            shuffle=training,
+            replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -110,7 +110,8 @@ def apply_delay(signal: Signal, seconds: float, sample_rate_hz: float, frequency
 
 def apply_carrier_offset(signal: Signal, offset_hz: float, sample_rate_hz: float) -> Signal:
     """Turn a signal by an error of the carrier frequency, in hertz."""
-    return signal * np.exp(2j * np.pi * offset_hz * np.arange(signal.size) / sample_rate_hz)
+    turned: Signal = signal * np.exp(2j * np.pi * offset_hz * np.arange(signal.size) / sample_rate_hz)
+    return turned
 
 
 def apply_sampling_offset(signal: Signal, ppm: float) -> Signal:
@@ -128,7 +129,9 @@ def apply_sampling_offset(signal: Signal, ppm: float) -> Signal:
     half = INTERPOLATION_TAPS // 2
     times = np.arange(signal.size) * (1 + ppm * 1e-6)
     first = np.floor(times).astype(np.int64)
-    padded = np.concatenate([np.zeros(half), signal, np.zeros(half + 2 + int(np.ceil(times[-1])) - signal.size)])
+    padded = np.concatenate(
+        [np.zeros(half), signal, np.zeros(half + 2 + max(0, int(np.ceil(times[-1])) - signal.size))]
+    )
     taps = np.arange(-half + 1, half + 1)
     distance = (times - first)[:, None] - taps
     window = np.i0(8.0 * np.sqrt(np.clip(1 - (distance / half) ** 2, 0, 1))) / np.i0(8.0)
@@ -187,7 +190,7 @@ def fsk(samples: int, sample_rate_hz: float, rng: np.random.Generator) -> Signal
 
 
 def ofdm(samples: int, sample_rate_hz: float, rng: np.random.Generator) -> Signal:
-    """OFDM-like: 48 of 64 carriers with QPSK and a prefix of 16, over 3/4 of the band, unit power (cf. IEEE 802.11, 17).
+    """OFDM-like: 48 of 64 carriers with QPSK, a prefix of 16, over 3/4 of the band, unit power (cf. IEEE 802.11, 17).
 
     Args:
         samples: How many samples.

@@ -1,87 +1,115 @@
-"""Mel spectrograms of IQ: 3 channels (I, Q, magnitude), 128 bands, 32 frames, in decibels against a fixed reference.
+"""Complex IQ to mel-spectrograms of fixed shape whose absolute power is kept.
 
-The reference is fixed because the power at one receiver relative to another is much of what tells where a transmitter
-is: normalising each receiver by itself would throw it away.
+Relative power between receivers is much of what tells a position, so nothing here is normalised per recording: a value
+is a band's power in dBm, moved and scaled by constants.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import torch
+from torch import Tensor
 
 CHANNELS: Final = 3
+"""In phase, quadrature, magnitude."""
 BANDS: Final = 128
 FRAMES: Final = 32
-WINDOW: Final = 512
-"""Samples of a window."""
-FLOOR_DBM: Final = -140.0
-"""Power below this is taken for it: under the thermal noise of a single band."""
-CENTER_DBM: Final = -100.0
-SPREAD_DB: Final = 30.0
-"""Decibels that become 1 in the normalised feature."""
-MIN_SAMPLES: Final = FRAMES
-VERSION: Final = "1"
-"""Part of the cache key: change it when features change."""
+SHAPE: Final = (CHANNELS, BANDS, FRAMES)
+NOMINAL_NYQUIST_HZ: Final = 8000.0
+"""The mel scale is made for hearing: half the sampling rate is taken for 8 kHz, whatever it is."""
 
 
-def mel_spectrogram(signal: torch.Tensor, sample_rate_hz: float) -> torch.Tensor:
-    """Features of IQ recordings.
+@dataclass(frozen=True, kw_only=True)
+class SpectrogramParameters:
+    """What a spectrogram depends on beside the samples; part of the cache's key."""
+
+    window: int = 512
+    """Samples of the Hann window."""
+    transform: int = 1024
+    """Length of the Fourier transform; zero-padded so that even the narrowest band holds a bin."""
+    longest_hop: int = 256
+    """Longer recordings have more windows, whose power is averaged."""
+    floor_dbm: float = -170.0
+    """Least power of a band, far below thermal noise."""
+    reference_dbm: float = -120.0
+    """Power that becomes 0."""
+    scale_db: float = 20.0
+    """Decibels that become 1."""
+    version: int = 1
+    """Raised when the computation changes."""
+
+    @property
+    def minimum_samples(self) -> int:
+        """Shortest recording that has all frames."""
+        return self.window + FRAMES - 1
+
+
+DEFAULT_PARAMETERS: Final = SpectrogramParameters()
+
+
+def mel_from_hz(frequency: Tensor) -> Tensor:
+    """Mel of a frequency in hertz (O'Shaughnessy 1987: 2595·log10(1 + f/700))."""
+    return 2595.0 * torch.log10(1.0 + frequency / 700.0)
+
+
+def hz_from_mel(mel: Tensor) -> Tensor:
+    """The inverse of mel_from_hz."""
+    return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+
+
+@lru_cache(maxsize=8)
+def mel_filters(transform: int) -> Tensor:
+    """Triangular filters of peak 1 that share each bin's power between neighbouring bands (Davis and Mermelstein 1980).
 
     Args:
-        signal: Complex samples, shape (..., samples); mean squared magnitude is power in milliwatts.
-        sample_rate_hz: Sampling rate in hertz.
+        transform: Length of the Fourier transform.
 
     Returns:
-        Float32, shape (..., 3, 128, 32): (dBm + 100) / 30 of I, Q and magnitude.
+        Weights, shape (transform // 2 + 1, 128), float32.
+    """
+    bins = torch.linspace(0.0, NOMINAL_NYQUIST_HZ, transform // 2 + 1, dtype=torch.float64)
+    top = mel_from_hz(torch.tensor(NOMINAL_NYQUIST_HZ, dtype=torch.float64)).item()
+    edges = hz_from_mel(torch.linspace(0.0, top, BANDS + 2, dtype=torch.float64))
+    rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
+    return torch.clamp(torch.minimum(rising, falling), min=0.0).float()
+
+
+def mel_spectrogram(iq: Tensor, parameters: SpectrogramParameters = DEFAULT_PARAMETERS) -> Tensor:
+    """Log-mel spectrograms of I, Q and magnitude.
+
+    Args:
+        iq: Complex samples, shape (..., samples); mean squared magnitude is power in milliwatts.
+        parameters: How they are computed.
+
+    Returns:
+        Shape (..., 3, 128, 32), float32: (band's power in dBm - reference_dbm) / scale_db. Frames are evenly spread
+        over the recording, however long it is.
 
     Raises:
-        ValueError: There are fewer than 32 samples.
+        ValueError: There are less samples than `parameters.minimum_samples`.
     """
-    samples = signal.shape[-1]
-    if samples < MIN_SAMPLES:
-        raise ValueError(f"{samples} samples are too few for {FRAMES} frames")
-    channels = torch.stack([signal.real, signal.imag, signal.abs()], dim=-2).to(torch.float32)
-    frames = _frames(channels)
-    window = torch.hann_window(WINDOW, device=signal.device)
-    # Parseval: the sum over all bins is the window's mean power.
-    power = torch.fft.rfft(frames * window).abs().square() * (2 / (window.square().sum() * WINDOW))
-    mel = power @ mel_filters(sample_rate_hz).to(signal.device).T
-    decibels = 10 * torch.log10(mel.clamp_min(10 ** (FLOOR_DBM / 10)))
-    return ((decibels - CENTER_DBM) / SPREAD_DB).transpose(-1, -2).contiguous()
+    if iq.shape[-1] < parameters.minimum_samples:
+        raise ValueError(f"{iq.shape[-1]} samples are too few: {parameters.minimum_samples} are the least")
+    signals = torch.stack([iq.real, iq.imag, iq.abs()], dim=-2)
+    power = _band_power(signals, parameters).movedim(-1, -2)
+    # Exactly 32 frames: with more windows than frames, neighbouring windows are averaged.
+    frames = torch.nn.functional.adaptive_avg_pool1d(power.reshape(-1, 1, power.shape[-1]), FRAMES)
+    dbm = 10.0 * torch.log10(
+        torch.clamp(frames.reshape(*power.shape[:-1], FRAMES), min=10 ** (parameters.floor_dbm / 10))
+    )
+    return ((dbm - parameters.reference_dbm) / parameters.scale_db).float()
 
 
-def _frames(channels: torch.Tensor) -> torch.Tensor:
-    """Cut into 32 windows, spread evenly from the first sample to the last; shape (..., 3, 32, 512)."""
-    samples = channels.shape[-1]
-    if samples < WINDOW:
-        channels = torch.nn.functional.pad(channels, (0, WINDOW - samples))
-        samples = WINDOW
-    starts = torch.linspace(0, samples - WINDOW, FRAMES, device=channels.device).round().long()
-    index = starts[:, None] + torch.arange(WINDOW, device=channels.device)
-    return channels[..., index]
-
-
-@cache
-def mel_filters(sample_rate_hz: float) -> torch.Tensor:
-    """Triangular filters, evenly spaced in mel (O'Shaughnessy 1987: 2595·log10(1 + f/700)).
-
-    A filter that would be narrower than a bin is a bin wide, so that none is empty.
-
-    Args:
-        sample_rate_hz: Sampling rate in hertz.
-
-    Returns:
-        Weights, shape (128, 257).
-    """
-    nyquist = sample_rate_hz / 2
-    top = 2595 * torch.log10(torch.tensor(1 + nyquist / 700, dtype=torch.float64))
-    edges = 700 * (10 ** (torch.linspace(0, float(top), BANDS + 2, dtype=torch.float64) / 2595) - 1)
-    width = nyquist / (WINDOW // 2)
-    centers = edges[1:-1, None]
-    lower = torch.minimum(edges[:-2, None], centers - width)
-    upper = torch.maximum(edges[2:, None], centers + width)
-    bins = torch.linspace(0, nyquist, WINDOW // 2 + 1, dtype=torch.float64)
-    rising, falling = (bins - lower) / (centers - lower), (upper - bins) / (upper - centers)
-    return torch.minimum(rising, falling).clamp_min(0).to(torch.float32)
+def _band_power(signals: Tensor, parameters: SpectrogramParameters) -> Tensor:
+    # Milliwatts per band of each window, shape (..., windows, 128). By Parseval, a window's bins sum to its mean power.
+    hop = min((signals.shape[-1] - parameters.window) // (FRAMES - 1), parameters.longest_hop)
+    window = torch.hann_window(parameters.window, dtype=signals.dtype, device=signals.device)
+    spectra = torch.fft.rfft(signals.unfold(-1, parameters.window, hop) * window, n=parameters.transform)
+    power = spectra.abs().square() / (parameters.transform * window.square().sum())
+    power[..., 1:-1] *= 2  # negative frequencies
+    banded: Tensor = power @ mel_filters(parameters.transform).to(power)
+    return banded

@@ -1,9 +1,13 @@
-"""Splitting by session: recordings of one session are alike, so none may be on two sides."""
+"""Sessions for training, validation and test, so that no session is on two sides.
+
+Transmissions of one session share receivers and surroundings: a network that had seen some of them would look better on
+the others than it is.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from heimdall_trainer.errors import ConfigurationError
@@ -11,43 +15,42 @@ from heimdall_trainer.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Split:
-    """Sessions of each side."""
+    """IDs of sessions, sorted; each is in one of the three."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
 
-def split_sessions(sessions: Sequence[str], *, validation_fraction: float, test_fraction: float, seed: int) -> Split:
-    """Divide sessions between training, validation and test.
+def split_sessions(ids: Iterable[str], *, validation_fraction: float, test_fraction: float, seed: int) -> Split:
+    """Divide sessions; the same sessions and the same seed give the same split, in whatever order they come.
+
+    A fraction above 0 is at least one session.
 
     Args:
-        sessions: IDs of the sessions.
-        validation_fraction: Share for validation; at least one session if greater than 0.
-        test_fraction: Share for the test; at least one session if greater than 0.
-        seed: The same seed and sessions give the same split.
-
-    Returns:
-        The split.
+        ids: Sessions; doubles count once.
+        validation_fraction: Share kept for validation, 0 for none.
+        test_fraction: Share kept for the test, 0 for none.
+        seed: Chooses who goes where.
 
     Raises:
-        ConfigurationError: There are too few sessions.
+        ConfigurationError: There are too few sessions for that.
     """
-    order = sorted(set(sessions))
-    random.Random(seed).shuffle(order)  # noqa: S311 - no secret
-    validation = _count(len(order), validation_fraction)
-    test = _count(len(order), test_fraction)
-    if validation + test >= len(order):
+    drawn = sorted(set(ids), key=lambda identity: hashlib.sha256(f"{seed}:{identity}".encode()).digest())
+    test = _share(len(drawn), test_fraction)
+    validation = _share(len(drawn), validation_fraction)
+    if len(drawn) <= test + validation:
         raise ConfigurationError(
-            f"{len(order)} sessions are too few for spec.data.validationFraction {validation_fraction} and "
-            f"testFraction {test_fraction}, which take {validation + test}: add sessions, or lower the fractions"
+            f"{len(drawn)} recording session(s) are too few for spec.data.validationFraction={validation_fraction:g} "
+            f"and spec.data.testFraction={test_fraction:g}: sessions are never divided, so {test + validation + 1} are "
+            "the least; add sessions, or make the fractions smaller"
         )
     return Split(
-        train=tuple(sorted(order[validation + test :])),
-        validation=tuple(sorted(order[:validation])),
-        test=tuple(sorted(order[validation : validation + test])),
+        train=tuple(sorted(drawn[test + validation :])),
+        validation=tuple(sorted(drawn[test : test + validation])),
+        test=tuple(sorted(drawn[:test])),
     )
 
 
-def _count(sessions: int, fraction: float) -> int:
-    return max(1, round(sessions * fraction)) if fraction > 0 else 0
+def _share(count: int, fraction: float) -> int:
+    return max(1, round(count * fraction)) if fraction > 0 else 0

@@ -1,43 +1,90 @@
-"""Losses of a position with its uncertainty: all shapes are (batch, 2), all units metres."""
+"""Losses of predicted positions with their standard deviations.
+
+Errors are counted in kilometres, so that losses and their gradients are of order 1.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Final
 
 import torch
+from torch import Tensor
 
-HUBER_DELTA: Final = 1.0
-"""In standard deviations."""
-QUANTILES: Final = (0.16, 0.84)
-"""The interval of one standard deviation."""
+from heimdall_trainer.errors import ConfigurationError
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+UNIT_M: Final = 1000.0
+HUBER_DELTA_M: Final = 100.0
+QUANTILES: Final = (0.1587, 0.5, 0.8413)
+"""Minus one, zero and one standard deviation of a normal distribution."""
 
-
-def gaussian(position: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Gaussian negative log-likelihood (Nix and Weigend 1994), mean over batch and axes."""
-    residual = (target - position) / sigma
-    return (0.5 * residual.square() + torch.log(sigma) + 0.5 * math.log(2 * math.pi)).mean()
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def huber(position: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """As gaussian, with residuals beyond one sigma counted linearly (Huber 1964): outliers pull less."""
-    residual = (target - position) / sigma
-    cost = torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=HUBER_DELTA)
-    return cost + torch.log(sigma).mean()
+def gaussian_nll(prediction: Tensor, target: Tensor) -> Tensor:
+    """Negative log-likelihood of independent normal errors in east and north (Nix and Weigend 1994).
+
+    Args:
+        prediction: Metres east and north, and standard deviations in metres, shape (B, 4).
+        target: Metres east and north, shape (B, 2).
+
+    Returns:
+        Mean over batch and axes, in nats, for a density per kilometre; without the constant ½·log 2π.
+    """
+    mean, sigma = _split(prediction)
+    error = (target / UNIT_M - mean) / sigma
+    return (0.5 * error.square() + sigma.log()).mean()
 
 
-def quantile(position: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Pinball losses of median and of the bounds position ± sigma (Koenker and Bassett 1978)."""
-    low, high = QUANTILES
-    bounds = ((low, position - sigma), (0.5, position), (high, position + sigma))
-    return torch.stack([_pinball(target - bound, share) for share, bound in bounds]).mean()
+def huber(prediction: Tensor, target: Tensor) -> Tensor:
+    """Huber loss of the position (Huber 1964), beside which the uncertainty learns from its likelihood alone.
+
+    Args:
+        prediction: Metres east and north, and standard deviations in metres, shape (B, 4).
+        target: Metres east and north, shape (B, 2).
+
+    Returns:
+        Mean over batch and axes.
+    """
+    mean, sigma = _split(prediction)
+    delta = HUBER_DELTA_M / UNIT_M
+    position = torch.nn.functional.huber_loss(mean, target / UNIT_M, delta=delta) / delta
+    detached = torch.cat([mean.detach(), sigma], dim=-1) * UNIT_M
+    return position + gaussian_nll(detached, target)
 
 
-def _pinball(error: torch.Tensor, share: float) -> torch.Tensor:
-    return torch.maximum(share * error, (share - 1) * error).mean()
+def quantile(prediction: Tensor, target: Tensor) -> Tensor:
+    """Pinball loss of the quantiles at minus one, zero and one standard deviation (Koenker and Bassett 1978).
+
+    Args:
+        prediction: Metres east and north, and standard deviations in metres, shape (B, 4).
+        target: Metres east and north, shape (B, 2).
+
+    Returns:
+        Mean over batch, axes and quantiles.
+    """
+    mean, sigma = _split(prediction)
+    losses = []
+    for level, steps in zip(QUANTILES, (-1.0, 0.0, 1.0), strict=True):
+        over = target / UNIT_M - (mean + steps * sigma)
+        losses.append(torch.maximum(level * over, (level - 1) * over))
+    return torch.stack(losses).mean()
 
 
-LOSSES: Final[dict[str, Loss]] = {"gaussian": gaussian, "huber": huber, "quantile": quantile}
+LOSSES: Final[dict[str, Loss]] = {"gaussian": gaussian_nll, "huber": huber, "quantile": quantile}
+
+
+def loss_by_name(name: str) -> Loss:
+    """The loss of a name.
+
+    Raises:
+        ConfigurationError: There is no such loss.
+    """
+    if name not in LOSSES:
+        raise ConfigurationError(f"spec.training.loss is {name!r}: use one of {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def _split(prediction: Tensor) -> tuple[Tensor, Tensor]:
+    mean, sigma = (prediction / UNIT_M).chunk(2, dim=-1)
+    return mean, sigma

@@ -1,94 +1,133 @@
-"""LocalizationModule: LocalizationNet as Lightning trains it."""
+"""The localizer as Lightning trains it."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from pathlib import Path
+from typing import Any, Final
 
-import pytorch_lightning as pl
+import pytorch_lightning as L  # noqa: N812 - the name its users know
 import torch
+from torch import Tensor
 
 from heimdall_trainer.data.dataset import Sample
-from heimdall_trainer.model.losses import LOSSES
-from heimdall_trainer.model.metrics import LocalizationMetrics
+from heimdall_trainer.model.losses import loss_by_name
+from heimdall_trainer.model.metrics import PositionMetrics
 from heimdall_trainer.model.net import LocalizationNet
 
+WARMUP_SHARE: Final = 0.05
+"""Share of the steps in which the learning rate rises to its peak."""
+FINAL_SHARE: Final = 0.01
+"""The learning rate at the end, as a share of the peak."""
 
-class LocalizationModule(pl.LightningModule):
-    """The localizer with its loss, metrics, AdamW and cosine schedule."""
+
+class LocalizationModule(L.LightningModule):
+    """Trains a LocalizationNet with AdamW, a cosine schedule, and metrics in metres."""
 
     def __init__(
         self,
         backbone: str = "convnext_tiny",
-        *,
         pretrained: bool = False,
         freeze_backbone: bool = False,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-5,
+        *,
+        learning_rate: float = 1.0e-3,
+        weight_decay: float = 1.0e-5,
         loss: str = "gaussian",
+        weights: str | Path | None = None,
     ) -> None:
-        """Build the module.
+        """Make the module.
 
         Args:
-            backbone: Name of a timm model.
-            pretrained: Start from timm's pretrained weights.
+            backbone: Name of a model of timm.
+            pretrained: Start from trained weights.
             freeze_backbone: Train the heads alone.
-            learning_rate: Peak learning rate.
-            weight_decay: Weight decay.
+            learning_rate: Peak of the schedule.
+            weight_decay: Of matrices; biases and normalisations have none.
             loss: gaussian, huber or quantile.
+            weights: File with weights of the backbone, instead of the library's.
+
+        Raises:
+            ConfigurationError: Backbone or loss are unknown.
         """
         super().__init__()
         self.save_hyperparameters()
-        self._learning_rate, self._weight_decay = learning_rate, weight_decay
-        self.net = LocalizationNet(backbone, pretrained=pretrained, freeze_backbone=freeze_backbone)
-        self._loss = LOSSES[loss]
-        self._metrics = {"val": LocalizationMetrics(), "test": LocalizationMetrics()}
+        self.net = LocalizationNet(backbone, pretrained, freeze_backbone, weights=weights)
+        self.example_input_array = (torch.zeros(1, 2, 3, 128, 32), torch.zeros(1, 2, 2))
+        self._loss = loss_by_name(loss)
+        self._learning_rate = learning_rate
+        self._weight_decay = weight_decay
+        self.validation_metrics = PositionMetrics()
+        self.test_metrics = PositionMetrics()
 
-    def forward(self, spectrograms: torch.Tensor, receivers: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
-        """See LocalizationNet.forward."""
-        return self.net(spectrograms, receivers, mask)
+    def forward(self, spectrograms: Tensor, receivers: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Locate transmissions, see LocalizationNet.forward."""
+        return self.net(spectrograms, receivers, mask)  # type: ignore[no-any-return]
 
-    def training_step(self, batch: Sample, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Loss of a batch."""
         del batch_idx
-        loss, _ = self._step(batch)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(batch["position"]))
+        loss = self._loss(self._predict(batch), batch["position"])
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch["position"]))
         return loss
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
-        """Loss and metrics of a batch."""
+        """Take a batch into the metrics."""
         del batch_idx
-        self._evaluate("val", batch)
+        self._evaluate(batch, "val", self.validation_metrics)
 
     def test_step(self, batch: Sample, batch_idx: int) -> None:
-        """Loss and metrics of a batch."""
+        """Take a batch into the metrics."""
         del batch_idx
-        self._evaluate("test", batch)
+        self._evaluate(batch, "test", self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the epoch."""
-        self._log_metrics("val")
+        """Log the metrics of all batches."""
+        self._log_metrics("val", self.validation_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics of the epoch."""
-        self._log_metrics("test")
+        """Log the metrics of all batches."""
+        self._log_metrics("test", self.test_metrics)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a cosine schedule over all steps."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=self._weight_decay)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        """AdamW (Loshchilov and Hutter 2019) with a short warm-up and a cosine over all steps (2017)."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self._weight_decay},
+            {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self._learning_rate)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_share(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _step(self, batch: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-        prediction = self.net(batch["spectrograms"], batch["receivers"], batch["mask"])
-        return self._loss(prediction[:, :2], prediction[:, 2:], batch["position"]), prediction
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint holds all weights: loading it must fetch none."""
+        kept = {**checkpoint.get("hyper_parameters", {}), "pretrained": False, "weights": None}
+        checkpoint["hyper_parameters"] = kept
 
-    def _evaluate(self, side: str, batch: Sample) -> None:
-        loss, prediction = self._step(batch)
-        self.log(f"{side}/loss", loss, on_epoch=True, on_step=False, batch_size=len(batch["position"]))
-        self._metrics[side].update(prediction, batch["position"])
+    def _predict(self, batch: Sample) -> Tensor:
+        return self(batch["spectrograms"], batch["receivers"], batch.get("mask"))  # type: ignore[no-any-return]
 
-    def _log_metrics(self, side: str) -> None:
-        for name, value in self._metrics[side].compute().items():
-            self.log(f"{side}/{name}", value)
+    def _evaluate(self, batch: Sample, prefix: str, metrics: PositionMetrics) -> None:
+        prediction = self._predict(batch)
+        loss = self._loss(prediction, batch["position"])
+        metrics.update(prediction, batch["position"])
+        self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["position"]))
+
+    def _log_metrics(self, prefix: str, metrics: PositionMetrics) -> None:
+        self.log_dict({f"{prefix}/{name}": value for name, value in metrics.compute().items()})
+        metrics.reset()
+
+
+def schedule_share(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: a linear rise, then half a cosine.
+
+    Args:
+        step: Steps done.
+        steps: Steps in all.
+    """
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))

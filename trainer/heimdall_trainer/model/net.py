@@ -1,129 +1,255 @@
-"""LocalizationNet: what several receivers heard becomes a position and how sure it is."""
+"""The network: where a transmission came from, and how sure that is, from what several receivers heard."""
 
 from __future__ import annotations
 
 import difflib
+import math
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heimdall_trainer.data.spectrogram import BANDS, CHANNELS, FRAMES
 from heimdall_trainer.errors import ConfigurationError
 
-SCALE_M: Final = 1000.0
-"""Metres that the network counts as 1."""
-SIGMA_MIN_M: Final = 1.0
-SIGMA_MAX_M: Final = 10_000.0
-WIDTH: Final = 128
+POSITION_SCALE_M: Final = 1000.0
+"""Metres that are 1 inside the network."""
+SIGMA_BOUNDS_M: Final = (1.0, 100_000.0)
+"""Least and largest standard deviation."""
+TYPICAL_SIGMA_M: Final = 500.0
+"""Standard deviation before anything is learned."""
+SUGGESTIONS: Final = 5
 
 
 class LocalizationNet(nn.Module):
-    """A backbone shared between receivers, attention over them, a position head and an uncertainty head.
+    """A backbone shared between receivers, attention over receivers, and heads for position and uncertainty.
 
-    The position is a mean of the receivers' positions, weighted by attention, plus a learned correction: so it moves
-    with its receivers, however many there are.
+    Positions are taken relative to the receivers' mean place, so moving the origin moves the answer and changes nothing
+    else; the order of receivers does not matter either.
     """
 
     def __init__(
-        self, backbone: str = "convnext_tiny", *, pretrained: bool = False, freeze_backbone: bool = False
+        self,
+        backbone: str = "convnext_tiny",
+        pretrained: bool = False,
+        freeze_backbone: bool = False,
+        *,
+        weights: str | Path | None = None,
+        width: int = 128,
+        attention_heads: int = 4,
+        layers: int = 2,
+        dropout: float = 0.0,
     ) -> None:
-        """Build the network.
+        """Make the network.
 
         Args:
-            backbone: Name of a timm model.
-            pretrained: Start from timm's pretrained weights.
-            freeze_backbone: Train the heads alone.
+            backbone: Name of a model of timm.
+            pretrained: Start from trained weights: the library's, or the file's.
+            freeze_backbone: Leave the backbone as it is: neither weights nor running statistics change.
+            weights: File with weights of the backbone (.safetensors or .pth), instead of the library's.
+            width: Features of a receiver after the backbone.
+            attention_heads: Heads of each attention; a divisor of width.
+            layers: Attention layers between receivers.
+            dropout: Share of features that are dropped in training.
 
         Raises:
-            ConfigurationError: There is no such backbone, or its weights can't be had.
+            ConfigurationError: The backbone is unknown, has no pretrained weights, or can't take spectrograms.
         """
         super().__init__()
-        self.backbone = create_backbone(backbone, pretrained=pretrained)
-        self.freeze_backbone = freeze_backbone
+        self.backbone = make_backbone(backbone, pretrained=pretrained, weights=weights)
+        self.frozen = freeze_backbone
+        given = feature_width(self.backbone)
+        self.project = nn.Sequential(nn.LayerNorm(given), nn.Linear(given, width))
+        self.place = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(ReceiverAttention(width, attention_heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.score = nn.Linear(width, 1)
+        self.position_head = _head(width, dropout)
+        self.uncertainty_head = _head(width, dropout)
+        low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
+        share = (math.log(TYPICAL_SIGMA_M) - low) / (high - low)
+        nn.init.constant_(_last_bias(self.uncertainty_head), math.log(share / (1 - share)))
         if freeze_backbone:
             self.backbone.requires_grad_(requires_grad=False)
-        self.features = nn.LazyLinear(WIDTH)
-        self.place = nn.Sequential(nn.Linear(4, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        self.mix = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.attention = nn.Linear(WIDTH, 1)
-        self.position_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2))
-        self.uncertainty_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2))
-        self.eval()
-        with torch.no_grad():
-            # The backbone's width is read off what it gives, never off a table.
-            self.features(self.backbone(torch.zeros(1, CHANNELS, BANDS, FRAMES)))
-        self.train()
+            self.backbone.eval()
 
     def train(self, mode: bool = True) -> LocalizationNet:
-        """As torch's; a frozen backbone keeps evaluating, so that its batch statistics stay."""
+        """Switch to training or evaluation; a frozen backbone stays in evaluation, its statistics too."""
         super().train(mode)
-        if self.freeze_backbone:
+        if self.frozen:
             self.backbone.eval()
         return self
 
-    def forward(
-        self, spectrograms: torch.Tensor, receivers: torch.Tensor | None = None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, spectrograms: Tensor, receivers: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Locate transmissions.
 
         Args:
-            spectrograms: Shape (B, R, 3, 128, 32), or (B, 3, 128, 32) for one receiver at the origin.
-            receivers: Positions of the receivers in metres, shape (B, R, 2).
-            mask: True where a receiver is, shape (B, R); all of them by default.
+            spectrograms: Shape (B, R, 3, 128, 32), or (B, 3, 128, 32) for one receiver.
+            receivers: Metres east and north, shape (B, R, 2), or (B, 2) for one receiver. The origin if None.
+            mask: Which receivers are there, shape (B, R), bool. All if None. A sample needs at least one.
 
         Returns:
-            Shape (B, 4): position east and north in metres, and its two standard deviations in metres.
+            Shape (B, 4): metres east and north, and their standard deviations in metres.
         """
-        if spectrograms.dim() == 4:  # noqa: PLR2004 - one receiver
+        if spectrograms.dim() == 4:  # noqa: PLR2004 - no axis of receivers
             spectrograms = spectrograms.unsqueeze(1)
-        count, heard = spectrograms.shape[:2]
         if receivers is None:
-            receivers = spectrograms.new_zeros(count, heard, 2)
-        if mask is None:
-            mask = torch.ones(count, heard, dtype=torch.bool, device=spectrograms.device)
-        places = receivers / SCALE_M
-        features = self.features(self.backbone(spectrograms.flatten(0, 1))).unflatten(0, (count, heard))
-        # How loud each receiver heard it, given as such: a backbone that normalises would have to find it again.
-        level = spectrograms[:, :, 2].mean(dim=(-1, -2))
-        about = torch.cat([places, level.unsqueeze(-1), spectrograms[:, :, 2].amax(dim=(-1, -2)).unsqueeze(-1)], dim=-1)
-        mixed = self.mix(features + self.place(about), src_key_padding_mask=~mask)
-        weights = self.attention(mixed).squeeze(-1).masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        pooled = (weights.unsqueeze(-1) * mixed).sum(dim=1)
-        position = (weights.unsqueeze(-1) * places).sum(dim=1) + self.position_head(pooled)
-        sigma = SIGMA_MIN_M + nn.functional.softplus(self.uncertainty_head(pooled) + 0.5) * SCALE_M
-        return torch.cat([position * SCALE_M, sigma.clamp_max(SIGMA_MAX_M)], dim=-1)
+            receivers = spectrograms.new_zeros(*spectrograms.shape[:2], 2)
+        elif receivers.dim() == 2:  # noqa: PLR2004 - no axis of receivers
+            receivers = receivers.unsqueeze(1)
+        features = self._features(spectrograms, mask)
+        device = features.device.type
+        if torch.is_autocast_enabled(device):
+            # Half precision would round kilometres to several metres.
+            with torch.autocast(device, enabled=False):
+                return self._locate(features.float(), _levels(spectrograms).float(), receivers.float(), mask)
+        return self._locate(features, _levels(spectrograms), receivers, mask)
+
+    def _features(self, spectrograms: Tensor, mask: Tensor | None) -> Tensor:
+        flat = spectrograms.flatten(0, 1)
+        if mask is None or not self.training:
+            seen: Tensor = self.project(self.backbone(flat))
+            return seen.unflatten(0, spectrograms.shape[:2])
+        # In training, padding would spoil the statistics of batch normalisation.
+        chosen = mask.flatten().nonzero().squeeze(1)
+        present = self.project(self.backbone(flat[chosen]))
+        features = present.new_zeros(flat.shape[0], present.shape[-1]).index_copy(0, chosen, present)
+        return features.unflatten(0, spectrograms.shape[:2])
+
+    def _locate(self, features: Tensor, levels: Tensor, receivers: Tensor, mask: Tensor | None) -> Tensor:
+        present = torch.ones_like(features[..., :1]) if mask is None else mask.unsqueeze(-1).to(features)
+        center = (receivers * present).sum(1) / present.sum(1)
+        places = (receivers - center.unsqueeze(1)) / POSITION_SCALE_M * present
+        bias = (1.0 - present.squeeze(-1)) * torch.finfo(features.dtype).min
+        tokens = features + self.place(torch.cat([places, levels], dim=-1))
+        for layer in self.layers:
+            tokens = layer(tokens, bias)
+        tokens = self.norm(tokens)
+        shares = torch.softmax(self.score(tokens).squeeze(-1) + bias, dim=-1).unsqueeze(-1)
+        pooled = (tokens * shares).sum(1)
+        # The weighted mean of the receivers' places is a good first guess; the head corrects it.
+        guess = (places * shares).sum(1) + self.position_head(pooled)
+        low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
+        sigma = torch.exp(low + (high - low) * torch.sigmoid(self.uncertainty_head(pooled)))
+        return torch.cat([center + POSITION_SCALE_M * guess, sigma], dim=-1)
 
 
-def create_backbone(name: str, *, pretrained: bool) -> nn.Module:
-    """A timm model without its classifier.
+def _levels(spectrograms: Tensor) -> Tensor:
+    # How loud each receiver heard it, shape (B, R, 2): a backbone that normalises would have to find it again.
+    magnitude = spectrograms[:, :, 2]
+    return torch.stack([magnitude.mean((-2, -1)), magnitude.amax((-2, -1))], dim=-1)
+
+
+class ReceiverAttention(nn.Module):
+    """A transformer layer between receivers (Vaswani et al. 2017, normalised before: Xiong et al. 2020)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        """Args: width: Features. heads: Heads; a divisor of width. dropout: Share that is dropped in training."""
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.inputs = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.mix = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        """Let receivers see each other.
+
+        Args:
+            tokens: Shape (B, R, width).
+            bias: What is added to attention towards each receiver, shape (B, R): 0, or very low for padding.
+
+        Returns:
+            Shape (B, R, width).
+        """
+        batch, count, width = tokens.shape
+        inputs = self.inputs(self.norm(tokens)).reshape(batch, count, 3, self.heads, width // self.heads)
+        query, key, value = inputs.permute(2, 0, 3, 1, 4).unbind(0)
+        scores = query @ key.transpose(-2, -1) / math.sqrt(width // self.heads) + bias[:, None, None, :]
+        seen = (torch.softmax(scores, dim=-1) @ value).transpose(1, 2).reshape(batch, count, width)
+        tokens = tokens + self.output(seen)
+        return tokens + self.mix(tokens)  # type: ignore[no-any-return]
+
+
+def make_backbone(name: str, *, pretrained: bool, weights: str | Path | None = None) -> nn.Module:
+    """A model of timm without its classifier, for images of shape (3, 128, 32).
+
+    Args:
+        name: Its name in timm.
+        pretrained: Whether it starts from trained weights.
+        weights: File with them, instead of the library's.
 
     Raises:
-        ConfigurationError: There is no such model, or its weights can't be had.
+        ConfigurationError: It is unknown, its weights can't be had, or it can't take such images.
     """
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names those there are."
-        raise ConfigurationError(f"spec.model.backbone {name!r} is no model of timm {timm.__version__}; {hint}")
-    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, "in_chans": CHANNELS}
+        close = difflib.get_close_matches(name, timm.list_models(), n=SUGGESTIONS, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+        raise ConfigurationError(f"spec.model.backbone names {name!r}, which timm does not have: {hint}")
+    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": CHANNELS, "num_classes": 0}
+    if pretrained and weights is not None:
+        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    elif pretrained and not timm.is_model_pretrained(name):
+        raise ConfigurationError(f"spec.model.pretrained: timm has no trained weights for {name!r}; set it to false")
     try:
-        return _create(timm, name, options)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
+        model: nn.Module = _create(name, options)
+        feature_width(model)
+    except OSError as error:
         raise ConfigurationError(
-            f"the pretrained weights of {name} can't be had ({error}): set spec.model.pretrained to false, or let the "
-            "pod reach the library's weights"
+            f"spec.model.pretrained: the weights of {name!r} can't be had ({type(error).__name__}: {error}); set it to "
+            "false, or let HEIMDALL_WEIGHTS_URL name a folder that has them"
         ) from error
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise ConfigurationError(
+            f"spec.model.backbone {name!r} can't be made for images of {BANDS} x {FRAMES}: {error}"
+        ) from error
+    return model
 
 
-def _create(timm: Any, name: str, options: dict[str, Any]) -> nn.Module:
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
+    import timm
+
     try:
-        # Families with a fixed input size (ViT, Swin …) are told ours; the others don't know the option.
+        # Families with a fixed image size (vision transformers) are told ours; others don't know the argument.
         model: nn.Module = timm.create_model(name, img_size=(BANDS, FRAMES), **options)
-    except TypeError:
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
         model = timm.create_model(name, **options)
     return model
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """How many features a backbone gives, found by running it: `num_features` is not it for some families."""
+    parameter = next(backbone.parameters())
+    training = backbone.training
+    with torch.no_grad():
+        shape = backbone.eval()(parameter.new_zeros(1, CHANNELS, BANDS, FRAMES)).shape
+    backbone.train(training)
+    if len(shape) != 2:  # noqa: PLR2004 - batch and features
+        raise ValueError(f"it gives features of shape {tuple(shape)} instead of one vector for an image")
+    return int(shape[-1])
+
+
+def _head(width: int, dropout: float) -> nn.Sequential:
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 2))
+    last = head[-1]
+    nn.init.zeros_(_last_bias(head))
+    assert isinstance(last, nn.Linear)  # noqa: S101 - tells the type checker
+    nn.init.normal_(last.weight, std=0.01)
+    return head
+
+
+def _last_bias(head: nn.Sequential) -> Tensor:
+    bias = head[-1].bias
+    assert isinstance(bias, Tensor)  # noqa: S101 - tells the type checker
+    return bias

@@ -1,0 +1,175 @@
+"""Features of recordings, computed once and kept in a folder by content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from heimdall_trainer.data.recordings import RecordingStore, UnreadableError, write_whole
+from heimdall_trainer.data.sessions import Recording, Transmission
+from heimdall_trainer.data.spectrogram import DEFAULT_PARAMETERS, SHAPE, SpectrogramParameters, mel_spectrogram
+from heimdall_trainer.errors import DataError
+from heimdall_trainer.settings import DataSettings
+
+NAMED_PROBLEMS: Final = 10
+"""How many unreadable recordings an error names; the log names all."""
+REPORT_EVERY: Final = 1000
+"""Recordings between two lines of progress."""
+
+Features = NDArray[np.float32]
+
+log = structlog.get_logger(__name__)
+
+
+class FeatureSource:
+    """Spectrograms of recordings: from the cache, or computed from what the store holds.
+
+    Entries are named after the data's checksum, its scale and the parameters, so that nothing stale is ever found. They
+    are written beside and renamed, so that any number of processes can share a folder.
+    """
+
+    def __init__(
+        self, store: RecordingStore, folder: Path, parameters: SpectrogramParameters = DEFAULT_PARAMETERS
+    ) -> None:
+        """Args: store: Where recordings lie. folder: Where features are kept. parameters: How they are computed."""
+        self._store = store
+        self._folder = folder / "features"
+        self._parameters = parameters
+
+    @classmethod
+    def open(cls, settings: DataSettings) -> FeatureSource:
+        """The source that the settings name."""
+        return cls(RecordingStore.open(settings), settings.cache_dir)
+
+    def get(self, recording: Recording) -> Features:
+        """Spectrograms of a recording, shape (3, 128, 32), see mel_spectrogram.
+
+        Raises:
+            UnreadableError: The recording is missing, short, corrupt, of another rate or type.
+            ConnectionError: The store does not answer.
+        """
+        file = self._file(recording)
+        cached = _load(file)
+        if cached is not None:
+            return cached
+        samples = self._store.read(recording)
+        try:
+            features: Features = mel_spectrogram(torch.from_numpy(samples), self._parameters).numpy()
+        except ValueError as error:
+            raise UnreadableError(str(error)) from None
+        buffer = io.BytesIO()
+        np.save(buffer, features)
+        write_whole(file, buffer.getvalue())
+        return features
+
+    def check(self, recording: Recording) -> str | None:
+        """Make sure that a recording's features are in the cache; what is wrong with it if they can't be."""
+        try:
+            self.get(recording)
+        except UnreadableError as error:
+            return str(error)
+        return None
+
+    def _file(self, recording: Recording) -> Path:
+        about = [recording.sha256, recording.full_scale_dbm, recording.sample_count, asdict(self._parameters)]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        return self._folder / digest[:2] / f"{digest}.npy"
+
+
+def _load(file: Path) -> Features | None:
+    try:
+        features: Features = np.load(file)
+    except (OSError, ValueError, EOFError):
+        return None
+    return features if features.shape == SHAPE and features.dtype == np.float32 else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A recording that can't be used, and why."""
+
+    recording: Recording
+    reason: str
+
+    def __str__(self) -> str:
+        """As errors name it."""
+        return f"{self.recording}: {self.reason}"
+
+
+def keep_readable(
+    transmissions: Sequence[Transmission],
+    source: FeatureSource,
+    *,
+    skip_limit: float,
+    threads: int,
+    report: Callable[[Problem], None] | None = None,
+) -> list[Transmission]:
+    """Compute the features of all recordings, and leave out those that can't be read.
+
+    Args:
+        transmissions: What is to be trained on.
+        source: Computes and keeps features.
+        skip_limit: Share of recordings that may be left out.
+        threads: Recordings that are read side by side.
+        report: Is told of each recording that is left out; the log by default.
+
+    Returns:
+        The transmissions with the recordings that can be read; those with none are left out.
+
+    Raises:
+        DataError: More recordings than the limit can't be read; the message names some of them.
+        ConnectionError: The store does not answer.
+    """
+    every = [recording for transmission in transmissions for recording in transmission.recordings]
+    problems = _find_problems(every, source, threads)
+    for problem in problems:
+        (report or _warn)(problem)
+    if len(problems) > skip_limit * len(every):
+        named = "; ".join(str(problem) for problem in problems[:NAMED_PROBLEMS])
+        raise DataError(
+            f"{len(problems)} of {len(every)} recordings can't be read, more than HEIMDALL_SKIP_LIMIT={skip_limit:g} "
+            f"allows: {named}{' …' if len(problems) > NAMED_PROBLEMS else ''}"
+        )
+    return _without(transmissions, {problem.recording.object_key for problem in problems})
+
+
+def _find_problems(every: Sequence[Recording], source: FeatureSource, threads: int) -> list[Problem]:
+    problems = []
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(every), REPORT_EVERY):
+            part = every[start : start + REPORT_EVERY]
+            for recording, reason in zip(part, pool.map(source.check, part), strict=True):
+                if reason is not None:
+                    problems.append(Problem(recording, reason))
+            log.info("features ready", recordings=start + len(part), of=len(every), unreadable=len(problems))
+    return problems
+
+
+def _without(transmissions: Iterable[Transmission], bad_keys: set[str]) -> list[Transmission]:
+    kept = (
+        replace(item, recordings=tuple(each for each in item.recordings if each.object_key not in bad_keys))
+        for item in transmissions
+    )
+    return [item for item in kept if item.recordings]
+
+
+def _warn(problem: Problem) -> None:
+    recording = problem.recording
+    log.warning(
+        "recording left out",
+        session=recording.session_id,
+        transmission=recording.transmission_id,
+        receiver=recording.receiver.receiver_id,
+        reason=problem.reason,
+    )
