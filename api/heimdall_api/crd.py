@@ -157,7 +157,7 @@ def custom_resource_definition() -> Schema:
                     "schema": {
                         "openAPIV3Schema": {
                             "type": "object",
-                            "description": "A training of a model: one run in MLflow, over as many attempts as it takes.",
+                            "description": "A training of a model: one MLflow run, over as many attempts as it takes.",
                             "properties": {
                                 "apiVersion": {"type": "string"},
                                 "kind": {"type": "string"},

@@ -33,7 +33,9 @@ def cluster_environment() -> dict[str, str]:
         [sys.executable, "hack/cluster", "env"], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
     ).stdout
     script = f"{listed}\nenv -0"
-    out = subprocess.run(["bash", "-c", script], check=True, capture_output=True, timeout=60, env=dict(os.environ)).stdout
+    out = subprocess.run(
+        ["bash", "-c", script], check=True, capture_output=True, timeout=60, env=dict(os.environ)
+    ).stdout
     return dict(item.split("=", 1) for item in out.decode().split("\0") if "=" in item)
 
 
@@ -46,7 +48,14 @@ class Cluster:
 
     def run(self, *command: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, env=self.env, cwd=ROOT, capture_output=True, text=True, input=text, timeout=COMMAND_TIMEOUT_S, check=False
+            command,
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            input=text,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
         )
         if check and done.returncode != 0:
             raise AssertionError(f"{shlex.join(command)} failed: {done.stderr}{done.stdout}")
@@ -92,7 +101,9 @@ class Cluster:
             status = self.status(name)
             return status if status.get("phase") in phases else None
 
-        return wait_for(look, what=f"{name} being {' or '.join(phases)}", timeout_s=timeout_s, tell=lambda: self.explain(name))
+        return wait_for(
+            look, what=f"{name} being {' or '.join(phases)}", timeout_s=timeout_s, tell=lambda: self.explain(name)
+        )
 
     def explain(self, name: str) -> str:
         """What a person would look at."""
@@ -100,12 +111,21 @@ class Cluster:
         parts += [self.run("kubectl", "-n", self.namespace, "get", "pods", "-o", "wide", check=False).stdout]
         selector = f"training.heimdall.dev/run={name}"
         parts += [self.run("kubectl", "-n", self.namespace, "logs", "-l", selector, "--tail=30", check=False).stdout]
-        parts += [self.run("kubectl", "-n", self.namespace, "logs", "deploy/heimdall-operator", "--tail=30", check=False).stdout]
+        parts += [
+            self.run(
+                "kubectl", "-n", self.namespace, "logs", "deploy/heimdall-operator", "--tail=30", check=False
+            ).stdout
+        ]
         return "\n".join(parts)
 
 
 def wait_for(
-    look: Callable[[], T | None], *, what: str, timeout_s: float, tell: Callable[[], str] = lambda: "", every_s: float = POLL_S
+    look: Callable[[], T | None],
+    *,
+    what: str,
+    timeout_s: float,
+    tell: Callable[[], str] = lambda: "",
+    every_s: float = POLL_S,
 ) -> T:
     """Poll until there is something, with a deadline."""
     deadline = time.monotonic() + timeout_s

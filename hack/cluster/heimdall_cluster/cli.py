@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     load = add("load", _load, "give the cluster's workers images of the engine")
     load.add_argument("images", nargs="+", metavar="IMAGE")
     load.add_argument("--gpu-node", action="store_true", help="only the worker with the GPUs")
-    add("env", _env, "print variables: eval \"$(python3 hack/cluster env)\"")
+    add("env", _env, 'print variables: eval "$(python3 hack/cluster env)"')
     add("engine", _engine, "make sure that a Docker engine answers")
     build = add("parts", _parts, "build programs from Go modules into the cache")
     build.add_argument("names", nargs="+", metavar="NAME", help=", ".join(parts.CATALOGUE))
@@ -71,7 +71,7 @@ def _up(_: argparse.Namespace) -> None:
         kind.create()
         parts.ensure(["minio", "mc", "kubeconform"])
         parts.drop_go_caches()
-    say(f"cluster {kind.NAME}: up after {time.monotonic() - began:.0f} s; eval \"$(python3 hack/cluster env)\"")
+    say(f'cluster {kind.NAME}: up after {time.monotonic() - began:.0f} s; eval "$(python3 hack/cluster env)"')
 
 
 def check_machine() -> None:
@@ -92,10 +92,9 @@ def check_machine() -> None:
 
 
 def _down(arguments: argparse.Namespace) -> None:
-    if engine.answers() or not engine.is_ours():
-        if kind.exists():
-            with step("taking the cluster down"):
-                kind.delete()
+    if (engine.answers() or not engine.is_ours()) and kind.exists():
+        with step("taking the cluster down"):
+            kind.delete()
     KUBECONFIG.unlink(missing_ok=True)
     engine.stop()
     if arguments.all:

@@ -111,7 +111,11 @@ def _require_debian_root() -> None:
 
 def _install() -> None:
     packages = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap"}
-    missing = [package for program, package in packages.items() if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin") is None]
+    missing = [
+        package
+        for program, package in packages.items()
+        if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin") is None
+    ]
     if not missing:
         return
     with step(f"installing {', '.join(missing)} from Debian"):
@@ -144,7 +148,9 @@ def _runtime_options() -> list[str]:
     if has_capability(CAP_SYS_RESOURCE):
         return []
     wrapper = ENGINE / "runc-wrapper"
-    wrapper.write_text(RUNC_WRAPPER.replace("@RUNC@", shutil.which("runc", path="/usr/sbin:/usr/bin") or "/usr/sbin/runc"))
+    wrapper.write_text(
+        RUNC_WRAPPER.replace("@RUNC@", shutil.which("runc", path="/usr/sbin:/usr/bin") or "/usr/sbin/runc")
+    )
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     return ["--add-runtime", f"heimdall={wrapper}", "--default-runtime", "heimdall"]
 
@@ -235,7 +241,7 @@ def _clean_after_kill() -> None:
 
 
 def _descendants_of_ours() -> Iterator[int]:
-    """containerd and its shims of our exec-root, and everything below them."""
+    """Containerd and its shims of our exec-root, and everything below them."""
     children: dict[int, list[int]] = {}
     roots = []
     for entry in Path("/proc").iterdir():
@@ -297,7 +303,7 @@ def remove_firewall_rules() -> None:
 def is_docker_rule(rule: str) -> bool:
     """Whether a rule (as `iptables -S` prints it) is one of Docker's."""
     words = rule.split()
-    return any(word.startswith("DOCKER") or word == "docker0" or word.startswith("br-") for word in words[1:])
+    return any(word == "docker0" or word.startswith(("DOCKER", "br-")) for word in words[1:])
 
 
 def _docker_chains() -> set[str]:

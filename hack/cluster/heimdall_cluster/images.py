@@ -33,7 +33,10 @@ KUBE_BINARIES: Final = ("kube-apiserver", "kube-controller-manager", "kube-sched
 @cache
 def can_pull() -> bool:
     """Whether images can be pulled from a registry: asked once, bounded in time."""
-    return read([engine.docker(), "pull", "--quiet", PROBE_IMAGE], env=engine.environment(), timeout_s=PROBE_TIMEOUT_S) is not None
+    return (
+        read([engine.docker(), "pull", "--quiet", PROBE_IMAGE], env=engine.environment(), timeout_s=PROBE_TIMEOUT_S)
+        is not None
+    )
 
 
 def exists(image: str) -> bool:
@@ -43,7 +46,12 @@ def exists(image: str) -> bool:
 
 def docker(*arguments: str | Path, log: str, text: str | None = None) -> None:
     """Run the Docker client with its output in a log file."""
-    run([engine.docker(), *arguments], log=LOGS / f"{log}.log", env={**engine.environment(), "DOCKER_BUILDKIT": "1"}, text=text)
+    run(
+        [engine.docker(), *arguments],
+        log=LOGS / f"{log}.log",
+        env={**engine.environment(), "DOCKER_BUILDKIT": "1"},
+        text=text,
+    )
 
 
 def ensure_python() -> None:
@@ -71,7 +79,9 @@ def _ensure_debian() -> None:
     tree = CACHE / "debian"
     with step("making a Debian base image with debootstrap"):
         shutil.rmtree(tree, ignore_errors=True)
-        run(["debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, tree], log=LOGS / "debootstrap.log")
+        run(
+            ["debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, tree], log=LOGS / "debootstrap.log"
+        )
         shutil.rmtree(tree / "var/cache/apt/archives", ignore_errors=True)
         shutil.rmtree(tree / "var/lib/apt/lists", ignore_errors=True)
         if CA_BUNDLE.exists():
@@ -197,7 +207,8 @@ def _build_extras(images: list[str]) -> list[str]:
     return images
 
 
-WAITING: Final = f'FROM {NETWORK_TOOLS}\nENTRYPOINT ["/bin/sh", "-c", "trap \\"exit 0\\" TERM INT; while :; do sleep 3600 & wait $!; done"]\n'
+_WAIT_SCRIPT: Final = 'trap "exit 0" TERM INT; while :; do sleep 3600 & wait $!; done'
+WAITING: Final = f"FROM {NETWORK_TOOLS}\nENTRYPOINT {json.dumps(['/bin/sh', '-c', _WAIT_SCRIPT])}\n"
 
 
 def build_binary(image: str, binary: Path, *, base: str) -> None:

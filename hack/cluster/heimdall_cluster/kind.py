@@ -22,7 +22,7 @@ KUBE_ROUTER_MANIFEST: Final = HERE / "kube-router.yaml"
 
 
 def config(*, own_cni: bool, cgroup_v1: bool) -> dict[str, Any]:
-    """kind's configuration.
+    """Kind's configuration.
 
     Args:
         own_cni: Whether we bring the pod network (kube-router), because kind's can't be pulled.
@@ -42,7 +42,9 @@ def config(*, own_cni: bool, cgroup_v1: bool) -> dict[str, Any]:
         document["networking"]["disableDefaultCNI"] = True
     if cgroup_v1:
         document["kubeadmConfigPatches"] = [
-            json.dumps({"kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1", "failCgroupV1": False})
+            json.dumps(
+                {"kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1", "failCgroupV1": False}
+            )
         ]
     return document
 
@@ -96,7 +98,9 @@ def create() -> None:
     parts.ensure(["kind"])
     own_cni = node_image is not None
     file = KUBECONFIG.with_name("kind.json")
-    file.write_text(json.dumps(config(own_cni=own_cni, cgroup_v1=not Path("/sys/fs/cgroup/cgroup.controllers").exists())))
+    file.write_text(
+        json.dumps(config(own_cni=own_cni, cgroup_v1=not Path("/sys/fs/cgroup/cgroup.controllers").exists()))
+    )
     with step("creating the cluster with kind"):
         command = [parts.path_of("kind"), "create", "cluster", "--config", file, "--kubeconfig", KUBECONFIG]
         image = ["--image", node_image] if node_image else []
@@ -148,14 +152,34 @@ def load(names: list[str], nodes: list[str]) -> None:
         missing = [node for node in nodes if image_id(node, name) != wanted.strip()]
         if missing:
             with step(f"loading {name} into {', '.join(missing)}"):
-                command = [parts.path_of("kind"), "load", "docker-image", name, "--name", NAME, "--nodes", ",".join(missing)]
+                command = [
+                    parts.path_of("kind"),
+                    "load",
+                    "docker-image",
+                    name,
+                    "--name",
+                    NAME,
+                    "--nodes",
+                    ",".join(missing),
+                ]
                 run(command, log=LOGS / "kind.log", env=images.client_environment())
 
 
 def image_id(node: str, name: str) -> str | None:
     """ID of a node's image of a name, or None where it has none."""
     found = read(
-        [engine.docker(), "exec", node, "crictl", "inspecti", "-o", "go-template", "--template", "{{.status.id}}", images.whole_name(name)],
+        [
+            engine.docker(),
+            "exec",
+            node,
+            "crictl",
+            "inspecti",
+            "-o",
+            "go-template",
+            "--template",
+            "{{.status.id}}",
+            images.whole_name(name),
+        ],
         env=engine.environment(),
     )
     return found.strip() if found else None

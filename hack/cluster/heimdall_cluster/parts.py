@@ -123,7 +123,9 @@ def _size(file: Path) -> int:
 def _build(part: Part) -> None:
     go = shutil.which("go")
     if go is None:
-        raise ClusterError("Go is missing: install Go 1.26 or newer (https://go.dev/dl), or a Docker that can pull images")
+        raise ClusterError(
+            "Go is missing: install Go 1.26 or newer (https://go.dev/dl), or a Docker that can pull images"
+        )
     source, target, fresh = PARTS_SOURCE / part.name, PARTS / part.name, PARTS / f"{part.name}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -177,7 +179,9 @@ def module_dir(module: str, part: str) -> Path:
         timeout_s=300,
     )
     if found is None or not found.strip():
-        run(["go", "-C", PARTS_SOURCE / part, "mod", "download", module], log=LOGS / f"{part}.log", env=go_environment())
+        run(
+            ["go", "-C", PARTS_SOURCE / part, "mod", "download", module], log=LOGS / f"{part}.log", env=go_environment()
+        )
         found = read(
             ["go", "-C", str(PARTS_SOURCE / part), "list", "-m", "-f", "{{.Dir}}", module], env=go_environment()
         )

@@ -1,0 +1,262 @@
+"""One cluster, one release and one set of recordings for all e2e cases.
+
+A cluster that these tests brought up is taken down by them, unless HEIMDALL_KEEP_CLUSTER is set; one that was there
+stays.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from heimdall_api.contract import TAG_UID
+from tests.e2e.cluster import ROOT, Cluster, cluster_environment, hack, port_forward, wait_for
+
+NAMESPACE = "heimdall-e2e"
+RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+SMALL_IMAGES = (
+    "heimdall/operator:dev",
+    "heimdall/contract:dev",
+    "ghcr.io/mlflow/mlflow:v3.17.2-full",
+    "docker.io/library/postgres:15",
+    "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z",
+)
+INSTALL_TIMEOUT_S = 420
+CANARY_KEYS = {
+    "database": ("postgres-password", "mlflow-password", "writer-password", "reader-password"),
+    "object-store": ("root-password", "mlflow-secret-key", "writer-secret-key", "reader-secret-key"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/e2e/" in str(item.path):
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[dict[str, str]]:
+    """The environment that reaches the cluster, with all images loaded."""
+    status = subprocess.run(
+        [sys.executable, "hack/cluster", "status"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    was_up = "cluster: up" in status.stdout
+    hack("hack/cluster", "up")
+    try:
+        hack("hack/images", "build")
+        hack("hack/cluster", "load", *SMALL_IMAGES)
+        hack("hack/cluster", "load", "--gpu-node", "heimdall/trainer:dev")
+        yield cluster_environment()
+    finally:
+        if not was_up and not os.environ.get("HEIMDALL_KEEP_CLUSTER"):
+            hack("hack/cluster", "down")
+
+
+@pytest.fixture(scope="session")
+def canaries() -> dict[str, str]:
+    """A password for every secret, that must be found nowhere else."""
+    names = [f"{role}/{key}" for role, keys in CANARY_KEYS.items() for key in keys]
+    return {name: f"canary{secrets.token_hex(16)}" for name in names}
+
+
+@pytest.fixture(scope="session")
+def release(cluster: dict[str, str], canaries: dict[str, str]) -> Iterator[Cluster]:
+    """The chart, installed once, with canaries as passwords; removed whole afterwards."""
+    installed = Cluster(cluster, NAMESPACE)
+    remove_release(installed)
+    installed.run("kubectl", "create", "namespace", NAMESPACE)
+    installed.run("kubectl", "label", "namespace", NAMESPACE, RESTRICTED)
+    for role in CANARY_KEYS:
+        installed.apply(canary_secret(role, canaries))
+    try:
+        installed.helm(
+            "install", "heimdall", "charts/heimdall", *INSTALL_OPTIONS, "--wait", "--timeout", f"{INSTALL_TIMEOUT_S}s"
+        )
+        yield installed
+    finally:
+        remove_release(installed)
+
+
+INSTALL_OPTIONS = ("--set", "operator.progressSeconds=3", "--set", "operator.resyncSeconds=30")
+
+
+def canary_secret(role: str, canaries: dict[str, str]) -> dict[str, Any]:
+    """A Secret that the chart finds and keeps; Helm may take it over."""
+    data = {key: canaries[f"{role}/{key}"] for key in CANARY_KEYS[role]}
+    if role == "object-store":
+        data |= {f"{who}-access-key": f"heimdall-{who}" for who in ("mlflow", "writer", "reader")}
+        data["root-user"] = "heimdall-root"
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {
+            "name": f"heimdall-{role}",
+            "labels": {"app.kubernetes.io/managed-by": "Helm"},
+            "annotations": {"meta.helm.sh/release-name": "heimdall", "meta.helm.sh/release-namespace": NAMESPACE},
+        },
+        "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
+    }
+
+
+def remove_release(installed: Cluster) -> None:
+    """Runs first, while the operator can still end them; then the release, its volumes and the CRD."""
+    if installed.run("kubectl", "get", "namespace", NAMESPACE, check=False).returncode == 0:
+        installed.run("kubectl", "-n", NAMESPACE, "delete", "trainingruns", "--all", "--timeout=120s", check=False)
+        installed.run("helm", "-n", NAMESPACE, "uninstall", "heimdall", "--wait", "--timeout", "120s", check=False)
+        installed.run("kubectl", "delete", "namespace", NAMESPACE, "--timeout=180s")
+    installed.run("kubectl", "delete", "crd", "trainingruns.training.heimdall.dev", "--ignore-not-found")
+
+
+@dataclass(frozen=True)
+class Mlflow:
+    """MLflow, asked over HTTP."""
+
+    url: str
+
+    @property
+    def client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.url, self.url)
+
+    def runs_of(self, uid: str) -> list[Any]:
+        """Every run that carries a TrainingRun's UID, in every state."""
+        from mlflow.entities import ViewType
+
+        experiments = [item.experiment_id for item in self.client.search_experiments(view_type=ViewType.ALL)]
+        found: list[Any] = self.client.search_runs(
+            experiments, filter_string=f"tags.`{TAG_UID}` = '{uid}'", run_view_type=ViewType.ALL
+        )
+        return found
+
+    def versions_of(self, model: str, run_id: str) -> list[Any]:
+        found: list[Any] = self.client.search_model_versions(f"name = '{model}' and run_id = '{run_id}'")
+        return found
+
+
+@pytest.fixture(scope="session")
+def mlflow(release: Cluster) -> Iterator[Mlflow]:
+    with port_forward(release, "svc/heimdall-tracking", 5000) as port:
+        yield Mlflow(f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="session")
+def recordings(release: Cluster) -> None:
+    """Generated recordings in the release's PostgreSQL and MinIO."""
+    release.kubectl("apply", "-f", "manifests/examples/recordings.yaml")
+    release.kubectl("wait", "--for=condition=Complete", "job/generate-recordings", "--timeout=240s")
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest, release: Cluster) -> Iterator[str]:
+    """A TrainingRun's name of the test's own; the run is deleted afterwards."""
+    short = request.node.name.split("[")[0].removeprefix("test_").replace("_", "-")[:36].strip("-")
+    name = f"{short}-{secrets.token_hex(3)}"
+    yield name
+    release.kubectl("delete", "trainingrun", name, "--ignore-not-found", "--timeout=150s")
+
+
+def contract_run(name: str, *, spec: dict[str, Any] | None = None, **args: Any) -> dict[str, Any]:
+    """A TrainingRun of the contract image: seconds, no torch."""
+    return {
+        "apiVersion": "training.heimdall.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": name},
+        "spec": {
+            "image": "heimdall/contract:dev",
+            "model": {"module": "contract:Script", "args": args},
+            "resources": {"gpusPerWorker": 1, "cpu": "20m", "memory": "256Mi", "sharedMemory": "16Mi"},
+            "registration": {"model": "steps"},
+            **(spec or {}),
+        },
+    }
+
+
+@dataclass
+class CrashingOperator:
+    """The operator, made to die right after an action, once."""
+
+    release: Cluster
+
+    def arm(self, action: str) -> None:
+        """From now on the operator dies right after the first action of this name."""
+        patch = {
+            "spec": {
+                "template": {
+                    "spec": {
+                        "containers": [
+                            {
+                                "name": "operator",
+                                "command": ["python3", "/crash/crash.py", action],
+                                "volumeMounts": [
+                                    {"name": "crash", "mountPath": "/crash"},
+                                    {"name": "crashed", "mountPath": "/crashed"},
+                                ],
+                            }
+                        ],
+                        "volumes": [
+                            {"name": "crash", "configMap": {"name": "crash"}},
+                            {"name": "crashed", "emptyDir": {}},
+                        ],
+                    }
+                }
+            }
+        }
+        self.release.kubectl("patch", "deployment", "heimdall-operator", "-p", json.dumps(patch))
+        self.release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
+
+    def restarts(self) -> int:
+        pods = self.release.list("pods", "app.kubernetes.io/component=operator")
+        return max(
+            (item["restartCount"] for pod in pods for item in pod["status"].get("containerStatuses", [])), default=0
+        )
+
+
+CRASH = '''
+"""The operator, which dies (as by kill -9: no handler, no clean-up) right after one action, once per pod."""
+import os, pathlib, sys
+from heimdall_operator import act
+from heimdall_operator.main import main
+
+wanted, marker = sys.argv[1], pathlib.Path("/crashed/done")
+original = act.Actor.act
+
+async def crashing(self, action, observed):
+    result = await original(self, action, observed)
+    if type(action).__name__ == wanted and not marker.exists():
+        marker.touch()
+        os._exit(137)
+    return result
+
+act.Actor.act = crashing
+sys.argv = ["heimdall-operator"]
+main()
+'''
+
+
+@pytest.fixture
+def crashing(release: Cluster) -> Iterator[CrashingOperator]:
+    release.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "crash"}, "data": {"crash.py": CRASH}})
+    yield CrashingOperator(release)
+    release.kubectl("rollout", "undo", "deployment/heimdall-operator", "--to-revision=1")
+    release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
+
+
+def wait_for_step(release: Cluster, mlflow: Mlflow, run_id: str, step: int, timeout_s: float) -> int:
+    """Wait until a run's training has made some steps; the step it is at."""
+
+    def look() -> int | None:
+        progress = json.loads(mlflow.client.get_run(run_id).data.tags.get("heimdall.progress", "{}"))
+        at = int(progress.get("step", 0))
+        return at if at >= step else None
+
+    return wait_for(look, what=f"step {step} of {run_id}", timeout_s=timeout_s, tell=lambda: release.explain(""))

@@ -1,0 +1,188 @@
+"""The operator on a real cluster, with the tiny image that keeps the trainer's contract."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.e2e.cluster import Cluster, condition, wait_for
+from tests.e2e.conftest import CrashingOperator, Mlflow, contract_run, wait_for_step
+
+LIFE_S = 120.0
+
+
+def check_whole(release: Cluster, mlflow: Mlflow, name: str, *, attempts: int = 1) -> dict[str, Any]:
+    """A run that succeeded: one MLflow run, one Job an attempt, one version, and nothing held up."""
+    resource = release.training_run(name)
+    status = resource["status"]
+    runs = mlflow.runs_of(resource["metadata"]["uid"])
+    assert [run.info.run_id for run in runs] == [status["runID"]]
+    assert runs[0].info.status == "FINISHED"
+    assert len(release.list("jobs", f"training.heimdall.dev/run={name}")) == attempts
+    assert [item.version for item in mlflow.versions_of("steps", status["runID"])] == [status["modelVersion"]]
+    wait_for(
+        lambda: "finalizers" not in release.training_run(name)["metadata"], what="the finalizer's end", timeout_s=30
+    )
+    return dict(status)
+
+
+def test_a_life_from_apply_to_version(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, steps=10))
+
+    release.kubectl("wait", "--for=condition=Complete", f"trainingrun/{name}", f"--timeout={LIFE_S:.0f}s")
+
+    status = check_whole(release, mlflow, name)
+    assert status["modelURI"] == f"models:/steps/{status['modelVersion']}"
+    assert condition(status, "ModelRegistered")["status"] == "True"
+    assert status["attempts"][0]["node"] == "heimdall-worker2", "the simulated GPUs are there"
+    reasons = {item["reason"] for item in release.list("events.events.k8s.io") if item["regarding"]["name"] == name}
+    assert {"RunCreated", "AttemptStarted", "Training", "AttemptCompleted", "ModelRegistered", "Completed"} <= reasons
+
+
+@pytest.mark.parametrize("action", ["EnsureRun", "CreateJob", "RegisterModel", "EndRun"])
+def test_an_operator_killed_right_after(
+    release: Cluster, mlflow: Mlflow, crashing: CrashingOperator, name: str, action: str
+) -> None:
+    crashing.arm(action)
+    release.apply(contract_run(name, steps=10))
+
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+
+    assert crashing.restarts() == 1, "it did die"
+    check_whole(release, mlflow, name)
+
+
+def test_an_operator_killed_while_the_pod_works(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, steps=60, stepSeconds=0.3))
+    release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
+
+    release.kubectl("delete", "pods", "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
+
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    check_whole(release, mlflow, name)
+
+
+def test_a_killed_pod_is_followed_by_one_that_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, steps=60, stepSeconds=0.2, fail="crash", failAt=20, failAttempt=1))
+
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+
+    status = check_whole(release, mlflow, name, attempts=2)
+    assert [item["reason"] for item in status["attempts"]] == ["Unknown", "Completed"]
+    log = release.kubectl("logs", f"job/{name}-a2")
+    assert "steps 20 to 60" in log, "it went on from the checkpoint"
+
+
+def test_a_run_deleted_while_training_leaves_nothing(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, steps=600, stepSeconds=0.2))
+    release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
+    resource = release.training_run(name)
+
+    release.kubectl("delete", "trainingrun", name, "--timeout=120s")
+
+    runs = mlflow.runs_of(resource["metadata"]["uid"])
+    assert [run.info.status for run in runs] == ["KILLED"]
+    selector = f"training.heimdall.dev/run={name}"
+    wait_for(lambda: not release.list("jobs,pods", selector), what="the end of its Job and pods", timeout_s=60)
+
+
+def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, steps=80, stepSeconds=0.2))
+    status = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
+    wait_for_step(release, mlflow, status["runID"], 10, LIFE_S)
+
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    suspended = release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
+    assert condition(suspended, "Suspended")["status"] == "True"
+    assert release.list("pods", f"training.heimdall.dev/run={name}") == []
+
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    done = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    assert done["runID"] == status["runID"]
+    assert done["failures"] == 0
+    assert "steps 0 to" not in release.kubectl("logs", f"job/{name}-a2")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What goes wrong, and what a user is told."""
+
+    reason: str
+    message: str
+    args: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
+FAILURES = {
+    "an exception": Failure("UserError", "ValueError: the loss became NaN", {"fail": "user"}),
+    "a configuration error": Failure("InvalidConfiguration", "remove it", {"fail": "configuration"}),
+    "memory": Failure("HostOutOfMemory", "spec.resources.memory", {"fail": "memory"}),
+    "a wrong image": Failure(
+        "ImagePull",
+        "check spec.image",
+        spec={"image": "registry.invalid/no/such:image", "pendingDeadlineSeconds": 10},
+    ),
+    "an impossible image name": Failure(
+        "ImagePull", "spec.image is no valid image name", spec={"image": "Not An Image"}
+    ),
+    "more GPUs than there are": Failure(
+        "Unschedulable",
+        "Insufficient nvidia.com/gpu",
+        spec={"resources": {"gpusPerWorker": 9, "cpu": "20m", "memory": "64Mi"}, "pendingDeadlineSeconds": 10},
+    ),
+    "retries used up": Failure("Unknown", "spec.retries.limit is 0", {"fail": "crash"}, {"retries": {"limit": 0}}),
+    "a hang": Failure(
+        "Stalled",
+        "No training step since step 3",
+        {"fail": "hang", "steps": 20},
+        {"stallTimeoutSeconds": 10, "retries": {"limit": 0}},
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+def test_a_failure_says_why_and_frees_the_gpu(release: Cluster, mlflow: Mlflow, name: str, failure: Failure) -> None:
+    release.apply(contract_run(name, spec=failure.spec, **failure.args))
+
+    status = release.wait_for_phase(name, "Failed", timeout_s=LIFE_S)
+
+    failed = condition(status, "Failed")
+    assert (failed["status"], failed["reason"]) == ("True", failure.reason)
+    assert failure.message in failed["message"]
+    assert status["attempts"][-1]["reason"] == failure.reason
+    assert [run.info.status for run in mlflow.runs_of(release.training_run(name)["metadata"]["uid"])] == ["FAILED"]
+    alive = [
+        pod
+        for pod in release.list("pods", f"training.heimdall.dev/run={name}")
+        if pod["status"]["phase"] not in ("Failed", "Succeeded")
+    ]
+    assert alive == [], "nothing holds a GPU"
+
+
+def test_a_finished_run_never_trains_again(release: Cluster, name: str) -> None:
+    release.apply(contract_run(name, steps=2))
+    before = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+
+    release.kubectl("delete", "job", f"{name}-a1")
+    # Whatever the operator does about it, it has done when a later run is through.
+    release.apply(contract_run(f"{name}-b", steps=1))
+    release.wait_for_phase(f"{name}-b", "Succeeded", timeout_s=LIFE_S)
+    release.kubectl("delete", "trainingrun", f"{name}-b")
+
+    assert release.status(name) == before
+    assert release.list("jobs", f"training.heimdall.dev/run={name}") == []
+
+
+def test_the_same_manifest_applied_again_changes_nothing(release: Cluster, name: str) -> None:
+    manifest = contract_run(name, steps=2)
+    release.apply(manifest)
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    before = json.dumps(release.training_run(name)["status"], sort_keys=True)
+
+    release.apply(manifest)
+
+    assert json.dumps(release.training_run(name)["status"], sort_keys=True) == before
+    assert release.training_run(name)["metadata"]["generation"] == 1

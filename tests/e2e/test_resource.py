@@ -1,0 +1,92 @@
+"""Rules of the resource, shown to a real API server: the message that a user gets is asserted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.e2e.cluster import Cluster
+from tests.e2e.conftest import contract_run
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "negative cpu": (
+        {"resources": {"cpu": "-2"}},
+        'spec.resources.cpu: Invalid value: "-2": must be a positive quantity',
+    ),
+    "memory that is none": ({"resources": {"memory": "lots"}}, "must be a positive quantity such as 500m, 4 or 16Gi"),
+    "backbone and module": ({"model": {"backbone": "a", "module": "b:C"}}, "set either backbone"),
+    "args without module": ({"model": {"args": {"a": 1}}}, "args are the arguments of module: set module too"),
+    "no import path": (
+        {"model": {"module": "nonsense"}},
+        "must be an import path of the form package.module:ClassName",
+    ),
+    "nothing left to train on": (
+        {"data": {"validationFraction": 0.6, "testFraction": 0.5}},
+        "keep their sum below 1",
+    ),
+    "no epochs": ({"training": {"epochs": 0}}, "spec.training.epochs in body should be greater than or equal to 1"),
+    "an unknown loss": ({"training": {"loss": "l7"}}, 'supported values: "gaussian", "huber", "quantile"'),
+    "a misspelt field": ({"trainings": {}}, 'unknown field "spec.trainings"'),
+    "a model name with a slash": ({"registration": {"model": "a/b"}}, "must not contain '/' or ':'"),
+}
+
+
+def resource(name: str, spec: dict[str, Any]) -> str:
+    return json.dumps(
+        {
+            "apiVersion": "training.heimdall.dev/v1alpha1",
+            "kind": "TrainingRun",
+            "metadata": {"name": name},
+            "spec": spec,
+        }
+    )
+
+
+@pytest.mark.parametrize(("spec", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_spec_that_can_never_work_is_refused(release: Cluster, spec: dict[str, Any], message: str) -> None:
+    assert message in release.refused("apply", "-f", "-", text=resource("refused", spec))
+
+
+@pytest.mark.parametrize("name", ["9lives", "a" * 53, "dots.are.not.for.jobs"])
+def test_a_name_that_no_job_can_have_is_refused(release: Cluster, name: str) -> None:
+    said = release.refused("apply", "-f", "-", text=resource(name, {}))
+
+    assert "metadata.name becomes the name of Jobs and Pods" in said
+
+
+def test_what_defines_the_training_is_immutable(release: Cluster, name: str) -> None:
+    run = contract_run(name, spec={"suspend": True}, steps=1)
+    release.apply(run)
+    changes: list[dict[str, Any]] = [
+        {"training": {"epochs": 7}},
+        {"model": {"args": {"steps": 2}}},
+        {"resources": {"memory": "1Gi"}},
+        {"registration": None},
+        {"image": "other"},
+    ]
+    for change in changes:
+        said = release.refused("patch", "trainingrun", name, "--type=merge", "-p", json.dumps({"spec": change}))
+        assert "create a new TrainingRun instead" in said
+
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"activeDeadlineSeconds": 60}}')
+
+
+def test_defaults_are_filled_in(release: Cluster, name: str) -> None:
+    release.kubectl("apply", "-f", "-", text=resource(name, {"suspend": True}))
+
+    spec = release.training_run(name)["spec"]
+
+    assert spec["training"]["epochs"] == 100
+    assert spec["resources"] == {"cpu": "4", "memory": "16Gi", "gpusPerWorker": 1, "sharedMemory": "1Gi"}
+
+
+def test_explain_and_columns_read_well(release: Cluster, name: str) -> None:
+    explained = release.kubectl("explain", "trainingrun.spec")
+    assert "What becomes of the trained model" in explained
+    assert "<no description>" not in explained
+
+    release.apply(contract_run(name, spec={"suspend": True}))
+    header = release.kubectl("get", "tr", name).splitlines()[0].split()
+    assert header == ["NAME", "PHASE", "PROGRESS", "ATTEMPTS", "GPUS", "RUN-ID", "MODEL-VERSION", "AGE"]
