@@ -33,6 +33,30 @@ check: venv ## Lint, types, room boundaries and unit tests: under a minute
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q tests/unit
 
+.PHONY: demo
+demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, its registered model
+	@$(PYTHON) hack/demo
+
+.PHONY: test
+test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cluster
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest --durations=25
+
+.PHONY: e2e
+e2e: venv needs ## The tests on a real cluster alone
+	$(BIN)/pytest tests/e2e
+
+.PHONY: needs
+needs: ## Tell what is missing on this machine, and how to get it
+	@$(PYTHON) hack/needs.py
+
+.PHONY: clean
+clean: ## Take the cluster down and remove its cache
+	@$(PYTHON) hack/cluster down --all
+
 .PHONY: lock
 lock: venv ## Resolve requirements/*.txt anew
 	PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock

@@ -1,0 +1,167 @@
+"""`python3 hack/demo`: the whole way once, from an empty machine to a registered model.
+
+Cluster, images, chart, recordings, `kubectl apply`, and the finished resource. Each step takes up what an earlier call
+left. With empty caches most of the time goes into building what can't be pulled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "hack/cluster"))
+
+from heimdall_cluster import engine, kind  # noqa: E402
+from heimdall_cluster.paths import BIN, KUBECONFIG, LOGS  # noqa: E402
+from heimdall_cluster.steps import ClusterError, read, run, say, step  # noqa: E402
+
+NAMESPACE: Final = "heimdall"
+RUN: Final = "localizer"
+EXAMPLE: Final = "manifests/examples/localizer.yaml"
+SMALL_IMAGES: Final = ("operator", "mlflow", "postgresql", "minio")
+INSTALL_TIMEOUT_S: Final = 420
+RECORDINGS_TIMEOUT_S: Final = 300
+TRAINING_TIMEOUT_S: Final = 1800
+POLL_S: Final = 2.0
+
+
+def main() -> None:
+    """Go the whole way."""
+    began = time.monotonic()
+    try:
+        _hack("cluster", "up")
+        _hack("images", "build", *SMALL_IMAGES, "trainer")
+        references = _references()
+        _hack("cluster", "load", *(references[name] for name in SMALL_IMAGES))
+        _hack("cluster", "load", "--gpu-node", references["trainer"])
+        _install()
+        _record()
+        _train()
+        _show()
+    except ClusterError as error:
+        sys.exit(f"hack/demo: {error}")
+    say(f'the whole way: {time.monotonic() - began:.0f} s. Look around: eval "$(python3 hack/cluster env)"')
+
+
+def _hack(tool: str, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "hack" / tool, *arguments], check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"python3 hack/{tool} {' '.join(arguments)} failed; see above")
+
+
+def _references() -> dict[str, str]:
+    listed = read([sys.executable, ROOT / "hack/images", "list"])
+    if listed is None:
+        raise ClusterError("python3 hack/images list failed")
+    return dict(line.split() for line in listed.splitlines())  # type: ignore[arg-type]
+
+
+def _install() -> None:
+    command = ["helm", "upgrade", "--install", "heimdall", "charts/heimdall", "--namespace", NAMESPACE]
+    with step(" ".join(command)):
+        options = ["--create-namespace", "--wait", "--timeout", f"{INSTALL_TIMEOUT_S}s"]
+        run(
+            [BIN / "helm", *command[1:4], ROOT / command[4], *command[5:], *options],
+            log=LOGS / "demo.log",
+            env=_environment(),
+            timeout_s=INSTALL_TIMEOUT_S + 60,
+        )
+        # Images keep their name when they are built anew: a deployment that was there would go on with the old one.
+        if _installed_image() != _built_image():
+            _kubectl("rollout", "restart", "deployment/heimdall-operator")
+            _kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
+
+
+def _installed_image() -> str | None:
+    path = "{.items[0].status.containerStatuses[0].imageID}"
+    return kind.kubectl(
+        "-n", NAMESPACE, "get", "pods", "-l", "app.kubernetes.io/component=operator", "-o", f"jsonpath={path}"
+    )
+
+
+def _built_image() -> str | None:
+    found = read(
+        [engine.docker(), "image", "inspect", "--format", "{{.Id}}", "heimdall/operator:dev"], env=engine.environment()
+    )
+    return found.strip() if found else None
+
+
+def _record() -> None:
+    with step("generating recordings into PostgreSQL and MinIO (manifests/examples/recordings.yaml)"):
+        # The trainer's image is on the node with the GPUs alone: 6 GB are not loaded twice.
+        selector = {"kubernetes.io/hostname": kind.GPU_NODE}
+        patch = {"spec": {"template": {"spec": {"nodeSelector": selector}}}}
+        local = ("patch", "--local", "-f", ROOT / "manifests/examples/recordings.yaml", "--type=merge", "-o", "json")
+        manifest = _kubectl(*map(str, local), "-p", json.dumps(patch))
+        _kubectl("apply", "-f", "-", text=manifest)
+        _kubectl("wait", "--for=condition=Complete", "job/generate-recordings", f"--timeout={RECORDINGS_TIMEOUT_S}s")
+
+
+def _train() -> None:
+    say(f"→ kubectl apply -f {EXAMPLE}")
+    _kubectl("apply", "-f", str(ROOT / EXAMPLE))
+    deadline = time.monotonic() + TRAINING_TIMEOUT_S
+    told = ""
+    while True:
+        status: dict[str, Any] = json.loads(_kubectl("get", "trainingrun", RUN, "-o", "json")).get("status", {})
+        line = _line(status)
+        if line != told:
+            say(f"  {line}")
+            told = line
+        if status.get("phase") == "Succeeded":
+            return
+        if status.get("phase") == "Failed":
+            raise ClusterError(f"the TrainingRun failed: {_message(status, 'Failed')}")
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the TrainingRun was not done within {TRAINING_TIMEOUT_S} s: {line}")
+        time.sleep(POLL_S)
+
+
+def _line(status: dict[str, Any]) -> str:
+    parts = [status.get("phase", "new")]
+    if progress := status.get("progress"):
+        done = f"epoch {progress['epoch']}/{progress['epochs']}, step {progress['step']}"
+        parts.append(f"{done}, {progress['percent']} %")
+    if best := status.get("bestMetric"):
+        parts.append(f"best {best['name']} {best['value']}")
+    if status.get("phase") != "Running" and (message := _message(status, "Complete")):
+        parts.append(message)
+    return " · ".join(parts)
+
+
+def _message(status: dict[str, Any], kind_of: str) -> str:
+    return next((item["message"] for item in status.get("conditions", []) if item["type"] == kind_of), "")
+
+
+def _show() -> None:
+    print(_kubectl("get", "trainingrun", RUN), end="")
+    print(_kubectl("describe", "trainingrun", RUN).partition("Status:")[2].rstrip())
+
+
+def _kubectl(*arguments: str, text: str | None = None) -> str:
+    done = subprocess.run(
+        [kind.kubectl_path(), "-n", NAMESPACE, *arguments],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        input=text,
+        timeout=TRAINING_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ClusterError(f"kubectl {' '.join(arguments[:3])} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, **engine.environment(), "KUBECONFIG": str(KUBECONFIG)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`python3 hack/needs.py`: what the README asks for, checked before anything is begun."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+PYTHON: Final = (3, 11)
+GO: Final = (1, 26)
+
+
+def main() -> None:
+    """Say what is missing, one line each, and fail if anything is."""
+    missing = [line for line in (_python(), _engine(), _kubernetes()) if line]
+    if missing:
+        sys.exit("Missing on this machine:\n" + "\n".join(f"- {line}" for line in missing))
+
+
+def _python() -> str | None:
+    if sys.version_info < PYTHON:
+        return f"Python 3.11 or newer (this is {sys.version.split()[0]}): set PYTHON=/path/to/python3.11"
+    if importlib.util.find_spec("ensurepip") is None:
+        return "Python's venv module: apt-get install python3-venv"
+    return None
+
+
+def _engine() -> str | None:
+    if _docker_answers() or (os.geteuid() == 0 and Path("/etc/debian_version").exists()):
+        return None
+    return "a Docker engine that answers (docker version), or root on Debian, where one is installed for you"
+
+
+def _kubernetes() -> str | None:
+    """Programs are built by Go; kubectl too, unless kind's node image can be pulled."""
+    go = _version(["go", "version"], r"go(\d+)\.(\d+)")
+    if go is None or go < GO:
+        return "Go 1.26 or newer (https://go.dev/dl): kind and helm are built with it"
+    if _docker_answers() and shutil.which("kubectl") is None:
+        return "kubectl (https://kubernetes.io/docs/tasks/tools)"
+    return None
+
+
+def _docker_answers() -> bool:
+    return _output(["docker", "version", "--format", "{{.Server.Version}}"]) is not None
+
+
+def _version(command: list[str], pattern: str) -> tuple[int, ...] | None:
+    found = re.search(pattern, _output(command) or "")
+    return tuple(int(part) for part in found.groups()) if found else None
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    main()
