@@ -39,6 +39,14 @@ SCRATCH_DIR: Final = "/scratch"
 # Labels and annotations on what the operator creates.
 LABEL_RUN: Final = f"{GROUP}/run"
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
+LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
+"""Kueue's: on a TrainingRun, its Jobs wait until this queue admits them."""
+QUEUE_LABELS: Final = (
+    LABEL_QUEUE,
+    "kueue.x-k8s.io/priority-class",
+    "kueue.x-k8s.io/max-exec-time-seconds",
+)
+"""Labels that are copied from a TrainingRun to its Jobs."""
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 MANAGED_BY: Final = "heimdall-operator"
 ANNOTATION_RUN_FILE: Final = f"{GROUP}/run-file"
@@ -61,6 +69,8 @@ TAG_BEST: Final = "heimdall.best"
 
 MODEL_NAME: Final = "model"
 """Name of the logged model (MLflow 3 LoggedModel) that the operator registers."""
+ATTEMPTS_DIR: Final = "attempts"
+"""Artifact folder of the run that keeps each attempt's log and events."""
 CHECKPOINT_DIR: Final = "checkpoints"
 """Artifact folder of the run that holds checkpoints."""
 
@@ -103,6 +113,8 @@ class Reason(enum.StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     POD_NOT_STARTED = "PodNotStarted"
     """Neither scheduling nor the image explains why the pod never ran (a missing Secret, a quota …)."""
+    WORKER_LOST = "WorkerLost"
+    """Another worker of the group ended: the connection to it broke."""
     STALLED = "Stalled"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     TRACKING_UNAVAILABLE = "TrackingUnavailable"
@@ -129,6 +141,7 @@ class Progress(Model):
     epochs: int = Field(ge=0, description="Epochs asked for.")
     step: int = Field(ge=0, description="Optimizer steps done.")
     steps: int | None = Field(default=None, ge=0, description="Optimizer steps expected in all, if known.")
+    first_step: int = Field(default=0, ge=0, description="Step that this attempt went on from.")
     time: datetime | None = Field(default=None, description="When the last step ended.")
 
 

@@ -68,6 +68,7 @@ ImportPath = Annotated[
         ),
     ),
 ]
+PodTemplate = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 Arguments = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
 
@@ -195,11 +196,18 @@ class TrainingSpec(Model):
 
 
 class ResourcesSpec(Model):
-    """What the training pod is given."""
+    """What the training pods are given."""
 
-    gpus_per_worker: int = Field(default=1, ge=0, le=64, description="GPUs of the training pod. 0: train on the CPU.")
-    cpu: Quantity = Field(default="4", description="CPU cores of the training pod.")
-    memory: Quantity = Field(default="16Gi", description="Memory of the training pod.")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="Training pods that train together (torchrun). One that fails ends the others too; the group goes on "
+        "from the last checkpoint.",
+    )
+    gpus_per_worker: int = Field(default=1, ge=0, le=64, description="GPUs of a training pod. 0: train on the CPU.")
+    cpu: Quantity = Field(default="4", description="CPU cores of a training pod.")
+    memory: Quantity = Field(default="16Gi", description="Memory of a training pod.")
     shared_memory: Quantity = Field(default="1Gi", description="Size of /dev/shm, which data loaders share batches in.")
 
 
@@ -253,6 +261,13 @@ class RegistrationSpec(Model):
     )
 
 
+class MemoryGrowthSpec(Model):
+    """How the memory of the next attempt grows when one ran out of it."""
+
+    factor: float = Field(default=1.5, gt=1, le=16, description="The next attempt has this many times the memory.")
+    max: Quantity = Field(description="Most memory of an attempt.")
+
+
 class RetriesSpec(Model):
     """When a failed attempt is followed by another."""
 
@@ -262,6 +277,11 @@ class RetriesSpec(Model):
         le=100,
         description="Further attempts after failures. Preemption and a lost node cost none; "
         "errors that would come back are not tried again.",
+    )
+    memory_growth: MemoryGrowthSpec | None = Field(
+        default=None,
+        description="An attempt that ran out of the pod's memory (OOMKilled) is followed by one with more. Without it, "
+        "running out of memory is final.",
     )
 
 
@@ -273,7 +293,11 @@ class TrainingRunSpec(Model):
             cel(
                 "has(self.registration) == has(oldSelf.registration)",
                 "registration can't be added or removed once the run exists: create a new TrainingRun instead",
-            )
+            ),
+            cel(
+                "has(self.podTemplate) == has(oldSelf.podTemplate)",
+                "podTemplate can't be added or removed once the run exists: create a new TrainingRun instead",
+            ),
         )
     )
 
@@ -337,6 +361,20 @@ class TrainingRunSpec(Model):
         le=31_536_000,
         description="A pod whose training step has not moved for this long is taken for hung, and the attempt ended.",
     )
+    ttl_seconds_after_finished: int | None = Field(
+        default=604_800,
+        ge=0,
+        le=315_360_000,
+        description="Jobs and pods of a finished run are deleted after this time; their logs and events stay with the "
+        "MLflow run. The TrainingRun itself stays, and never trains again.",
+    )
+    pod_template: PodTemplate = Field(
+        default_factory=dict,
+        description="Merged over the training pod's template as Kubernetes merges patches (strategic merge): nodeSelector, "
+        "tolerations, priorityClassName, volumes, environment, labels … The container is named trainer. What would break the "
+        "pod's isolation is refused.",
+        json_schema_extra=rules(immutable("podTemplate")),
+    )
 
 
 class Condition(Model):
@@ -363,6 +401,8 @@ class Attempt(Model):
     reason: str | None = Field(default=None, description="Why it ended, from a fixed list.")
     exit_code: int | None = Field(default=None, description="Exit code of its container.")
     message: str | None = Field(default=None, description="The trainer's last words.")
+    memory: str | None = Field(default=None, description="Memory of a pod, where it differs from the spec's.")
+    logs: str | None = Field(default=None, description="Where its log and events are kept.")
 
 
 class BestMetricStatus(Model):
@@ -380,6 +420,9 @@ class ProgressStatus(Model):
     step: int = Field(description="Optimizer steps done.")
     percent: int = Field(ge=0, le=100, description="Share of the training that is done.")
     time: datetime | None = Field(default=None, description="When the last step ended.")
+    estimated_completion_time: datetime | None = Field(
+        default=None, description="When training ends at the pace of this attempt."
+    )
 
 
 class CheckpointStatus(Model):
@@ -402,7 +445,7 @@ class TrainingRunStatus(Model):
     phase: Phase | None = Field(default=None, description="Pending, Suspended, Running, Succeeded or Failed.")
     conditions: list[Condition] = Field(
         default_factory=list,
-        description="Suspended, Complete, Failed and ModelRegistered.",
+        description="Suspended, Admitted, Complete, Failed and ModelRegistered.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     run_id: str | None = Field(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import json
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from heimdall_api.contract import FINALIZER
+import structlog
+
+from heimdall_api.contract import ATTEMPTS_DIR, FINALIZER, KIND
 from heimdall_operator.decide import (
     Action,
     AddFinalizer,
@@ -14,19 +18,23 @@ from heimdall_operator.decide import (
     DeleteJob,
     EndRun,
     EnsureRun,
+    KeepLogs,
     OpenAttempt,
     RegisterModel,
     RemoveFinalizer,
     job_name,
 )
 from heimdall_operator.kube import ConflictError, Kube, RefusedError
-from heimdall_operator.manifests import TrainerDefaults, build_job
+from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
 from heimdall_operator.mlflow_gateway import MlflowGateway
-from heimdall_operator.observe import Observed, job_facts, owner_uid
+from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid
+from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store
 from heimdall_tracking.registry import ModelMissingError
 
 FINALIZERS: Final = "finalizers"
+
+log = structlog.get_logger()
 
 
 class Actor:
@@ -64,6 +72,8 @@ class Actor:
                 return replace(observed, run=await self._mlflow.open_attempt(observed.status.run_id, number))
             case CreateJob(number):
                 return await self._create_job(observed, number)
+            case KeepLogs(number, insist):
+                return await self._keep_logs(observed, number, insist=insist)
             case DeleteJob(name):
                 return await self._delete_job(observed, name)
             case RegisterModel():
@@ -84,17 +94,24 @@ class Actor:
     async def _create_job(self, observed: Observed, number: int) -> Observed:
         assert observed.spec is not None  # noqa: S101 - decide creates Jobs of readable specs only
         assert observed.status.run_id is not None  # noqa: S101
-        manifest = build_job(
+        refused = refusals(observed.spec.pod_template)
+        if refused:
+            return replace(observed, refusal="; ".join(refused))
+        plan = AttemptPlan(
             name=observed.name,
             namespace=observed.namespace,
             uid=observed.uid,
             spec=observed.spec,
             attempt=number,
             run_id=observed.status.run_id,
-            defaults=self._defaults,
+            memory=observed.status.attempts[-1].memory,
+            queue_labels=observed.queue_labels,
         )
         try:
-            job = await self._kube.create_job(observed.namespace, manifest)
+            if plan.workers > 1:
+                service = build_service(name=plan.name, namespace=plan.namespace, uid=plan.uid)
+                await self._kube.create_service(plan.namespace, service)
+            job = await self._kube.create_job(observed.namespace, build_job(plan, self._defaults))
         except ConflictError:
             job = await self._own_job(observed, number)
         except RefusedError as error:
@@ -109,6 +126,38 @@ class Actor:
         if job is None or owner_uid(job) != observed.uid:
             raise ConflictError(f"the name {name} is taken by a Job of another owner; waiting for it to go")
         return job
+
+    async def _keep_logs(self, observed: Observed, number: int, *, insist: bool) -> Observed:
+        assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
+        files = await self._account_of(observed, number)
+        try:
+            uri = await self._mlflow.keep_files(observed.status.run_id, f"{ATTEMPTS_DIR}/{number}", files)
+        except Exception as error:
+            if insist:
+                raise
+            log.warning("the attempt's log was not kept", attempt=number, error=f"{type(error).__name__}: {error}")
+            return replace(observed, logs="")
+        return replace(observed, logs=uri)
+
+    async def _account_of(self, observed: Observed, number: int) -> dict[str, str]:
+        """Logs of an attempt's pods and events about them, by file name; what can't be read says so in its file."""
+        namespace, pods = observed.namespace, [pod.name for pod in observed.attempt_pods]
+        about = [("Pod", name) for name in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
+        readings = [self._read_or_say(self._kube.read_log(namespace, name, CONTAINER)) for name in pods]
+        listings = [self._read_or_say(self._events(namespace, *each)) for each in about]
+        texts = await asyncio.gather(*readings, *listings)
+        logs = {f"{name}.log": text for name, text in zip(pods, texts, strict=False)}
+        return {**logs, "events.jsonl": "".join(texts[len(pods) :])}
+
+    async def _events(self, namespace: str, kind: str, name: str) -> str:
+        events = await self._kube.list_events(namespace, kind, name)
+        return "".join(f"{json.dumps(without_bookkeeping(event), sort_keys=True)}\n" for event in events)
+
+    async def _read_or_say(self, reading: Awaitable[str]) -> str:
+        try:
+            return await reading
+        except Exception as error:  # noqa: BLE001 - a node that is gone keeps its log, and nothing can be done
+            return f"could not be read: {type(error).__name__}: {error}\n"
 
     async def _delete_job(self, observed: Observed, name: str) -> Observed:
         await self._kube.delete_job(observed.namespace, name)
@@ -134,6 +183,12 @@ class Actor:
             raise ConflictError("the TrainingRun is gone")
         metadata: Mapping[str, Any] = resource["metadata"]
         return metadata
+
+
+def without_bookkeeping(event: dict[str, Any]) -> dict[str, Any]:
+    """An event without the API server's notes about who wrote which field."""
+    metadata = {name: value for name, value in event["metadata"].items() if name != "managedFields"}
+    return {**event, "metadata": metadata}
 
 
 def _gone(observed: Observed, status: str) -> Any:

@@ -12,11 +12,14 @@ ended (an end time).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Final, Literal
 
-from heimdall_api.contract import Reason
+from heimdall_api.contract import LABEL_QUEUE, Reason
+from heimdall_api.quantity import parse_quantity
 from heimdall_api.types import (
     Attempt,
     BestMetricStatus,
@@ -26,7 +29,7 @@ from heimdall_api.types import (
     TrainingRunSpec,
     TrainingRunStatus,
 )
-from heimdall_operator.failures import FINAL, FREE, Outcome, judge_pod, shorten
+from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, shorten
 from heimdall_operator.observe import Observed, PodFacts
 from heimdall_tracking.runs import FinalStatus, RunFacts
 
@@ -34,6 +37,7 @@ ATTEMPTS_KEPT: Final = 10
 """How many attempts a status lists."""
 RETRY_DELAY_S: Final = 10
 RETRY_DELAY_LIMIT_S: Final = 300
+MEBIBYTE: Final = 2**20
 POLL_S: Final = 5
 """How soon to look again where no event may tell of a change."""
 PENDING_REPORT_S: Final = 5
@@ -76,6 +80,15 @@ class CreateJob:
 
 
 @dataclass(frozen=True)
+class KeepLogs:
+    """Keep the newest attempt's log and events with the MLflow run."""
+
+    number: int
+    insist: bool = True
+    """Whether it is tried again while MLflow is away: not where a GPU waits to be freed."""
+
+
+@dataclass(frozen=True)
 class DeleteJob:
     """Delete the attempt's Job; its pods get their grace period to make a checkpoint."""
 
@@ -94,7 +107,9 @@ class EndRun:
     status: FinalStatus
 
 
-Action = AddFinalizer | RemoveFinalizer | EnsureRun | OpenAttempt | CreateJob | DeleteJob | RegisterModel | EndRun
+Action = (
+    AddFinalizer | RemoveFinalizer | EnsureRun | OpenAttempt | CreateJob | KeepLogs | DeleteJob | RegisterModel | EndRun
+)
 
 
 @dataclass(frozen=True)
@@ -150,9 +165,9 @@ def _open_run(observed: Observed, now: datetime) -> Decision:
     return Decision((), _waiting(status, observed, "Pending", "The training pod is being created.", now))
 
 
-def _next_attempt(status: TrainingRunStatus, name: str, now: datetime) -> TrainingRunStatus:
+def _next_attempt(status: TrainingRunStatus, name: str, now: datetime, memory: str | None = None) -> TrainingRunStatus:
     number = status.attempt + 1
-    attempt = Attempt(number=number, job=job_name(name, number), start_time=now)
+    attempt = Attempt(number=number, job=job_name(name, number), start_time=now, memory=memory)
     return status.model_copy(
         update={
             "attempt": number,
@@ -197,9 +212,8 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
 
 def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
     """Why the attempt has ended or must end; None while it goes on."""
-    pods = observed.attempt_pods
-    judged = judge_pod(pods[-1]) if pods else None
-    if judged is not None:
+    judged = judge_group(observed.attempt_pods, spec.resources.workers)
+    if judged is not None and not _evicted(observed):
         return judged
     if observed.refusal:
         return Outcome(reason=Reason.INVALID_CONFIGURATION, message=observed.refusal, ended=now)
@@ -211,6 +225,14 @@ def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: d
             message=f"The run took longer than spec.activeDeadlineSeconds ({spec.active_deadline_seconds} s).",
         )
     return _job_outcome(observed, now) or _pod_outcome(observed, spec, attempt, now)
+
+
+def _evicted(observed: Observed) -> bool:
+    """Whether a queue took the pods away: the Job goes on when it lets it, and it is still the same attempt."""
+    job = observed.job
+    if job is None or not job.queued or job.finished is not None or job.deleting:
+        return False
+    return job.suspended or any(pod.deleting is not None for pod in observed.attempt_pods)
 
 
 def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
@@ -228,16 +250,17 @@ def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
 
 def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
     """What a pod that lives gives reason to end it for: it does not start, or it hangs."""
-    pod = observed.attempt_pods[-1] if observed.attempt_pods else None
-    if pod is None or pod.running_since is None:
-        return _not_started(observed, spec, pod, attempt, now)
-    if _is_lost(pod, now):
-        message = f"The node {pod.node} did not end the pod in time; its attempt was given up."
+    lost = next((pod for pod in observed.attempt_pods if _is_lost(pod, now)), None)
+    if lost is not None:
+        message = f"The node {lost.node} did not end the pod in time; its attempt was given up."
         return Outcome(reason=Reason.NODE_LOST, message=message, ended=now)
+    if not observed.is_running:
+        return _not_started(observed, spec, attempt, now)
     if spec.stall_timeout_seconds is None:
         return None
     progress = observed.run.progress if observed.run else None
-    moved = max(pod.running_since, progress.time) if progress and progress.time else pod.running_since
+    since = max(pod.running_since for pod in observed.attempt_pods if pod.running_since is not None)
+    moved = max(since, progress.time) if progress and progress.time else since
     if _age(moved, now) < spec.stall_timeout_seconds:
         return None
     step = f"step {progress.step}" if progress else "its start"
@@ -257,17 +280,16 @@ def _living(observed: Observed, now: datetime) -> list[PodFacts]:
     return [pod for pod in observed.pods if pod.alive and not _is_lost(pod, now)]
 
 
-def _not_started(
-    observed: Observed, spec: TrainingRunSpec, pod: PodFacts | None, attempt: Attempt, now: datetime
-) -> Outcome | None:
-    if observed.job is None:
+def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
+    if observed.job is None or observed.job.suspended:
         return None
+    pod = _waiting_pod(observed)
     if pod is not None and pod.waiting_reason == "InvalidImageName":
         return Outcome(
             reason=Reason.IMAGE_PULL,
             message=f"spec.image is no valid image name: {pod.waiting_message}. Correct it in a new TrainingRun.",
         )
-    waited = _age(attempt.start_time, now)
+    waited = _age(_pending_since(observed, attempt), now)
     if waited < spec.pending_deadline_seconds:
         return None
     reason, why = _waiting_for(pod)
@@ -275,6 +297,21 @@ def _not_started(
         reason=reason,
         message=shorten(f"The pod did not start within spec.pendingDeadlineSeconds ({waited:.0f} s). {why}"),
     )
+
+
+def _pending_since(observed: Observed, attempt: Attempt) -> datetime | None:
+    """When the wait for pods began: time in a queue is the queue's business."""
+    started = observed.job.started if observed.job is not None else None
+    if started is None or attempt.start_time is None:
+        return attempt.start_time
+    return max(started, attempt.start_time)
+
+
+def _waiting_pod(observed: Observed) -> PodFacts | None:
+    """A pod that has not started, rather one that says why; None where it does not even exist."""
+    waiting = [pod for pod in observed.attempt_pods if pod.running_since is None]
+    telling = [pod for pod in waiting if pod.unschedulable or pod.waiting_reason]
+    return next(iter(telling or waiting), None)
 
 
 def _waiting_for(pod: PodFacts | None) -> tuple[Reason, str]:
@@ -292,27 +329,56 @@ def _waiting_for(pod: PodFacts | None) -> tuple[Reason, str]:
 
 def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
     """The attempt goes on: tell how far it is, and look again when something is due."""
-    status = _with_facts(observed.status, observed.run)
-    pod = observed.attempt_pods[-1] if observed.attempt_pods else None
+    status = _with_facts(_with_admission(observed, now), observed.run)
     due = _until_deadline(observed, spec, now)
-    if pod is None or pod.running_since is None:
-        waited = _age(status.attempts[-1].start_time, now)
-        if waited < PENDING_REPORT_S:
+    if observed.job is not None and observed.job.suspended:
+        return Decision((), _queued(status, observed, now))
+    if not observed.is_running or _evicted(observed):
+        waited = _age(_pending_since(observed, status.attempts[-1]), now)
+        if waited < PENDING_REPORT_S and status.conditions == observed.status.conditions:
             return Decision((), observed.status, PENDING_REPORT_S - waited + 1)
-        reason, why = _waiting_for(pod)
+        reason, why = _waiting_for(_waiting_pod(observed))
         return Decision((), _waiting(status, observed, str(reason), why, now), due)
-    attempt = status.attempts[-1].model_copy(
-        update={"pod": pod.name, "node": pod.node, "running_time": pod.running_since}
-    )
+    attempt = status.attempts[-1].model_copy(update=_place(observed))
     status = status.model_copy(update={"attempts": [*status.attempts[:-1], attempt], "phase": "Running"})
     message = f"Attempt {attempt.number} is training."
     status = _with_conditions(status, observed, now, Complete=(False, "Running", message), Suspended=None)
     return Decision((), status, due)
 
 
+def _place(observed: Observed) -> dict[str, object]:
+    """Where and since when the newest attempt trains, for its entry on the status."""
+    pod = observed.lead
+    return {"pod": pod.name, "node": pod.node, "running_time": pod.running_since} if pod else {}
+
+
+def _with_admission(observed: Observed, now: datetime) -> TrainingRunStatus:
+    """Whether the attempt's Job was let go by its queue (Kueue), as a condition."""
+    job = observed.job
+    if job is None or not job.queued:
+        return observed.status
+    queue = dict(observed.queue_labels).get(LABEL_QUEUE, "")
+    ran = observed.status.attempts[-1].running_time is not None
+    if not job.suspended:
+        value = (True, "Admitted", f"Queue {queue} has admitted Job {job.name}.")
+    elif ran:
+        value = (
+            False,
+            "Evicted",
+            f"Queue {queue} took the place back; it goes on when admitted again.",
+        )
+    else:
+        value = (False, "Queued", f"Job {job.name} waits for queue {queue} to admit it.")
+    return _with_conditions(observed.status, observed, now, Admitted=value)
+
+
+def _queued(status: TrainingRunStatus, observed: Observed, now: datetime) -> TrainingRunStatus:
+    admission = next(condition for condition in status.conditions if condition.type == "Admitted")
+    return _waiting(status, observed, admission.reason, admission.message, now)
+
+
 def _record(observed: Observed, outcome: Outcome) -> TrainingRunStatus:
     """Write an outcome into the newest attempt: ended where its pod has, otherwise ending."""
-    pod = observed.attempt_pods[-1] if observed.attempt_pods else None
     status = _with_facts(observed.status, observed.run)
     attempt = status.attempts[-1].model_copy(
         update={
@@ -320,7 +386,7 @@ def _record(observed: Observed, outcome: Outcome) -> TrainingRunStatus:
             "message": outcome.message,
             "exit_code": outcome.exit_code,
             "end_time": outcome.ended,
-            **({"pod": pod.name, "node": pod.node, "running_time": pod.running_since} if pod else {}),
+            **_place(observed),
         }
     )
     counted = outcome.ended is not None and outcome.reason not in FREE and outcome.reason != Reason.COMPLETED
@@ -332,13 +398,16 @@ def _record(observed: Observed, outcome: Outcome) -> TrainingRunStatus:
 def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
     """The attempt must end: its Job is deleted, and its pods get their grace period."""
     message = f"Attempt {attempt.number} is being ended: {attempt.message}"
+    observed = replace(observed, status=_with_logs(observed))
     status = _with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
     if observed.job is not None and not observed.job.deleting:
+        if _has_logs_to_keep(observed):
+            return Decision((KeepLogs(attempt.number, insist=False),), status)
         return Decision((DeleteJob(observed.job.name),), status)
     if _living(observed, now):
         return Decision((), status, POLL_S)
     counted = Reason(attempt.reason) not in FREE if attempt.reason else True
-    ended = attempt.model_copy(update={"end_time": now})
+    ended = observed.status.attempts[-1].model_copy(update={"end_time": now})
     status = observed.status.model_copy(
         update={
             "attempts": [*observed.status.attempts[:-1], ended],
@@ -352,21 +421,65 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
 
 
 def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
+    if _has_logs_to_keep(observed):
+        # What was learned of the attempt is kept before what keeps it may go.
+        return Decision((KeepLogs(attempt.number),), _keeping(observed, now))
+    observed = replace(observed, status=_with_logs(observed))
+    attempt = observed.status.attempts[-1]
     reason = Reason(attempt.reason or Reason.UNKNOWN)
     message = attempt.message or ""
     if reason == Reason.COMPLETED:
         return _succeed(observed, spec, now)
-    if reason in FINAL:
-        return _fail(observed, reason, message, now)
+    memory = _next_memory(spec, attempt)
+    if reason == Reason.HOST_OUT_OF_MEMORY and memory is None and spec.retries.memory_growth is not None:
+        message += f" It had all that spec.retries.memoryGrowth.max allows ({spec.retries.memory_growth.max})."
+    if reason in FINAL and not (reason == Reason.HOST_OUT_OF_MEMORY and memory is not None):
+        return _fail(observed, reason, shorten(message), now)
     if reason not in FREE and observed.status.failures > spec.retries.limit:
         tries = f"{observed.status.failures} attempts failed (spec.retries.limit is {spec.retries.limit}). Last: "
         return _fail(observed, reason, shorten(tries + message), now)
     if spec.suspend:
         return Decision((), _suspended(observed, now))
-    return _retry(observed, attempt, now)
+    return _retry(observed, attempt, memory, now)
 
 
-def _retry(observed: Observed, attempt: Attempt, now: datetime) -> Decision:
+def _keeping(observed: Observed, now: datetime) -> TrainingRunStatus:
+    message = "The attempt has ended; waiting for MLflow to keep its log."
+    return _waiting(observed.status, observed, "KeepingLogs", message, now)
+
+
+def _has_logs_to_keep(observed: Observed) -> bool:
+    """Whether a pod of the newest attempt has run, and nobody has kept its log yet."""
+    if observed.logs is not None or observed.status.attempts[-1].logs is not None:
+        return False
+    return any(pod.running_since is not None for pod in observed.attempt_pods)
+
+
+def _with_logs(observed: Observed) -> TrainingRunStatus:
+    """The status with what was learned of where the newest attempt's log is kept."""
+    if not observed.logs:
+        return observed.status
+    attempts = observed.status.attempts
+    kept = attempts[-1].model_copy(update={"logs": observed.logs})
+    return observed.status.model_copy(update={"attempts": [*attempts[:-1], kept]})
+
+
+def _next_memory(spec: TrainingRunSpec, attempt: Attempt) -> str | None:
+    """Memory of the attempt after this one: more after an attempt that ran out of it, else the same.
+
+    None where it is the spec's, or can't grow any more.
+    """
+    growth = spec.retries.memory_growth
+    if attempt.reason != Reason.HOST_OUT_OF_MEMORY or growth is None:
+        return attempt.memory
+    had, most = parse_quantity(attempt.memory or spec.resources.memory), parse_quantity(growth.max)
+    if had >= most:
+        return None
+    wanted = had * Decimal(growth.factor)
+    return str(growth.max) if wanted >= most else f"{math.ceil(wanted / MEBIBYTE)}Mi"
+
+
+def _retry(observed: Observed, attempt: Attempt, memory: str | None, now: datetime) -> Decision:
     reason = Reason(attempt.reason or Reason.UNKNOWN)
     delay = 0.0
     if reason not in FREE and observed.status.failures:
@@ -375,7 +488,8 @@ def _retry(observed: Observed, attempt: Attempt, now: datetime) -> Decision:
     message = f"Attempt {attempt.number} ended ({reason}); the next one goes on from the last checkpoint."
     if left > 0:
         return Decision((), _waiting(observed.status, observed, "Retrying", message, now), left)
-    status = _next_attempt(observed.status, observed.name, now)
+    status = _next_attempt(observed.status, observed.name, now, memory)
+    # Kept with the attempt that has ended; the next one has nothing to keep yet.
     return Decision((), _waiting(status, observed, "Retrying", message, now))
 
 
@@ -428,12 +542,22 @@ def _finish(status: TrainingRunStatus, phase: Literal["Succeeded", "Failed"], no
 def _stay_finished(observed: Observed, now: datetime) -> Decision:
     """A terminal phase is final, whatever is done to the Job; it frees GPUs and carries no finalizer."""
     actions: list[Action] = []
-    job = observed.job
-    if job is not None and job.finished is None and not job.deleting and _living(observed, now):
-        actions.append(DeleteJob(job.name))
+    left = _until_expiry(observed, now)
+    for job in observed.jobs:
+        alive = job.finished is None and any(pod.attempt == job.attempt for pod in _living(observed, now))
+        if not job.deleting and (alive or (left is not None and left <= 0)):
+            actions.append(DeleteJob(job.name))
     if observed.has_finalizer:
         actions.append(RemoveFinalizer())
-    return Decision(tuple(actions), observed.status)
+    return Decision(tuple(actions), observed.status, left if left is not None and left > 0 else None)
+
+
+def _until_expiry(observed: Observed, now: datetime) -> float | None:
+    """Seconds until Jobs and pods of a finished run may go; None where there are none."""
+    ttl = observed.spec.ttl_seconds_after_finished if observed.spec is not None else None
+    if ttl is None or not observed.jobs or observed.status.completion_time is None:
+        return None
+    return ttl - _age(observed.status.completion_time, now)
 
 
 # --- suspension and deletion -------------------------------------------------------------------------------------
@@ -518,6 +642,7 @@ def _with_facts(status: TrainingRunStatus, run: RunFacts | None) -> TrainingRunS
             step=run.progress.step,
             percent=_percent(run),
             time=run.progress.time,
+            estimated_completion_time=_estimate(status, run),
         )
     if run.best is not None:
         update["best_metric"] = BestMetricStatus(name=run.best.name, value=f"{run.best.value:.6g}")
@@ -527,6 +652,19 @@ def _with_facts(status: TrainingRunStatus, run: RunFacts | None) -> TrainingRunS
             step=checkpoint.step, uri=f"runs:/{run.run_id}/{checkpoint.path}", time=checkpoint.time
         )
     return status.model_copy(update=update)
+
+
+def _estimate(status: TrainingRunStatus, run: RunFacts) -> datetime | None:
+    """When training ends at the pace of the attempt under way; None where the pace is not known."""
+    progress = run.progress
+    since = status.attempts[-1].running_time if status.attempts else None
+    if progress is None or progress.time is None or progress.steps is None or since is None:
+        return None
+    done, left = progress.step - progress.first_step, progress.steps - progress.step
+    if done <= 0 or left <= 0 or progress.time <= since:
+        return None
+    estimate = progress.time + (progress.time - since) * (left / done)
+    return estimate.replace(microsecond=0)
 
 
 def _percent(run: RunFacts) -> int:
@@ -542,10 +680,10 @@ def _percent(run: RunFacts) -> int:
 def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) -> float | None:
     """Seconds until the next deadline that no event announces."""
     left: list[float] = []
-    pods = observed.attempt_pods
-    running = bool(pods) and pods[-1].running_since is not None
+    running = observed.is_running
     if not running:
-        left.append(spec.pending_deadline_seconds - _age(observed.status.attempts[-1].start_time, now))
+        waited = _age(_pending_since(observed, observed.status.attempts[-1]), now)
+        left.append(spec.pending_deadline_seconds - waited)
     if spec.active_deadline_seconds is not None:
         left.append(spec.active_deadline_seconds - _age(observed.status.start_time, now))
     if running and spec.stall_timeout_seconds is not None:

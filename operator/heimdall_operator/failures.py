@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -54,6 +55,34 @@ _BY_EXIT_CODE: Final = {
     137: (Reason.KILLED, "The container was killed (SIGKILL), not for memory: by the node or by hand."),
 }
 _LOST_NODE: Final = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost", "NodeShutdown"})
+
+
+def judge_group(pods: Sequence[PodFacts], workers: int) -> Outcome | None:
+    """Why the attempt of a group ended: one worker that fails ends the others too.
+
+    Args:
+        pods: The newest pod of each worker.
+        workers: How many there should be.
+
+    Returns:
+        What ended the first worker, in the order of causes; success where all succeeded; None while any worker may
+        still be training.
+    """
+    judged = [(pod, outcome) for pod in pods if (outcome := judge_pod(pod)) is not None]
+    if len(judged) < len(pods) or not judged:
+        return None
+    failed = [(pod, outcome) for pod, outcome in judged if outcome.reason != Reason.COMPLETED]
+    if not failed:
+        return judged[0][1] if len(judged) == workers else None
+    _, cause = min(failed, key=lambda item: (_rank(*item), item[1].ended))
+    return replace(cause, ended=max(outcome.ended for _, outcome in failed if outcome.ended is not None))
+
+
+def _rank(pod: PodFacts, outcome: Outcome) -> int:
+    """What comes from outside comes first; what one worker's end did to the others comes last."""
+    if pod.disruption is not None or outcome.reason in (Reason.HOST_OUT_OF_MEMORY, Reason.KILLED):
+        return 0
+    return 2 if outcome.reason in (Reason.PREEMPTED, Reason.WORKER_LOST) else 1
 
 
 def judge_pod(pod: PodFacts) -> Outcome | None:

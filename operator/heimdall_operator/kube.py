@@ -9,6 +9,9 @@ from typing import Any, Final, Self
 
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
 
+LOG_LINES: Final = 10_000
+LOG_BYTES: Final = 4 * 2**20
+"""Most of a log that is kept: its end."""
 HTTP_ERROR: Final = 400
 HTTP_NOT_FOUND: Final = 404
 HTTP_CONFLICT: Final = 409
@@ -75,6 +78,31 @@ class Kube:
         """
         return await self._call("POST", _path("/apis/batch/v1", namespace, "jobs"), job)
 
+    async def create_service(self, namespace: str, service: dict[str, Any]) -> None:
+        """Create a Service; one of the same name counts as created.
+
+        Raises:
+            RefusedError: It is not valid.
+        """
+        try:
+            await self._call("POST", _path("/api/v1", namespace, "services"), service)
+        except ConflictError:
+            return
+
+    async def read_log(self, namespace: str, pod: str, container: str) -> str:
+        """The end of a container's log."""
+        query = [("container", container), ("tailLines", str(LOG_LINES)), ("timestamps", "true")]
+        text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)
+        return text[-LOG_BYTES:].decode(errors="replace")
+
+    async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
+        """Events about an object."""
+        query = [("fieldSelector", f"involvedObject.kind={kind},involvedObject.name={name}")]
+        items: list[dict[str, Any]] = (await self._call("GET", _path("/api/v1", namespace, "events"), query=query))[
+            "items"
+        ]
+        return items
+
     async def delete_job(self, namespace: str, name: str) -> None:
         """Delete a Job and its pods, which get their grace period."""
         options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
@@ -126,6 +154,19 @@ class Kube:
         query: list[tuple[str, str]] | None = None,
         missing_ok: bool = False,
     ) -> dict[str, Any]:
+        text = await self._text(method, path, body, query=query, missing_ok=missing_ok)
+        result: dict[str, Any] = json.loads(text)
+        return result
+
+    async def _text(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        query: list[tuple[str, str]] | None = None,
+        missing_ok: bool = False,
+    ) -> bytes:
         from kubernetes.aio.client.exceptions import ApiException
 
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
@@ -134,12 +175,11 @@ class Kube:
             method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
         )
         response = await self._client.call_api(*request, _request_timeout=self._timeout_s)
-        text = await response.read()
+        text: bytes = await response.read()
         if response.status < HTTP_ERROR:
-            result: dict[str, Any] = json.loads(text)
-            return result
+            return text
         if response.status == HTTP_NOT_FOUND and missing_ok:
-            return {}
+            return b"{}"
         message = _message(text)
         if response.status == HTTP_CONFLICT:
             raise ConflictError(message)

@@ -17,6 +17,7 @@ from heimdall_api.contract import (
     KIND,
     LABEL_ATTEMPT,
     LABEL_MANAGED_BY,
+    LABEL_QUEUE,
     LABEL_RUN,
     MANAGED_BY,
     RUN_FILE,
@@ -25,9 +26,11 @@ from heimdall_api.contract import (
 )
 from heimdall_api.types import TrainingRunSpec
 from heimdall_operator.decide import job_name
+from heimdall_operator.observe import COMPLETION_INDEX, CONTAINER
+from heimdall_operator.overrides import merge
 
 GPU_RESOURCE: Final = "nvidia.com/gpu"
-CONTAINER: Final = "trainer"
+RENDEZVOUS_PORT: Final = 29400
 GRACE_PERIOD_S: Final = 60
 """Time a trainer has after SIGTERM to make and deliver a checkpoint."""
 
@@ -42,77 +45,137 @@ class TrainerDefaults:
     tracking_uri: str
 
 
-def build_job(
-    *,
-    name: str,
-    namespace: str,
-    uid: str,
-    spec: TrainingRunSpec,
-    attempt: int,
-    run_id: str,
-    defaults: TrainerDefaults,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class AttemptPlan:
+    """All that the Job of one attempt is made of."""
+
+    name: str
+    """Name of the TrainingRun; namespace and uid are its own too."""
+    namespace: str
+    uid: str
+    spec: TrainingRunSpec
+    attempt: int
+    """Number of the attempt, from 1."""
+    run_id: str
+    """ID of the MLflow run."""
+    memory: str | None = None
+    """Memory of a pod, where it differs from the spec's."""
+    queue_labels: tuple[tuple[str, str], ...] = ()
+    """Kueue's labels; with them the Job waits until its queue lets it go."""
+
+    @property
+    def job(self) -> str:
+        """Name of the Job."""
+        return job_name(self.name, self.attempt)
+
+    @property
+    def workers(self) -> int:
+        """Pods that train together."""
+        return self.spec.resources.workers
+
+
+def build_job(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
     """The Job of one attempt.
 
     Args:
-        name: Name of the TrainingRun.
-        namespace: Its namespace.
-        uid: Its UID: it owns the Job.
-        spec: Its spec.
-        attempt: Number of the attempt, from 1.
-        run_id: ID of the MLflow run.
+        plan: What is to be run.
         defaults: What the operator was installed with.
 
     Returns:
         A batch/v1 Job as the API server takes it.
     """
-    labels = {LABEL_RUN: name, LABEL_ATTEMPT: str(attempt), LABEL_MANAGED_BY: MANAGED_BY}
+    labels = {LABEL_RUN: plan.name, LABEL_ATTEMPT: str(plan.attempt), LABEL_MANAGED_BY: MANAGED_BY}
+    template = {
+        "metadata": {"labels": labels, "annotations": {ANNOTATION_RUN_FILE: run_file(plan)}},
+        "spec": _pod_spec(plan, defaults),
+    }
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": job_name(name, attempt),
-            "namespace": namespace,
-            "labels": labels,
-            "ownerReferences": [
-                {
-                    "apiVersion": API_VERSION,
-                    "kind": KIND,
-                    "name": name,
-                    "uid": uid,
-                    "controller": True,
-                    "blockOwnerDeletion": True,
-                }
-            ],
+            "name": plan.job,
+            "namespace": plan.namespace,
+            "labels": {**labels, **dict(plan.queue_labels)},
+            "ownerReferences": [_owner(plan.name, plan.uid)],
         },
         "spec": {
             # The operator alone decides whether there is another attempt: a Job's own retries know no causes.
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
-            "template": {
-                "metadata": {
-                    "labels": labels,
-                    "annotations": {ANNOTATION_RUN_FILE: run_file(name, namespace, uid, spec)},
-                },
-                "spec": _pod_spec(spec, attempt, run_id, defaults),
-            },
+            **_group(plan.workers),
+            # A queue lets the Job go when there is room; from then on this field is the queue's.
+            **({"suspend": True} if LABEL_QUEUE in dict(plan.queue_labels) else {}),
+            "template": merge(template, plan.spec.pod_template),
         },
     }
 
 
-def run_file(name: str, namespace: str, uid: str, spec: TrainingRunSpec) -> str:
+def build_service(*, name: str, namespace: str, uid: str) -> dict[str, Any]:
+    """The headless Service by which workers of a group find each other.
+
+    Args:
+        name: Name of the TrainingRun.
+        namespace: Its namespace.
+        uid: Its UID: it owns the Service.
+
+    Returns:
+        A Service as the API server takes it.
+    """
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": service_name(name),
+            "namespace": namespace,
+            "labels": {LABEL_RUN: name, LABEL_MANAGED_BY: MANAGED_BY},
+            "ownerReferences": [_owner(name, uid)],
+        },
+        "spec": {
+            "clusterIP": "None",
+            # The rendezvous happens before anybody is ready.
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL_RUN: name},
+            "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT}],
+        },
+    }
+
+
+def service_name(name: str) -> str:
+    """Name of a group's Service."""
+    return f"{name}-workers"
+
+
+def _owner(name: str, uid: str) -> dict[str, Any]:
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": name,
+        "uid": uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
+def _group(workers: int) -> dict[str, Any]:
+    if workers == 1:
+        return {}
+    return {"completionMode": "Indexed", "completions": workers, "parallelism": workers}
+
+
+def run_file(plan: AttemptPlan) -> str:
     """The TrainingRun as the trainer is given it: JSON, with all defaults."""
     document = {
         "apiVersion": API_VERSION,
         "kind": KIND,
-        "metadata": {"name": name, "namespace": namespace, "uid": uid},
-        "spec": spec.model_dump(mode="json", exclude_none=True),
+        "metadata": {"name": plan.name, "namespace": plan.namespace, "uid": plan.uid},
+        "spec": plan.spec.model_dump(mode="json", exclude_none=True),
     }
     return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
 
-def _pod_spec(spec: TrainingRunSpec, attempt: int, run_id: str, defaults: TrainerDefaults) -> dict[str, Any]:
+def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
     return {
+        **({"subdomain": service_name(plan.name)} if plan.workers > 1 else {}),
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_PERIOD_S,
         "automountServiceAccountToken": False,
@@ -121,11 +184,11 @@ def _pod_spec(spec: TrainingRunSpec, attempt: int, run_id: str, defaults: Traine
         "containers": [
             {
                 "name": CONTAINER,
-                "image": spec.image or defaults.image,
+                "image": plan.spec.image or defaults.image,
                 "imagePullPolicy": defaults.image_pull_policy,
-                "env": _environment(attempt, run_id, defaults),
-                "envFrom": [{"secretRef": {"name": defaults.secret, "optional": True}}],
-                "resources": _resources(spec),
+                "env": [*_environment(plan, defaults), *_rendezvous(plan)],
+                "envFrom": [{"secretRef": {"name": defaults.secret}}],
+                "resources": _resources(plan),
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
                     "capabilities": {"drop": ["ALL"]},
@@ -156,17 +219,17 @@ def _pod_spec(spec: TrainingRunSpec, attempt: int, run_id: str, defaults: Traine
             {"name": "scratch", "emptyDir": {}},
             {
                 "name": "shared-memory",
-                "emptyDir": {"medium": "Memory", "sizeLimit": str(spec.resources.shared_memory)},
+                "emptyDir": {"medium": "Memory", "sizeLimit": str(plan.spec.resources.shared_memory)},
             },
         ],
     }
 
 
-def _environment(attempt: int, run_id: str, defaults: TrainerDefaults) -> list[dict[str, str]]:
+def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str, str]]:
     values = {
         ENV_TRACKING_URI: defaults.tracking_uri,
-        ENV_MLFLOW_RUN_ID: run_id,
-        ENV_ATTEMPT: str(attempt),
+        ENV_MLFLOW_RUN_ID: plan.run_id,
+        ENV_ATTEMPT: str(plan.attempt),
         ENV_RUN_FILE: RUN_FILE,
         ENV_TERMINATION_MESSAGE: TERMINATION_MESSAGE_FILE,
         "HOME": SCRATCH_DIR,
@@ -176,11 +239,28 @@ def _environment(attempt: int, run_id: str, defaults: TrainerDefaults) -> list[d
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
-def _resources(spec: TrainingRunSpec) -> dict[str, dict[str, str]]:
-    memory = str(spec.resources.memory)
-    gpus = {GPU_RESOURCE: str(spec.resources.gpus_per_worker)} if spec.resources.gpus_per_worker else {}
+def _rendezvous(plan: AttemptPlan) -> list[dict[str, Any]]:
+    """What torchrun reads: PET_… are its own variables, one for each of its options."""
+    if plan.workers == 1:
+        return []
+    values = {
+        "PET_NNODES": str(plan.workers),
+        "PET_NPROC_PER_NODE": str(max(1, plan.spec.resources.gpus_per_worker)),
+        "PET_MASTER_ADDR": f"{plan.job}-0.{service_name(plan.name)}",
+        "PET_MASTER_PORT": str(RENDEZVOUS_PORT),
+    }
+    # A Job gives each pod its index; torchrun calls it the rank of the node.
+    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{COMPLETION_INDEX}']"}}
+    listed: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in values.items()]
+    return [*listed, {"name": "PET_NODE_RANK", "valueFrom": index}]
+
+
+def _resources(plan: AttemptPlan) -> dict[str, dict[str, str]]:
+    wanted = plan.spec.resources
+    memory = plan.memory or str(wanted.memory)
+    gpus = {GPU_RESOURCE: str(wanted.gpus_per_worker)} if wanted.gpus_per_worker else {}
     # Memory beyond the limit ends the pod, so it is asked for whole; CPU beyond the request is only shared.
     return {
-        "requests": {"cpu": str(spec.resources.cpu), "memory": memory, **gpus},
+        "requests": {"cpu": str(wanted.cpu), "memory": memory, **gpus},
         "limits": {"memory": memory, **gpus},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -98,6 +98,21 @@ class MlflowGateway:
         assert observed.status.run_id is not None  # noqa: S101
         facts = await self._read(observed.status.run_id)
         return await self._do(registry.register, facts, spec.registration), facts
+
+    async def keep_files(self, run_id: str, folder: str, files: Mapping[str, str]) -> str:
+        """Keep small text files with a run; again, it overwrites them.
+
+        Args:
+            run_id: ID of the run.
+            folder: Artifact folder.
+            files: Texts by file name.
+
+        Returns:
+            The folder's URI.
+        """
+        for name, text in files.items():
+            await self._do(lambda client, name=name, text=text: client.log_text(run_id, text, f"{folder}/{name}"))
+        return f"runs:/{run_id}/{folder}"
 
     async def active_facts(self, experiments: Iterable[str]) -> dict[str, RunFacts]:
         """Facts of all running runs of some experiments, by run ID: one query for all."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
-from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT
+from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_QUEUE, QUEUE_LABELS
 from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
+CONTAINER: Final = "trainer"
+"""Name of the container that trains."""
+COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
 Manifest = Mapping[str, Any]
 """A Kubernetes object as the API server gives it."""
 
@@ -42,6 +45,8 @@ class PodFacts:
     last_words: str = ""
     """Termination message, or the last lines of the log."""
     finished: datetime | None = None
+    worker: int = 0
+    """Its place in a group of workers."""
     disruption: str | None = None
     """Why Kubernetes ended it (reason of DisruptionTarget, or the pod's own): preemption, eviction, lost node."""
 
@@ -63,6 +68,12 @@ class JobFacts:
     """When it ended; None while it has not."""
     succeeded: bool = False
     message: str = ""
+    started: datetime | None = None
+    """When it was last let go: a queue may have held it before."""
+    suspended: bool = False
+    """Whether it must not have pods now: a queue decides."""
+    queued: bool = False
+    """Whether a queue (Kueue) suspends and resumes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,8 @@ class Observed:
     deleted: datetime | None = None
     """When its deletion was asked for."""
     has_finalizer: bool
+    queue_labels: tuple[tuple[str, str], ...] = ()
+    """Kueue's labels of the TrainingRun, which its Jobs get too."""
     spec: TrainingRunSpec | None
     """None where it can't be read; then spec_error says why."""
     spec_error: str = ""
@@ -89,6 +102,8 @@ class Observed:
     """What MLflow says; None while nobody asked."""
     registration: Registration | None = None
     """The version that was registered; None while nobody asked."""
+    logs: str | None = None
+    """Where the newest attempt's log and events were kept; empty where nothing could be kept; None while nobody did."""
     refusal: str = ""
     """Why the attempt's Job or the model's registration can never work, where it was refused for good."""
 
@@ -99,9 +114,21 @@ class Observed:
 
     @property
     def attempt_pods(self) -> tuple[PodFacts, ...]:
-        """Pods of the newest attempt, oldest first."""
+        """The newest pod of each worker of the newest attempt, in the workers' order."""
         pods = [pod for pod in self.pods if pod.attempt == self.status.attempt]
-        return tuple(sorted(pods, key=lambda pod: pod.created))
+        newest = {pod.worker: pod for pod in sorted(pods, key=lambda pod: (pod.created, pod.alive))}
+        return tuple(newest[worker] for worker in sorted(newest))
+
+    @property
+    def lead(self) -> PodFacts | None:
+        """The pod that speaks for the attempt: the first worker's."""
+        return next(iter(self.attempt_pods), None)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether every worker of the newest attempt has started."""
+        workers = self.spec.resources.workers if self.spec is not None else 1
+        return sum(pod.running_since is not None for pod in self.attempt_pods) >= workers
 
 
 def observe(
@@ -129,6 +156,9 @@ def observe(
         created=_time(metadata["creationTimestamp"]),
         deleted=_time_or_none(metadata.get("deletionTimestamp")),
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
+        queue_labels=tuple(
+            (name, value) for name, value in (metadata.get("labels") or {}).items() if name in QUEUE_LABELS
+        ),
         spec=spec,
         spec_error=error,
         status=status,
@@ -150,13 +180,18 @@ def job_facts(job: Manifest) -> JobFacts:
         finished=_time(ended[0]["lastTransitionTime"]) if ended else None,
         succeeded=any(item["type"] == "Complete" for item in ended),
         message=ended[0].get("message", "") if ended else "",
+        started=_time_or_none(status.get("startTime")),
+        suspended=bool((job.get("spec") or {}).get("suspend")),
+        queued=LABEL_QUEUE in (metadata.get("labels") or {}),
     )
 
 
 def pod_facts(pod: Manifest) -> PodFacts:
     """What a pod says of its attempt."""
     metadata, status = pod["metadata"], pod.get("status") or {}
-    container: Mapping[str, Any] = next(iter(status.get("containerStatuses", ())), {})
+    # Other containers of the pod are the user's own and say nothing of the training.
+    containers = {item.get("name", CONTAINER): item for item in status.get("containerStatuses", ())}
+    container: Mapping[str, Any] = containers.get(CONTAINER, {})
     state = container.get("state") or {}
     terminated = state.get("terminated") or {}
     waiting = state.get("waiting") or {}
@@ -178,6 +213,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
         killed_for_memory=terminated.get("reason") == "OOMKilled",
         last_words=terminated.get("message", ""),
         finished=_time_or_none(terminated.get("finishedAt")),
+        worker=int((metadata.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
         disruption=_disruption(conditions, status),
     )
 

@@ -86,6 +86,7 @@ def observed(**more: Any) -> Observed:
             "has_finalizer": True,
             "spec": spec(),
             "status": status(),
+            "logs": "",
             **more,
         }
     )

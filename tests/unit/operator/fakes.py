@@ -35,6 +35,8 @@ class World:
         self.events: list[str] = []
         self.mlflow_runs: dict[str, dict[str, Any]] = {}
         self.versions: list[str] = []
+        self.services: set[str] = set()
+        self.kept: dict[str, str] = {}
         self.writes: list[str] = []
         self.crash_after: int | None = None
         self.mlflow_away = False
@@ -76,7 +78,7 @@ class World:
                     "creationTimestamp": STAMP,
                 },
                 "spec": {"nodeName": "node1"},
-                "status": {"phase": state.pop("phase"), "containerStatuses": [{"state": state}]},
+                "status": {"phase": state.pop("phase"), "containerStatuses": [{"name": "trainer", "state": state}]},
             }
         )
 
@@ -137,6 +139,15 @@ class FakeKube:
         self.world.wrote("patch status")
         return copy.deepcopy(run)
 
+    async def create_service(self, namespace: str, service: dict[str, Any]) -> None:
+        self.world.services.add(service["metadata"]["name"])
+
+    async def read_log(self, namespace: str, pod: str, container: str) -> str:
+        return f"log of {pod}\n"
+
+    async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
+        return [{"metadata": {"name": f"{name}.1"}, "reason": "Seen"}]
+
     async def create_event(self, namespace: str, event: dict[str, Any]) -> None:
         self.world.events.append(event["reason"])
 
@@ -180,6 +191,12 @@ class FakeMlflow:
             self.world.versions.append("1")
             self.world.wrote("create version")
         return Registration(name="localizer", version="1", message="Registered."), self._facts(observed.uid)
+
+    async def keep_files(self, run_id: str, folder: str, files: dict[str, str]) -> str:
+        self._check()
+        self.world.kept |= {f"{folder}/{name}": text for name, text in files.items()}
+        self.world.wrote(f"keep {folder}")
+        return f"runs:/{run_id}/{folder}"
 
     async def active_facts(self, experiments: Any) -> dict[str, RunFacts]:
         self._check()

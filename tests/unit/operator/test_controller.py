@@ -61,6 +61,7 @@ def test_a_life_takes_few_writes() -> None:
         "patch status",
         "create job run-a1",
         "patch status",
+        "keep attempts/1",
         "create version",
         "end run FINISHED",
         "patch status",
@@ -111,7 +112,7 @@ def test_an_outcome_is_kept_while_mlflow_is_away() -> None:
             await look(world)
         assert world.run is not None
         complete = next(item for item in world.run["status"]["conditions"] if item["type"] == "Complete")
-        assert (complete["status"], complete["reason"]) == ("False", "Registering")
+        assert (complete["status"], complete["reason"]) == ("False", "KeepingLogs")
         # The pod goes, and with it its exit code; then MLflow comes back.
         world.jobs.clear()
         world.pods.clear()

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 
 from heimdall_api.contract import Progress, Reason
-from heimdall_api.types import TrainingRunStatus
+from heimdall_api.types import Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
     LOST_POD_S,
     POD_VANISHED_S,
     AddFinalizer,
     CreateJob,
+    Decision,
     DeleteJob,
     EndRun,
     EnsureRun,
+    KeepLogs,
     OpenAttempt,
     RegisterModel,
     RemoveFinalizer,
@@ -136,6 +138,10 @@ def settled(seen: Observed) -> TrainingRunStatus:
             if seen.status.phase in ("Succeeded", "Failed"):
                 return seen.status
     raise AssertionError("decide does not settle")
+
+
+def condition_of(of: TrainingRunStatus, kind: str) -> Condition:
+    return next(item for item in of.conditions if item.type == kind)
 
 
 def condition(of: TrainingRunStatus, kind: str) -> tuple[str, str] | None:
@@ -327,3 +333,120 @@ def test_deciding_changes_nothing_twice() -> None:
         if not decision.actions:
             again = decide(replace(seen, status=decision.status), NOW)
             assert again.status == decision.status, name
+
+
+# --- logs, memory, queues, expiry ---------------------------------------------------------------------------------
+
+GROWTH = {"retries": {"memoryGrowth": {"factor": 2, "max": "40Gi"}}}
+
+
+def test_the_log_of_an_attempt_is_kept_before_anything_else_is_done_about_its_end() -> None:
+    seen = observed(logs=None, jobs=(job(),), pods=(ended_pod(0),))
+
+    assert decide(seen, NOW).actions == (KeepLogs(1),)
+    kept = decide(replace(seen, logs="runs:/r1/attempts/1"), NOW)
+    assert kept.actions == (EndRun("FINISHED"),)
+    assert kept.status.attempts[-1].logs == "runs:/r1/attempts/1"
+
+
+def test_a_gpu_is_freed_even_if_the_log_can_not_be_kept() -> None:
+    seen = observed(logs=None, status=status(attempt(reason="Stalled")), jobs=(job(),), pods=(pod(),))
+
+    assert decide(seen, NOW).actions == (KeepLogs(1, insist=False),)
+    assert decide(replace(seen, logs=""), NOW).actions == (DeleteJob("run-a1"),)
+
+
+def test_a_pod_that_never_ran_has_no_log() -> None:
+    waiting = pod(phase="Pending", running_since=None)
+    seen = observed(logs=None, status=status(attempt(reason="Unschedulable")), jobs=(job(),), pods=(waiting,))
+
+    assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
+
+
+def out_of_memory(**more: Any) -> Observed:
+    lost = attempt(reason="HostOutOfMemory", end_time=ago(60), message="because", **more)
+    return observed(spec=spec(**GROWTH), status=status(lost, failures=1))
+
+
+def test_memory_grows_after_it_ran_out() -> None:
+    grown = decide(out_of_memory(), NOW).status
+
+    assert (grown.attempt, grown.attempts[-1].memory) == (2, "32768Mi")
+
+
+def test_memory_grows_up_to_its_bound_and_no_further() -> None:
+    assert decide(out_of_memory(memory="32Gi"), NOW).status.attempts[-1].memory == "40Gi"
+
+    end = decide(out_of_memory(memory="40Gi"), NOW)
+    assert end.actions == (EndRun("FAILED"),)
+    failed = decide(replace(out_of_memory(memory="40Gi"), run=run(status="FAILED")), NOW).status
+    assert "spec.retries.memoryGrowth.max allows (40Gi)" in condition_of(failed, "Failed").message
+
+
+def test_memory_that_grew_stays_for_the_attempts_after() -> None:
+    lost = attempt(reason="Killed", end_time=ago(60), memory="32Gi")
+
+    assert decide(observed(status=status(lost, failures=1)), NOW).status.attempts[-1].memory == "32Gi"
+
+
+QUEUED = job(queued=True, suspended=True)
+IN_QUEUE = (("kueue.x-k8s.io/queue-name", "team-queue"),)
+
+
+def test_a_job_in_a_queue_waits_without_a_deadline() -> None:
+    old = status(attempt(start_time=ago(100_000)), start_time=ago(100_000))
+    decision = decide(observed(status=old, jobs=(QUEUED,), queue_labels=IN_QUEUE), NOW)
+
+    assert (decision.status.phase, decision.actions) == ("Pending", ())
+    admitted = condition_of(decision.status, "Admitted")
+    assert (admitted.status, admitted.reason) == ("False", "Queued")
+    assert "queue team-queue" in admitted.message
+
+
+def test_the_deadline_of_an_admitted_job_counts_from_its_admission() -> None:
+    old = status(attempt(start_time=ago(100_000)), start_time=ago(100_000))
+    admitted = job(queued=True, started=ago(10))
+    decision = decide(observed(status=old, jobs=(admitted,), pods=(pod(phase="Pending", running_since=None),)), NOW)
+
+    assert decision.status.phase == "Pending"
+    assert condition_of(decision.status, "Admitted").status == "True"
+
+
+def test_an_evicted_job_is_still_the_same_attempt() -> None:
+    before = status(attempt(running_time=ago(50)), phase="Running")
+    gone = ended_pod(143, deleting=ago(3))
+    for seen in (
+        observed(status=before, jobs=(QUEUED,), pods=(gone,), queue_labels=IN_QUEUE),
+        observed(status=before, jobs=(QUEUED,), queue_labels=IN_QUEUE),
+    ):
+        decision = decide(seen, NOW)
+        assert (decision.actions, decision.status.attempt, decision.status.phase) == ((), 1, "Pending")
+        assert decision.status.attempts[-1].reason is None
+        assert condition_of(decision.status, "Admitted").reason == "Evicted"
+    back = decide(observed(status=before, jobs=(job(queued=True),), pods=(pod(),), queue_labels=IN_QUEUE), NOW).status
+    assert (back.phase, condition_of(back, "Admitted").status) == ("Running", "True")
+
+
+def test_a_finished_run_loses_its_jobs_after_its_time() -> None:
+    done = status(phase="Succeeded", completion_time=ago(100))
+    jobs = (job(finished=ago(100)),)
+    seen = observed(spec=spec(ttlSecondsAfterFinished=100), status=done, jobs=jobs, has_finalizer=False)
+
+    assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
+    later = decide(replace(seen, spec=spec(ttlSecondsAfterFinished=150)), NOW)
+    assert (later.actions, later.look_again_s) == ((), 50)
+    assert decide(replace(seen, jobs=()), NOW) == Decision((), done)
+
+
+def test_the_completion_is_estimated_at_the_pace_of_the_attempt() -> None:
+    progress = Progress(epoch=1, epochs=4, step=60, steps=110, first_step=10, time=NOW)
+    seen = observed(
+        status=status(attempt(running_time=ago(50)), phase="Running"),
+        jobs=(job(),),
+        pods=(pod(),),
+        run=run(progress=progress),
+    )
+
+    estimated = decide(seen, NOW).status.progress
+    assert estimated is not None
+    assert estimated.estimated_completion_time == ago(-50)

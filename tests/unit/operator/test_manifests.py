@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from heimdall_api.types import TrainingRun
-from heimdall_operator.manifests import build_job
+from heimdall_operator.manifests import AttemptPlan, build_job, build_service
 from tests.unit.operator.builders import UID, spec
 from tests.unit.operator.fakes import DEFAULTS
 
@@ -24,14 +24,46 @@ CASES: dict[str, dict[str, Any]] = {
         "resources": {"gpusPerWorker": 0, "cpu": "500m", "memory": "2Gi", "sharedMemory": "64Mi"},
     },
     "two-gpus": {"resources": {"gpusPerWorker": 2}},
+    "three-workers": {"resources": {"workers": 3}},
+    "pod-template": {
+        "podTemplate": {
+            "metadata": {"labels": {"team": "radio"}},
+            "spec": {
+                "priorityClassName": "batch",
+                "nodeSelector": {"gpu": "h100"},
+                "tolerations": [{"key": "gpu", "operator": "Exists"}],
+                "containers": [
+                    {
+                        "name": "trainer",
+                        "env": [{"name": "WANDB_MODE", "value": "offline"}],
+                        "envFrom": [{"secretRef": {"name": "mine"}}],
+                        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+                    }
+                ],
+                "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+            },
+        }
+    },
 }
+QUEUE = (("kueue.x-k8s.io/queue-name", "team-queue"),)
+
+
+def plan(queue_labels: tuple[tuple[str, str], ...] = (), memory: str | None = None, **more: Any) -> AttemptPlan:
+    return AttemptPlan(
+        name="run",
+        namespace="team",
+        uid=UID,
+        spec=spec(**more),
+        attempt=2,
+        run_id="r1",
+        memory=memory,
+        queue_labels=queue_labels,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_job_is_the_golden_one(case: str) -> None:
-    job = build_job(
-        name="run", namespace="team", uid=UID, spec=spec(**CASES[case]), attempt=2, run_id="r1", defaults=DEFAULTS
-    )
+    job = build_job(plan(**CASES[case]), DEFAULTS)
     file = GOLDEN / f"{case}.yaml"
     text = yaml.safe_dump(job, sort_keys=False, width=120)
     if os.environ.get("HEIMDALL_UPDATE_GOLDEN"):
@@ -41,9 +73,40 @@ def test_the_job_is_the_golden_one(case: str) -> None:
 
 
 def test_the_run_file_is_a_training_run_with_all_defaults() -> None:
-    job = build_job(name="run", namespace="team", uid=UID, spec=spec(), attempt=1, run_id="r1", defaults=DEFAULTS)
+    job = build_job(plan(), DEFAULTS)
     annotations = job["spec"]["template"]["metadata"]["annotations"]
     document = json.loads(annotations["training.heimdall.dev/run-file"])
 
     assert TrainingRun.model_validate(document).metadata.uid == UID
     assert document["spec"]["training"]["epochs"] == 100
+
+
+def test_a_queued_job_waits_for_its_queue() -> None:
+    job = build_job(plan(queue_labels=QUEUE), DEFAULTS)
+
+    assert job["spec"]["suspend"] is True
+    assert dict(QUEUE).items() <= job["metadata"]["labels"].items()
+
+
+def test_a_priority_without_a_queue_suspends_nothing() -> None:
+    job = build_job(plan(queue_labels=(("kueue.x-k8s.io/priority-class", "high"),)), DEFAULTS)
+
+    assert "suspend" not in job["spec"]
+
+
+def test_grown_memory_is_request_and_limit() -> None:
+    container = build_job(plan(memory="24Gi"), DEFAULTS)["spec"]["template"]["spec"]["containers"][0]
+
+    assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"] == "24Gi"
+
+
+def test_workers_find_each_other_by_a_headless_service() -> None:
+    service = build_service(name="run", namespace="team", uid=UID)
+    pod = build_job(plan(resources={"workers": 2}), DEFAULTS)["spec"]["template"]
+    environment = {item["name"]: item.get("value") for item in pod["spec"]["containers"][0]["env"]}
+
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    assert environment["PET_MASTER_ADDR"] == f"run-a2-0.{service['metadata']['name']}"
+    assert service["metadata"]["ownerReferences"][0]["uid"] == UID

@@ -1,0 +1,244 @@
+"""Pod template overrides: merged over the operator's template as Kubernetes merges patches. Pure.
+
+They are refused where they would break what keeps a training pod apart from others, or what the operator needs to
+follow it. Strategic merge (Kubernetes' documentation, "Update API Objects in Place Using kubectl patch"): objects are
+merged, null removes, lists of named things are merged by their key, other lists are replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from heimdall_api.contract import (
+    ENV_ATTEMPT,
+    ENV_MLFLOW_RUN_ID,
+    ENV_RUN_FILE,
+    ENV_TERMINATION_MESSAGE,
+    GROUP,
+    LABEL_MANAGED_BY,
+)
+from heimdall_operator.observe import CONTAINER
+
+FIELD: Final = "spec.podTemplate"
+MERGE_KEYS: Final = {
+    "containers": ("name",),
+    "initContainers": ("name",),
+    "volumes": ("name",),
+    "env": ("name",),
+    "imagePullSecrets": ("name",),
+    "volumeMounts": ("mountPath",),
+    "volumeDevices": ("devicePath",),
+    "ports": ("containerPort", "protocol"),
+    "hostAliases": ("ip",),
+    "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
+    "resourceClaims": ("name",),
+}
+"""Lists that are merged, and what tells their items apart (patchMergeKey of the API types)."""
+ADDED_TO: Final = frozenset({"envFrom"})
+"""Lists that are added to: replacing envFrom would take away the access to recordings and MLflow."""
+
+_ISOLATION: Final = "it would break the pod's isolation: remove it"
+_CONTRACT: Final = "the operator needs it as it is: remove it"
+_HOST: Final = ("hostNetwork", "hostPID", "hostIPC")
+_OWN_POD_FIELDS: Final = (
+    "restartPolicy",
+    "hostname",
+    "subdomain",
+    "nodeName",
+    "activeDeadlineSeconds",
+    "schedulingGates",
+)
+_OWN_CONTAINER_FIELDS: Final = ("image", "terminationMessagePath", "terminationMessagePolicy", "stdin", "tty")
+_OWN_RESOURCES: Final = ("cpu", "memory", "nvidia.com/gpu")
+_OWN_ENV: Final = frozenset({ENV_RUN_FILE, ENV_ATTEMPT, ENV_TERMINATION_MESSAGE, ENV_MLFLOW_RUN_ID})
+_OWN_VOLUMES: Final = frozenset({"run-file", "scratch", "shared-memory"})
+_SAFE_VOLUMES: Final = frozenset(
+    {
+        *("configMap", "secret", "emptyDir", "persistentVolumeClaim", "projected", "downwardAPI", "ephemeral", "csi"),
+        *("image",),
+    }
+)
+_TOP: Final = frozenset({"metadata", "spec"})
+
+
+def merge(template: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay overrides over a pod template.
+
+    Args:
+        template: The operator's own.
+        overrides: `spec.podTemplate`, without refusals.
+
+    Returns:
+        A new template.
+    """
+    merged = copy.deepcopy(dict(template))
+    for name, value in overrides.items():
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+            merged[name] = merge(merged[name], value)
+        elif name in ADDED_TO and isinstance(value, list):
+            merged[name] = [*merged.get(name, ()), *copy.deepcopy(value)]
+        elif name in MERGE_KEYS and isinstance(value, list):
+            merged[name] = _merge_named(merged.get(name, []), value, MERGE_KEYS[name])
+        else:
+            merged[name] = copy.deepcopy(value)
+    return merged
+
+
+def _merge_named(old: Sequence[Any], new: Sequence[Any], keys: tuple[str, ...]) -> list[Any]:
+    items = list(old)
+    for item in new:
+        place = next((index for index, known in enumerate(items) if _same(known, item, keys)), None)
+        if place is None:
+            items.append(copy.deepcopy(item))
+        elif item.get("$patch") == "delete":
+            del items[place]
+        else:
+            items[place] = merge(items[place], item)
+    return [item for item in items if not (isinstance(item, Mapping) and "$patch" in item)]
+
+
+def _same(one: Any, other: Any, keys: tuple[str, ...]) -> bool:
+    return (
+        isinstance(one, Mapping)
+        and isinstance(other, Mapping)
+        and other.get(keys[0]) is not None
+        and all(one.get(key) == other.get(key) for key in keys)
+    )
+
+
+def refusals(overrides: Mapping[str, Any]) -> list[str]:
+    """Why overrides can't be taken.
+
+    Args:
+        overrides: `spec.podTemplate`, as the user wrote it.
+
+    Returns:
+        Sentences that name the field and the remedy; empty where there is nothing to object to.
+    """
+    found: list[str] = [f"{FIELD}.{name} is unknown: use metadata and spec" for name in sorted(set(overrides) - _TOP)]
+    found += _shapes(overrides, FIELD)
+    if found:
+        return found
+    found += _metadata(overrides.get("metadata") or {})
+    pod = overrides.get("spec") or {}
+    found += _refuse(pod, f"{FIELD}.spec", _HOST, _ISOLATION, unless=lambda value: value is False)
+    found += _refuse(pod, f"{FIELD}.spec", _OWN_POD_FIELDS, _CONTRACT)
+    found += _pod_security(pod.get("securityContext") or {})
+    found += _volumes(pod.get("volumes") or [])
+    for kind in ("containers", "initContainers"):
+        for container in pod.get(kind) or []:
+            found += _container(container, f"{FIELD}.spec.{kind}[{container.get('name', '')}]")
+    if pod.get("ephemeralContainers"):
+        found.append(f"{FIELD}.spec.ephemeralContainers: they can't be in a template: remove them")
+    return found
+
+
+def _shapes(value: Any, path: str) -> list[str]:
+    """Lists that are merged by key must hold objects with that key; named objects must be objects."""
+    found: list[str] = []
+    if not isinstance(value, Mapping):
+        return found
+    for name, child in value.items():
+        where = f"{path}.{name}"
+        if name in ("metadata", "spec", "labels", "annotations", "securityContext") and not isinstance(
+            child, Mapping | None
+        ):
+            found.append(f"{where} must be an object")
+        elif name in MERGE_KEYS and child is not None:
+            key = MERGE_KEYS[name][0]
+            if not isinstance(child, list) or not all(isinstance(item, Mapping) and item.get(key) for item in child):
+                found.append(f"{where} must be a list of objects with {key}")
+            else:
+                found += [line for item in child for line in _shapes(item, f"{where}[{item[key]}]")]
+        else:
+            found += _shapes(child, where)
+    return found
+
+
+def _metadata(metadata: Mapping[str, Any]) -> list[str]:
+    path = f"{FIELD}.metadata"
+    found = [
+        f"{path}.{name}: only labels and annotations can be given: remove it"
+        for name in sorted(set(metadata) - {"labels", "annotations"})
+    ]
+    return found + [
+        f"{path}.{kind}[{name}]: {_CONTRACT}"
+        for kind in ("labels", "annotations")
+        for name in metadata.get(kind) or {}
+        if name.startswith(f"{GROUP}/") or name == LABEL_MANAGED_BY
+    ]
+
+
+def _pod_security(context: Mapping[str, Any]) -> list[str]:
+    path = f"{FIELD}.spec.securityContext"
+    return _user(context, path) + _refuse(context, path, ("sysctls", "seLinuxOptions"), _ISOLATION)
+
+
+def _user(context: Mapping[str, Any], path: str) -> list[str]:
+    found = []
+    if context.get("runAsUser") == 0:
+        found.append(f"{path}.runAsUser: 0 is root; use another user")
+    if "runAsNonRoot" in context and context["runAsNonRoot"] is not True:
+        found.append(f"{path}.runAsNonRoot: {_ISOLATION}")
+    profile = context.get("seccompProfile")
+    if "seccompProfile" in context and (profile or {}).get("type") not in ("RuntimeDefault", "Localhost"):
+        found.append(f"{path}.seccompProfile: {_ISOLATION}")
+    return found
+
+
+def _volumes(volumes: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for volume in volumes:
+        path = f"{FIELD}.spec.volumes[{volume['name']}]"
+        if volume["name"] in _OWN_VOLUMES:
+            found.append(f"{path}: the operator has a volume of this name: choose another name")
+        sources = {name for name, value in volume.items() if name != "name" and value is not None}
+        found += [f"{path}.{name}: {_ISOLATION}" for name in sorted(sources - _SAFE_VOLUMES)]
+    return found
+
+
+def _container(container: Mapping[str, Any], path: str) -> list[str]:
+    found = _container_security(container.get("securityContext") or {}, f"{path}.securityContext")
+    return found + (_trainer(container, path) if container["name"] == CONTAINER else [])
+
+
+def _container_security(context: Mapping[str, Any], path: str) -> list[str]:
+    found = _user(context, path) + _refuse(context, path, ("procMount", "seLinuxOptions"), _ISOLATION)
+    found += _refuse(
+        context, path, ("privileged", "allowPrivilegeEscalation"), _ISOLATION, unless=lambda value: value is False
+    )
+    capabilities = context.get("capabilities")
+    if "capabilities" in context and (not capabilities or capabilities.get("add") or "drop" in capabilities):
+        found.append(f"{path}.capabilities: {_ISOLATION}")
+    return found
+
+
+def _trainer(container: Mapping[str, Any], path: str) -> list[str]:
+    """What of the training container is the operator's own."""
+    if container.get("$patch"):
+        return [f"{path}: the training container can't be removed"]
+    remedies = {"image": "set spec.image instead"}
+    found = [f"{path}.{name}: {remedies.get(name, _CONTRACT)}" for name in _OWN_CONTAINER_FIELDS if name in container]
+    names = [variable["name"] for variable in container.get("env") or []]
+    found += [f"{path}.env[{name}]: {_CONTRACT}" for name in names if name in _OWN_ENV]
+    return found + [
+        f"{path}.resources.{kind}.{name}: set spec.resources instead"
+        for kind, amounts in (container.get("resources") or {}).items()
+        for name in _OWN_RESOURCES
+        if name in (amounts or {})
+    ]
+
+
+def _refuse(
+    value: Mapping[str, Any],
+    path: str,
+    names: Sequence[str],
+    why: str,
+    *,
+    unless: Callable[[Any], bool] = lambda value: value is None,
+) -> list[str]:
+    return [f"{path}.{name}: {why}" for name in names if name in value and not unless(value[name])]

@@ -1,0 +1,91 @@
+"""Several workers are one attempt: it runs when all run, succeeds when all did, and fails for the first cause."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from heimdall_api.contract import Reason
+from heimdall_operator.decide import decide
+from heimdall_operator.failures import judge_group
+from heimdall_operator.observe import PodFacts
+from tests.unit.operator.builders import NOW, ago, ended_pod, job, observed, pod, spec
+
+TWO = {"resources": {"workers": 2}}
+
+
+def worker(number: int, **more: Any) -> PodFacts:
+    return pod(**{"name": f"run-a1-{number}-x", "worker": number, **more})
+
+
+def ended(number: int, exit_code: int, **more: Any) -> PodFacts:
+    return ended_pod(exit_code, **{"name": f"run-a1-{number}-x", "worker": number, **more})
+
+
+def test_it_is_running_when_all_workers_run() -> None:
+    waiting = worker(1, phase="Pending", running_since=None, unschedulable="0/3 nodes are available")
+    half = decide(observed(spec=spec(**TWO), jobs=(job(),), pods=(worker(0), waiting)), NOW).status
+    whole = decide(observed(spec=spec(**TWO), jobs=(job(),), pods=(worker(0), worker(1))), NOW).status
+
+    assert half.phase == "Pending"
+    assert "0/3 nodes" in half.conditions[0].message
+    assert whole.phase == "Running"
+    assert whole.attempts[-1].pod == "run-a1-0-x"
+
+
+def test_nothing_is_judged_while_a_worker_lives() -> None:
+    assert judge_group((ended(0, 1), worker(1)), 2) is None
+    assert judge_group((ended(0, 0), worker(1)), 2) is None
+
+
+def test_success_takes_all_workers() -> None:
+    assert judge_group((ended(0, 0),), 2) is None
+    outcome = judge_group((ended(0, 0), ended(1, 0)), 2)
+
+    assert outcome is not None
+    assert outcome.reason == Reason.COMPLETED
+
+
+BROKEN = '{"reason": "WorkerLost", "message": "The connection to another worker broke."}'
+USER = '{"reason": "UserError", "message": "ValueError: the loss became NaN"}'
+CAUSES: dict[str, tuple[PodFacts, PodFacts, Reason]] = {
+    "killed, the other noticed first": (
+        ended(0, 1, last_words=BROKEN, finished=ago(9)),
+        ended(1, 137, finished=ago(8)),
+        Reason.KILLED,
+    ),
+    "killed, the other blamed its code": (ended(0, 1, last_words=USER), ended(1, 137), Reason.KILLED),
+    "out of memory": (
+        ended(0, 1, last_words=USER),
+        ended(1, 137, killed_for_memory=True),
+        Reason.HOST_OUT_OF_MEMORY,
+    ),
+    "drained": (ended(0, 1, last_words=USER), ended(1, 143, disruption="EvictionByEvictionAPI"), Reason.PREEMPTED),
+    "a user's error, the other asked to end": (
+        ended(0, 1, last_words=USER),
+        ended(1, 143, deleting=ago(3)),
+        Reason.USER_ERROR,
+    ),
+    "a user's error, the other killed after its grace period": (
+        ended(0, 1, last_words=USER),
+        ended(1, 137, deleting=ago(3)),
+        Reason.USER_ERROR,
+    ),
+    "all asked to end": (ended(0, 143), ended(1, 143), Reason.PREEMPTED),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "reason"), CAUSES.values(), ids=CAUSES.keys())
+def test_the_cause_comes_before_its_consequences(one: PodFacts, other: PodFacts, reason: Reason) -> None:
+    for pods in ((one, other), (other, one)):
+        outcome = judge_group(pods, 2)
+        assert outcome is not None
+        assert outcome.reason == reason
+
+
+def test_a_replaced_pod_of_a_worker_does_not_count() -> None:
+    old = ended(1, 143, created=ago(50))
+    new = worker(1, name="run-a1-1-y", created=ago(10))
+
+    assert decide(observed(spec=spec(**TWO), jobs=(job(),), pods=(worker(0), old, new)), NOW).status.phase == "Running"

@@ -1,0 +1,152 @@
+"""Pod template overrides: merged as Kubernetes merges, refused where they break isolation or the contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heimdall_operator.overrides import merge, refusals
+
+TEMPLATE: dict[str, Any] = {
+    "metadata": {"labels": {"a": "1"}},
+    "spec": {
+        "containers": [
+            {
+                "name": "trainer",
+                "env": [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}],
+                "envFrom": [{"secretRef": {"name": "ours"}}],
+                "resources": {"limits": {"memory": "1Gi"}},
+            }
+        ],
+        "volumes": [{"name": "scratch", "emptyDir": {}}],
+    },
+}
+
+
+def trainer(**more: Any) -> dict[str, Any]:
+    return {"spec": {"containers": [{"name": "trainer", **more}]}}
+
+
+def test_lists_of_named_things_are_merged_by_their_key() -> None:
+    merged = merge(TEMPLATE, trainer(env=[{"name": "B", "value": "3"}, {"name": "C", "value": "4"}]))
+
+    environment = {item["name"]: item["value"] for item in merged["spec"]["containers"][0]["env"]}
+    assert environment == {"A": "1", "B": "3", "C": "4"}
+    assert merged["spec"]["volumes"] == TEMPLATE["spec"]["volumes"]
+
+
+def test_env_from_is_added_to() -> None:
+    merged = merge(TEMPLATE, trainer(envFrom=[{"configMapRef": {"name": "mine"}}]))
+
+    assert merged["spec"]["containers"][0]["envFrom"] == [
+        {"secretRef": {"name": "ours"}},
+        {"configMapRef": {"name": "mine"}},
+    ]
+
+
+def test_null_removes_and_patch_delete_removes_an_item() -> None:
+    merged = merge(TEMPLATE, {"metadata": {"labels": None}, **trainer(env=[{"name": "A", "$patch": "delete"}])})
+
+    assert "labels" not in merged["metadata"]
+    assert [item["name"] for item in merged["spec"]["containers"][0]["env"]] == ["B"]
+
+
+def test_other_lists_are_replaced() -> None:
+    template = {"spec": {"tolerations": [{"key": "a"}]}}
+
+    assert merge(template, {"spec": {"tolerations": [{"key": "b"}]}}) == {"spec": {"tolerations": [{"key": "b"}]}}
+
+
+@given(
+    st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=20)
+)
+def test_merging_nothing_changes_nothing_and_the_template_is_left_alone(value: Any) -> None:
+    template = {"spec": {"x": value}}
+
+    assert merge(template, {}) == template
+    merge(template, {"spec": {"x": {"y": 1}}})
+    assert template == {"spec": {"x": value}}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "the host's network": ({"spec": {"hostNetwork": True}}, "spec.podTemplate.spec.hostNetwork: it would break"),
+    "the host's files": (
+        {"spec": {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}},
+        "spec.podTemplate.spec.volumes[v].hostPath: it would break",
+    ),
+    "root": ({"spec": {"securityContext": {"runAsUser": 0}}}, "securityContext.runAsUser: 0 is root"),
+    "root by the container": (trainer(securityContext={"runAsNonRoot": False}), "runAsNonRoot: it would break"),
+    "root by null": (trainer(securityContext={"runAsNonRoot": None}), "runAsNonRoot: it would break"),
+    "privileges": (trainer(securityContext={"privileged": True}), "securityContext.privileged: it would break"),
+    "more privileges": (trainer(securityContext={"allowPrivilegeEscalation": True}), "allowPrivilegeEscalation"),
+    "capabilities": (trainer(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), "capabilities: it would"),
+    "capabilities by null": (trainer(securityContext={"capabilities": None}), "capabilities: it would"),
+    "no seccomp": ({"spec": {"securityContext": {"seccompProfile": {"type": "Unconfined"}}}}, "seccompProfile"),
+    "another restart policy": ({"spec": {"restartPolicy": "Always"}}, "restartPolicy: the operator needs it"),
+    "the image": (trainer(image="mine"), "containers[trainer].image: set spec.image instead"),
+    "the memory": (
+        trainer(resources={"limits": {"memory": "9Gi"}}),
+        "containers[trainer].resources.limits.memory: set spec.resources instead",
+    ),
+    "the run": (trainer(env=[{"name": "MLFLOW_RUN_ID", "value": "x"}]), "env[MLFLOW_RUN_ID]: the operator needs"),
+    "a label of ours": (
+        {"metadata": {"labels": {"training.heimdall.dev/attempt": "9"}}},
+        "labels[training.heimdall.dev/attempt]: the operator needs",
+    ),
+    "a name": ({"metadata": {"name": "x"}}, "spec.podTemplate.metadata.name: only labels and annotations"),
+    "a volume of ours": ({"spec": {"volumes": [{"name": "scratch"}]}}, "choose another name"),
+    "an unknown part": ({"sepc": {}}, "spec.podTemplate.sepc is unknown: use metadata and spec"),
+    "a list that is none": ({"spec": {"containers": {"name": "trainer"}}}, "must be a list of objects with name"),
+    "an object that is none": ({"spec": []}, "spec.podTemplate.spec must be an object"),
+    "no trainer": (trainer(**{"$patch": "delete"}), "the training container can't be removed"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_would_break_isolation_or_contract_is_refused(overrides: dict[str, Any], message: str) -> None:
+    found = refusals(overrides)
+
+    assert any(message in line for line in found), found
+
+
+TAKEN: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a place": {"spec": {"nodeSelector": {"a": "b"}, "tolerations": [], "priorityClassName": "high", "affinity": {}}},
+    "a command": trainer(command=["python", "train.py"], workingDir="/app"),
+    "another user": {"spec": {"securityContext": {"runAsUser": 1000, "fsGroup": 1000}}},
+    "a claim": {"spec": {"volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": "d"}}]}},
+    "a sidecar": {"spec": {"containers": [{"name": "side", "image": "x", "resources": {"limits": {"memory": "1Gi"}}}]}},
+    "other devices": trainer(resources={"limits": {"rdma/hca": 1}}),
+    "no host network": {"spec": {"hostNetwork": False}},
+}
+
+
+@pytest.mark.parametrize("overrides", TAKEN.values(), ids=TAKEN.keys())
+def test_what_is_the_users_own_is_taken(overrides: dict[str, Any]) -> None:
+    assert refusals(overrides) == []
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["metadata", "spec", "labels", "containers", "name", "volumes", "env", "securityContext", "resources"]
+            )
+            | st.text(max_size=5),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=30,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["metadata", "spec"]) | st.text(max_size=4), _json, max_size=3))
+def test_whatever_a_user_writes_is_refused_or_merged_and_never_raises(overrides: dict[str, Any]) -> None:
+    if not refusals(overrides):
+        merge(TEMPLATE, overrides)
