@@ -251,6 +251,14 @@ def crashing(release: Cluster) -> Iterator[CrashingOperator]:
     release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
 
 
+def kill_container(release: Cluster, job: str) -> None:
+    """`kill -9` of the first process of a Job's pod, from its node: within the container it would be ignored."""
+    pod = release.list("pods", f"batch.kubernetes.io/job-name={job}")[0]
+    container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
+    script = f"kill -9 $(crictl inspect --output go-template --template '{{{{.info.pid}}}}' {container})"
+    release.run("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
+
+
 def wait_for_step(release: Cluster, mlflow: Mlflow, run_id: str, step: int, timeout_s: float) -> int:
     """Wait until a run's training has made some steps; the step it is at."""
 

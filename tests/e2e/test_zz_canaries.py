@@ -1,0 +1,65 @@
+"""No password is anywhere but in its Secret. Runs last: everything that the other cases left is looked through."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.e2e.cluster import Cluster
+from tests.e2e.conftest import Mlflow, contract_run
+
+SNAPSHOTS = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots"
+LOGS = "/var/log/pods"
+KINDS = "trainingruns,jobs,pods,configmaps,deployments,statefulsets,services,events.events.k8s.io"
+GREP_FOUND, GREP_NOTHING = 0, 1
+
+
+@pytest.fixture(scope="module")
+def passwords(release: Cluster, mlflow: Mlflow, canaries: dict[str, str]) -> dict[str, str]:
+    """The canaries, after a TrainingRun went its way and another failed."""
+    for name, args in {"canary-well": {"steps": 3}, "canary-ill": {"fail": "user"}}.items():
+        release.apply(contract_run(name, **args))
+        release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=120)
+    return canaries
+
+
+def found_in(text: str, passwords: dict[str, str]) -> list[str]:
+    return [name for name, password in passwords.items() if password in text]
+
+
+def test_the_canaries_are_the_passwords_in_use(release: Cluster, passwords: dict[str, str]) -> None:
+    import base64
+
+    data = json.loads(release.kubectl("get", "secret", "heimdall-trainer", "-o", "json"))["data"]
+    used = {base64.b64decode(value).decode() for value in data.values()}
+
+    assert {passwords["database/reader-password"], passwords["object-store/reader-secret-key"]} <= used
+
+
+def test_no_password_is_in_any_resource(release: Cluster, passwords: dict[str, str]) -> None:
+    assert found_in(release.kubectl("get", KINDS, "-o", "yaml"), passwords) == []
+
+
+@pytest.mark.parametrize("folder", [LOGS, SNAPSHOTS])
+def test_no_password_is_in_a_log_or_an_image_layer(release: Cluster, passwords: dict[str, str], folder: str) -> None:
+    """Logs of all pods that there were, and files of all images and containers, as they lie on each node."""
+    patterns = "\n".join(passwords.values())
+    for node in ("heimdall-worker", "heimdall-worker2"):
+        # Beyond what a container holds in its own data directory (an emptyDir is no layer), nothing is left out.
+        command = ("docker", "exec", "-i", node, "grep", "-rlF", "-m1", "--devices=skip", "-f", "-", folder)
+        done = release.run(*command, text=patterns, check=False)
+        assert done.stdout.splitlines() == []
+        assert done.returncode == GREP_NOTHING, done.stderr
+
+
+def test_no_password_is_in_what_mlflow_keeps(mlflow: Mlflow, passwords: dict[str, str]) -> None:
+    from mlflow.entities import ViewType
+
+    client = mlflow.client
+    experiments = [item.experiment_id for item in client.search_experiments(view_type=ViewType.ALL)]
+    runs: list[Any] = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=5000)
+    assert len(runs) >= 2
+    text = json.dumps([{**run.data.params, **run.data.tags, "name": run.info.run_name} for run in runs])
+    assert found_in(text, passwords) == []
