@@ -65,7 +65,15 @@ def _references() -> dict[str, str]:
 def _install() -> None:
     command = ["helm", "upgrade", "--install", "heimdall", "charts/heimdall", "--namespace", NAMESPACE]
     with step(" ".join(command)):
-        options = ["--create-namespace", "--wait", "--timeout", f"{INSTALL_TIMEOUT_S}s"]
+        # Only its own namespace: another operator may be at work beside it.
+        options = [
+            "--set",
+            f"operator.namespaces={{{NAMESPACE}}}",
+            "--create-namespace",
+            "--wait",
+            "--timeout",
+            f"{INSTALL_TIMEOUT_S}s",
+        ]
         run(
             [BIN / "helm", *command[1:4], ROOT / command[4], *command[5:], *options],
             log=LOGS / "demo.log",

@@ -78,8 +78,8 @@ class Actor:
                 return await self._delete_job(observed, name)
             case RegisterModel():
                 return await self._register(observed)
-            case EndRun(status):
-                return await self._end_run(observed, status)
+            case EndRun(status, insist):
+                return await self._end_run(observed, status, insist=insist)
 
     async def _set_finalizer(self, observed: Observed, *, present: bool) -> Observed:
         metadata = self._metadata(observed)
@@ -171,8 +171,14 @@ class Actor:
             return replace(observed, refusal=str(error))
         return replace(observed, registration=registration, run=facts)
 
-    async def _end_run(self, observed: Observed, status: Any) -> Observed:
-        facts = await self._mlflow.end_run(observed, status)
+    async def _end_run(self, observed: Observed, status: Any, *, insist: bool) -> Observed:
+        try:
+            facts = await self._mlflow.end_run(observed, status)
+        except Exception:
+            if insist:
+                raise
+            log.exception("MLflow was away for too long: the run is left as it is", run_id=observed.status.run_id)
+            facts = None
         if facts is None:
             return replace(observed, run=_gone(observed, status))
         return replace(observed, run=facts)

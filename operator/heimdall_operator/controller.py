@@ -14,8 +14,9 @@ import structlog
 
 from heimdall_api.contract import API_VERSION, KIND, MANAGED_BY
 from heimdall_api.types import TrainingRunStatus
+from heimdall_operator import metrics
 from heimdall_operator.act import Actor
-from heimdall_operator.decide import Decision, decide
+from heimdall_operator.decide import CreateJob, Decision, decide
 from heimdall_operator.events import Event, events_between
 from heimdall_operator.kube import ConflictError, Kube
 from heimdall_operator.mlflow_gateway import MlflowGateway
@@ -99,6 +100,7 @@ class Controller:
             try:
                 await self.read_progress()
             except Exception as error:  # noqa: BLE001 - MLflow away never stops a run from being watched
+                metrics.ERRORS.labels("reading progress").inc()
                 log.warning("reading progress from MLflow failed; trying again", error=str(error))
 
     async def read_progress(self) -> None:
@@ -124,15 +126,19 @@ class Controller:
     # --- one look ------------------------------------------------------------------------------------------------
 
     async def _look_safely(self, key: Key) -> None:
-        with structlog.contextvars.bound_contextvars(namespace=key.namespace, trainingrun=key.name):
+        known = self.store.get(key)
+        uid = known["metadata"]["uid"] if known is not None else None
+        with structlog.contextvars.bound_contextvars(namespace=key.namespace, trainingrun=key.name, uid=uid):
             try:
-                again_s = await self.look(key)
+                with metrics.LOOK_SECONDS.time():
+                    again_s = await self.look(key)
             except ConflictError as error:
                 # Something changed since it was observed: read it and look again.
                 log.debug("observed state was out of date", error=str(error))
                 await self._read_again(key)
             except Exception as error:  # noqa: BLE001 - one run failing never stops another
                 delay = self.queue.add_after_failure(key)
+                metrics.ERRORS.labels(type(error).__name__).inc()
                 log.warning("looking at the run failed; trying again", error=_describe(error), again_in_s=delay)
             else:
                 self.queue.forget_failures(key)
@@ -174,9 +180,11 @@ class Controller:
 
     async def _act(self, decision: Decision, observed: Observed) -> Observed:
         for action in decision.actions:
-            log.info("acting", action=type(action).__name__, attempt=observed.status.attempt, uid=observed.uid)
+            log.info("acting", action=type(action).__name__, attempt=observed.status.attempt)
             try:
                 observed = await self._actor.act(action, observed)
+                if isinstance(action, CreateJob):
+                    metrics.record_job(observed, datetime.now(UTC))
             except ConflictError:
                 raise
             except Exception:
@@ -198,6 +206,7 @@ class Controller:
         if patch:
             version = resource["metadata"]["resourceVersion"]
             self.store.put(await self._kube.patch_status(observed.namespace, observed.name, patch, version))
+            metrics.record_status(observed.created, observed.status, status)
             for event in events_between(observed.status, status):
                 await self._record(event, observed)
         return replace(observed, status=status)
@@ -232,8 +241,15 @@ def dump(status: TrainingRunStatus) -> dict[str, Any]:
 
 def merge_patch(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The JSON merge patch from one status to another: changed parts, and null for what is gone."""
-    removed = {name: None for name in old if name not in new}
-    return removed | {name: value for name, value in new.items() if old.get(name) != value}
+    patch: dict[str, Any] = {name: None for name in old if name not in new}
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            if before != value:
+                patch[name] = merge_patch(before, value)
+        elif before != value:
+            patch[name] = value
+    return patch
 
 
 def event_manifest(event: Event, observed: Observed, now: datetime) -> dict[str, Any]:

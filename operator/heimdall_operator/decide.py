@@ -105,6 +105,8 @@ class EndRun:
     """End the MLflow run."""
 
     status: FinalStatus
+    insist: bool = True
+    """Whether it is tried again while MLflow is away: not where a deletion has waited for long enough."""
 
 
 Action = (
@@ -581,9 +583,10 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
     if _living(observed, now) and not overdue:
         return Decision((), observed.status, POLL_S)
     ended = observed.run is not None and observed.run.status in ("KILLED", "FINISHED", "FAILED")
-    if observed.status.phase in ("Succeeded", "Failed") or ended or overdue:
+    if observed.status.phase in ("Succeeded", "Failed") or ended:
         return Decision((RemoveFinalizer(),), observed.status)
-    return Decision((EndRun("KILLED"),), observed.status)
+    # An operator that was away all that time has not even tried: it does so once before it lets go.
+    return Decision((EndRun("KILLED", insist=not overdue),), observed.status)
 
 
 # --- the parts of a status ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 import kopf
 
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
+from heimdall_operator import metrics
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
 from heimdall_operator.kube import Kube
@@ -136,6 +137,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         namespaces=settings.namespace_list,
     )
     stack.callback(controller.queue.close)
+    stack.callback(metrics.serve(controller, settings.metrics_port).shutdown)
     # Everything is known before the first look: a look that saw a run without its Job would make another.
     await controller.refresh()
     coroutines = [

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
+from heimdall_operator import metrics
 
 LOG_LINES: Final = 10_000
 LOG_BYTES: Final = 4 * 2**20
@@ -176,6 +177,8 @@ class Kube:
         )
         response = await self._client.call_api(*request, _request_timeout=self._timeout_s)
         text: bytes = await response.read()
+        if method != "GET":
+            metrics.WRITES.labels(method, _resource(path)).inc()
         if response.status < HTTP_ERROR:
             return text
         if response.status == HTTP_NOT_FOUND and missing_ok:
@@ -191,6 +194,12 @@ class Kube:
 def _path(base: str, namespace: str | None, *parts: str) -> str:
     scope = [] if namespace is None else ["namespaces", namespace]
     return "/".join([base, *scope, *parts])
+
+
+def _resource(path: str) -> str:
+    """What a path is about, such as `jobs` or `trainingruns/status`."""
+    parts = path.partition("/namespaces/")[2].split("/")
+    return "/".join([parts[1], *parts[3:]]) if len(parts) > 1 else path
 
 
 def _message(text: bytes) -> str:

@@ -241,11 +241,12 @@ def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str,
 
 def _rendezvous(plan: AttemptPlan) -> list[dict[str, Any]]:
     """What torchrun reads: PET_… are its own variables, one for each of its options."""
+    processes = max(1, plan.spec.resources.gpus_per_worker)
     if plan.workers == 1:
-        return []
+        return [{"name": "PET_NPROC_PER_NODE", "value": str(processes)}] if processes > 1 else []
     values = {
         "PET_NNODES": str(plan.workers),
-        "PET_NPROC_PER_NODE": str(max(1, plan.spec.resources.gpus_per_worker)),
+        "PET_NPROC_PER_NODE": str(processes),
         "PET_MASTER_ADDR": f"{plan.job}-0.{service_name(plan.name)}",
         "PET_MASTER_PORT": str(RENDEZVOUS_PORT),
     }

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_NAME, TAG_NAMESPACE
+from heimdall_operator import metrics
 from heimdall_tracking import registry, runs
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import FinalStatus, RunFacts
@@ -131,7 +132,8 @@ class MlflowGateway:
 
     async def _do(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
         def bound() -> T:
-            return call(self._connect(), *args, **more)
+            with metrics.MLFLOW_SECONDS.labels(getattr(call, "__name__", "call").strip("<>")).time():
+                return call(self._connect(), *args, **more)
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, bound)
 

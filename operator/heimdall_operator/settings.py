@@ -20,13 +20,15 @@ class OperatorSettings(BaseSettings):
     trainer_image: str = Field(min_length=1)
     """Image of training pods whose TrainingRun names none."""
     trainer_secret: str = "heimdall-trainer"  # noqa: S105 - the name of a Secret
-    """Secret whose keys training pods get as environment variables, where their namespace has it."""
+    """Secret whose keys training pods get as environment variables; every namespace with TrainingRuns needs it."""
     image_pull_policy: str = "IfNotPresent"
     """Pull policy of the trainer's image."""
     namespaces: str = ""
     """Namespaces to watch, separated by commas. Empty: all."""
     health_port: int = 8080
     """Port of the liveness probe."""
+    metrics_port: int = 8081
+    """Port of the Prometheus metrics."""
     workers: int = Field(default=16, ge=1)
     """How many TrainingRuns are looked at side by side."""
     resync_seconds: float = Field(default=300, gt=0)

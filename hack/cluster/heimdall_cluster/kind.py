@@ -145,24 +145,19 @@ def delete() -> None:
 
 def load(names: list[str], nodes: list[str]) -> None:
     """Give nodes images that the engine has; nodes that have them already are left alone."""
+    lacking: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         wanted = read([engine.docker(), "image", "inspect", "--format", "{{.Id}}", name], env=engine.environment())
         if wanted is None:
             raise ClusterError(f"the engine has no image {name}: build it first (python3 hack/images build)")
-        missing = [node for node in nodes if image_id(node, name) != wanted.strip()]
+        missing = tuple(node for node in nodes if image_id(node, name) != wanted.strip())
         if missing:
-            with step(f"loading {name} into {', '.join(missing)}"):
-                command = [
-                    parts.path_of("kind"),
-                    "load",
-                    "docker-image",
-                    name,
-                    "--name",
-                    NAME,
-                    "--nodes",
-                    ",".join(missing),
-                ]
-                run(command, log=LOGS / "kind.log", env=images.client_environment())
+            lacking.setdefault(missing, []).append(name)
+    for missing, images_of in lacking.items():
+        with step(f"loading {', '.join(images_of)} into {', '.join(missing)}"):
+            # All in one archive: what they share is moved once.
+            command = [parts.path_of("kind"), "load", "docker-image", *images_of, "--name", NAME]
+            run([*command, "--nodes", ",".join(missing)], log=LOGS / "kind.log", env=images.client_environment())
 
 
 def image_id(node: str, name: str) -> str | None:

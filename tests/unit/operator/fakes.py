@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from heimdall_operator.act import Actor
@@ -133,8 +135,7 @@ class FakeKube:
 
     async def patch_status(self, namespace: str, name: str, status: dict[str, Any], version: str) -> dict[str, Any]:
         run = self._checked(version)
-        merged = {**run.get("status", {}), **status}
-        run["status"] = {key: value for key, value in merged.items() if value is not None}
+        run["status"] = _merged(run.get("status", {}), status)
         self.world.stamp(run)
         self.world.wrote("patch status")
         return copy.deepcopy(run)
@@ -156,6 +157,19 @@ class FakeKube:
         if run is None or run["metadata"]["resourceVersion"] != version:
             raise ConflictError("changed")
         return run
+
+
+def _merged(old: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(old) if isinstance(old, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = _merged(merged.get(name), value)
+    return merged
 
 
 class FakeMlflow:
@@ -211,7 +225,7 @@ class FakeMlflow:
         return RunFacts(run_id=item["id"], experiment_id="1", status=item["status"], attempt=item["attempt"])
 
 
-def controller(world: World) -> Controller:
+def controller(world: World, clock: Callable[[], datetime] = lambda: NOW) -> Controller:
     """A new operator process: it knows nothing but what it lists."""
     kube: Any = FakeKube(world)
     mlflow: Any = FakeMlflow(world)
@@ -223,7 +237,7 @@ def controller(world: World) -> Controller:
         actor=Actor(kube, mlflow, store, DEFAULTS),
         public_url="http://mlflow",
         namespaces=[],
-        clock=lambda: NOW,
+        clock=clock,
     )
 
 

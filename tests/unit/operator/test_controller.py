@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from heimdall_operator.controller import merge_patch
 from tests.unit.operator.builders import UID
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
 
@@ -158,3 +159,11 @@ def test_one_event_for_each_transition() -> None:
         "ModelRegistered",
         "Completed",
     ]
+
+
+def test_a_patch_takes_away_what_is_gone_at_every_depth() -> None:
+    old = {"a": 1, "progress": {"step": 1, "estimated": "soon"}, "list": [1, 2]}
+    new = {"progress": {"step": 2}, "list": [1]}
+
+    assert merge_patch(old, new) == {"a": None, "progress": {"step": 2, "estimated": None}, "list": [1]}
+    assert merge_patch(new, new) == {}
