@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
+from heimdall_trainer import group
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.termination import TerminatedError
 
@@ -73,14 +74,16 @@ class Checkpointing:
         del pl_module, outputs, batch, batch_idx
         if self._publisher.fence is not None:
             raise self._publisher.fence
-        if self._asked_to_stop:
+        due = trainer.is_global_zero and time.monotonic() - self._last_time >= self._every_s
+        stop, save = group.any_of([self._asked_to_stop, due], trainer)
+        if stop:
             self._stop(trainer)
-        elif time.monotonic() - self._last_time >= self._every_s:
+        elif save:
             self._save(trainer, metric=None)
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-        """Stop if asked to."""
-        if self._asked_to_stop and not trainer.sanity_checking:
+        """Stop if asked to; a group stops at its next training step, where all can agree on it."""
+        if self._asked_to_stop and not trainer.sanity_checking and group.world_size() == 1:
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -88,7 +91,7 @@ class Checkpointing:
         del pl_module
         value = trainer.callback_metrics.get(self._monitor)
         self._save(trainer, metric=None if value is None else float(value))
-        if self._asked_to_stop:
+        if group.any_of([self._asked_to_stop], trainer)[0]:
             self._stop(trainer)
 
     def _stop(self, trainer: Any) -> None:
@@ -115,8 +118,14 @@ class ProgressReport:
         self._monitor = training.early_stopping.monitor
         self._sign = 1 if training.early_stopping.mode == "min" else -1
         self._best: float | None = None
+        self._first_step = 0
         self._last_report = self._last_line = 0.0
-        self._lines = not sys.stderr.isatty()
+        self._lines = group.is_first() and not sys.stderr.isatty()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remember where this attempt began: its pace counts from there."""
+        del pl_module
+        self._first_step = int(trainer.global_step)
 
     def restore_best(self, tag: str | None) -> None:
         """Go on from the best value of an earlier attempt."""
@@ -154,6 +163,7 @@ class ProgressReport:
             epochs=int(trainer.max_epochs or 0),
             step=int(trainer.global_step),
             steps=int(total) if math.isfinite(total) else None,
+            first_step=self._first_step,
             time=datetime.now(UTC),
         )
         self._put(trainer, TAG_PROGRESS, progress.model_dump_json(exclude_none=True))

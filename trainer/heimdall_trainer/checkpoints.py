@@ -130,6 +130,9 @@ class CheckpointPublisher:
         for checkpoint in sorted(self.listed, key=lambda item: (item.last, item.step), reverse=True):
             file = self.local_file(checkpoint, folder)
             if file is not None:
+                log.info(
+                    "going on from a checkpoint", step=checkpoint.step, epoch=checkpoint.epoch, path=checkpoint.path
+                )
                 return file
         return None
 

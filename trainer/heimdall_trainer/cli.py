@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heimdall_api.contract import ENV_ATTEMPT, ENV_MLFLOW_RUN_ID, ENV_RUN_FILE, RUN_FILE
+from heimdall_trainer import group
 
 if TYPE_CHECKING:
     from heimdall_api.types import TrainingRun
+
+
+LOCAL_RUN_ID = "HEIMDALL_LOCAL_RUN_ID"
+"""Where a group's processes without an operator find the run that was made for them all."""
 
 
 def main() -> None:
@@ -71,6 +76,8 @@ def _run(arguments: argparse.Namespace) -> None:
     _configure_logging()
     run = load_training_config(arguments.file)
     if ENV_MLFLOW_RUN_ID in os.environ:
+        if group.is_group():
+            group.become_torchrun(sys.argv[1:])
         _train_in_pod(run, arguments.output_dir or Path.cwd() / "outputs")
     else:
         _train_locally(run, arguments.output_dir or Path("outputs"))
@@ -115,26 +122,35 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
     from heimdall_trainer.termination import TerminatedError
 
     tracker = initialize_mlflow(load_settings(experiment_name=run.spec.tracking.experiment))
-    facts = runs.ensure_run(
-        tracker.client,
-        uid=run.metadata.uid or str(uuid.uuid4()),
-        experiment=run.spec.tracking.experiment,
-        name=run.spec.tracking.run_name or run.metadata.name,
-        tags=run.spec.tracking.tags,
-    )
-    tracker.start_run(run_id=facts.run_id)
-    print(f"run:     {facts.run_id} in {tracker.settings.display_uri}", flush=True)
+    if LOCAL_RUN_ID not in os.environ:
+        made = runs.ensure_run(
+            tracker.client,
+            uid=run.metadata.uid or str(uuid.uuid4()),
+            experiment=run.spec.tracking.experiment,
+            name=run.spec.tracking.run_name or run.metadata.name,
+            tags=run.spec.tracking.tags,
+        )
+        os.environ[LOCAL_RUN_ID] = made.run_id
+        print(f"run:     {made.run_id} in {tracker.settings.display_uri}", flush=True)
+        if group.is_group():
+            group.become_torchrun(sys.argv[1:])
+    run_id = os.environ[LOCAL_RUN_ID]
+    if not group.is_first():
+        tracker.attach(run_id)
+        TrainingPipeline(run, tracker, output_dir=output_dir / run_id).train()
+        return
+    tracker.start_run(run_id=run_id)
     try:
-        metrics = TrainingPipeline(run, tracker, output_dir=output_dir / facts.run_id).train()
+        metrics = TrainingPipeline(run, tracker, output_dir=output_dir / run_id).train()
         registration = None
         if run.spec.registration is not None:
-            found = runs.read_facts(tracker.client, facts.run_id)
+            found = runs.read_facts(tracker.client, run_id)
             assert found is not None  # noqa: S101 - it was just trained
             registration = registry.register(tracker.client, found, run.spec.registration)
     except BaseException as error:
-        runs.end_run(tracker.client, facts.run_id, "KILLED" if isinstance(error, TerminatedError) else "FAILED")
+        runs.end_run(tracker.client, run_id, "KILLED" if isinstance(error, TerminatedError) else "FAILED")
         raise
-    runs.end_run(tracker.client, facts.run_id, "FINISHED")
+    runs.end_run(tracker.client, run_id, "FINISHED")
     for name, value in sorted(metrics.items()):
         print(f"  {name:34}{value:12.4f}")
     if registration is not None:
@@ -197,10 +213,19 @@ def _configure_logging() -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # Advice for people who write trainers, not for people who run them.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for advice in (
+        "does not have many workers",
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "Add type hints to the `predict` method",
+        "It is recommended to use `self.log\\(.*sync_dist=True",
+    ):
+        warnings.filterwarnings("ignore", message=f"[\\s\\S]*{advice}")
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        # A filter, not a level: Lightning sets its own level when it is imported.
+        logging.getLogger(f"{name}.utilities.rank_zero").addFilter(lambda record: record.levelno >= logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

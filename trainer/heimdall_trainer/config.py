@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
-from heimdall_api.types import TrainingRun
+from heimdall_api.types import TrainingRun, TrainingRunSpec
 from heimdall_trainer.errors import ConfigurationError
 
 
@@ -28,9 +28,11 @@ def load_training_config(path: str | Path) -> TrainingRun:
 
     file = Path(path)
     try:
-        document = yaml.safe_load(file.read_text())
+        document = _document(file.read_text())
     except OSError as error:
         raise ConfigurationError(f"{file} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{file} is no text, so neither YAML nor JSON") from None
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from None
     if not isinstance(document, dict):
@@ -38,9 +40,18 @@ def load_training_config(path: str | Path) -> TrainingRun:
     return parse(document, name=file.stem)
 
 
+def _document(text: str) -> Any:
+    import yaml
+
+    try:
+        return json.loads(text)  # not all JSON is YAML: tabs, for one
+    except ValueError:
+        return yaml.safe_load(text)
+
+
 def parse(document: dict[str, Any], name: str = "run") -> TrainingRun:
     """Check a document; see load_training_config."""
-    if "spec" not in document:
+    if not RUN_FIELDS & set(document):
         spec = document if set(document) & SPEC_FIELDS else {"training": document}
         document = {"metadata": {"name": name}, "spec": spec}
     try:
@@ -53,7 +64,8 @@ def parse(document: dict[str, Any], name: str = "run") -> TrainingRun:
         raise ConfigurationError("; ".join(problems)) from None
 
 
-SPEC_FIELDS = {"model", "data", "training", "tracking", "resources", "registration", "retries", "image", "suspend"}
+RUN_FIELDS: Final = {"apiVersion", "kind", "metadata", "spec"}
+SPEC_FIELDS: Final = {field.alias or name for name, field in TrainingRunSpec.model_fields.items()}
 
 
 def override(run: TrainingRun, flags: dict[str, Any]) -> TrainingRun:

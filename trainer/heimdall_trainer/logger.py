@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from heimdall_trainer.group import is_first
+
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
 
@@ -35,10 +37,14 @@ def make_logger(pl: Any, tracker: MLflowTracker) -> Any:
             return tracker.run_id
 
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if not is_first():
+                return
             # Lightning's epoch counter is no metric of the training.
             tracker.log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step or 0)
 
         def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+            if not is_first():
+                return
             tracker.log_params({"module": vars(params) if hasattr(params, "__dict__") else dict(params)})
 
     return TrackerLogger()

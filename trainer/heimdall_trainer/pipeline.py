@@ -13,6 +13,7 @@ import structlog
 
 from heimdall_api.contract import TAG_BEST
 from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
+from heimdall_trainer import group
 from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import UndeliveredError
@@ -87,10 +88,11 @@ class TrainingPipeline:
         self._fit(trainer)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         metrics |= self._test(trainer)
-        self._deliver()
-        if self.spec.registration is not None:
-            self._publisher.check_fence()
-            self._log_model()
+        if group.is_first():
+            self._deliver()
+            if self.spec.registration is not None:
+                self._publisher.check_fence()
+                self._log_model()
         self.close()
         return metrics
 
@@ -174,6 +176,7 @@ class TrainingPipeline:
             log_every_n_steps=1,
             default_root_dir=self.output_dir,
             num_sanity_val_steps=0,
+            **group.trainer_options(pl),
         )
 
     def _precision(self) -> Any:
@@ -186,13 +189,15 @@ class TrainingPipeline:
     def _log_parameters(self, trainer: Any) -> None:
         import torch
 
+        if not group.is_first():
+            return
         spec = json.loads(self.spec.model_dump_json(exclude_none=True))
         self.tracker.log_params(spec)
         environment = {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "devices": trainer.num_devices,
+            "devices": trainer.world_size,
             "precision": trainer.precision,
         }
         self.tracker.log_params({"environment": environment})
@@ -203,8 +208,6 @@ class TrainingPipeline:
         tags = self.tracker.client.get_run(self.tracker.run_id).data.tags
         self._progress.restore_best(tags.get(TAG_BEST))
         resumed = self._publisher.newest_file(self.output_dir / "resumed")
-        if resumed is not None:
-            log.info("going on from a checkpoint", file=resumed.name, attempt=self._attempt)
         with warnings.catch_warnings():
             # A checkpoint in mid-epoch is resumed on purpose.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
@@ -218,7 +221,7 @@ class TrainingPipeline:
             raise self._publisher.fence or UndeliveredError(
                 "the last checkpoint could not be delivered to MLflow in time"
             )
-        best = self._publisher.best()
+        best = group.from_first(self._publisher.best())
         file = self._publisher.local_file(best, self.output_dir / "resumed") if best else None
         if file is not None:
             state = torch.load(file, map_location="cpu", weights_only=False)["state_dict"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from heimdall_api.contract import ENV_TERMINATION_MESSAGE, MESSAGE_LIMIT, ExitCode, Reason, TerminationMessage
 from heimdall_trainer.errors import ConfigurationError, DataError, FencedError, UndeliveredError
+from heimdall_trainer.group import is_broken_connection
 
 
 class TerminatedError(BaseException):
@@ -25,6 +26,9 @@ def run_to_exit_code(call: Callable[[], None]) -> int:
     Returns:
         The exit code.
     """
+    # Late: this is imported for `--help` too.
+    from heimdall_tracking.redact import redact
+
     try:
         call()
     except BaseException as error:
@@ -32,27 +36,40 @@ def run_to_exit_code(call: Callable[[], None]) -> int:
             raise
         code, reason, message = judge(error)
         if reason == Reason.USER_ERROR:
-            traceback.print_exc()
-        leave_last_words(reason, message)
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        leave_last_words(reason, redact(message))
         return code
     return ExitCode.SUCCESS
 
 
 def judge(error: BaseException) -> tuple[ExitCode, Reason, str]:
     """What an exception means: exit code, reason, and a message for people."""
+    from heimdall_tracking import SettingsError
+    from heimdall_tracking.errors import is_permanent
+
     match error:
         case TerminatedError():
             return ExitCode.SIGTERM, Reason.PREEMPTED, str(error)
-        case ConfigurationError() | DataError():
+        case ConfigurationError() | DataError() | SettingsError():
             return ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION, str(error)
         case FencedError():
             return ExitCode.FENCED, Reason.FENCED, str(error)
         case UndeliveredError():
             return ExitCode.UNDELIVERED, Reason.TRACKING_UNAVAILABLE, str(error)
-    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+    if _is_named(error, "torch", "OutOfMemoryError"):
         text = "The GPU's memory does not suffice: lower spec.training.batchSize, or use a larger GPU."
         return ExitCode.CUDA_OUT_OF_MEMORY, Reason.CUDA_OUT_OF_MEMORY, f"{text} {str(error)[:300]}"
+    if _is_named(error, "mlflow", "MlflowException") and not is_permanent(error):
+        return ExitCode.UNDELIVERED, Reason.TRACKING_UNAVAILABLE, f"MLflow can't be used: {error}"
+    if is_broken_connection(error):
+        return ExitCode.ERROR, Reason.WORKER_LOST, f"The connection to another worker broke: {error}"
     return ExitCode.ERROR, Reason.USER_ERROR, f"{type(error).__name__}: {error}{_where(error)}"
+
+
+def _is_named(error: BaseException, package: str, name: str) -> bool:
+    """Whether it is an error of a package that is heavy to import."""
+    kind = type(error)
+    return kind.__name__ == name and kind.__module__.split(".")[0] == package
 
 
 def _where(error: BaseException) -> str:
@@ -66,5 +83,10 @@ def leave_last_words(reason: Reason, message: str) -> None:
     short = message if len(message) <= MESSAGE_LIMIT else f"{message[: MESSAGE_LIMIT - 1]}…"
     print(f"{reason}: {short}", file=sys.stderr, flush=True)
     file = os.environ.get(ENV_TERMINATION_MESSAGE)
-    if file:
+    if file and not _is_consequence(reason, Path(file)):
         Path(file).write_text(TerminationMessage(reason=reason, message=short).to_json())
+
+
+def _is_consequence(reason: Reason, file: Path) -> bool:
+    """Whether another process of this pod has said what this one only suffers from."""
+    return reason in (Reason.WORKER_LOST, Reason.PREEMPTED) and file.exists() and file.stat().st_size > 0

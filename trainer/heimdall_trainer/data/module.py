@@ -75,8 +75,7 @@ class HeimdallDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Find the data; every process does, and finds the same. Raises what `prepare_data` does."""
         del stage
-        split, _ = self._load()
-        log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
+        self._load()
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches for training, in an order that depends on seed and epoch alone."""
@@ -139,9 +138,9 @@ class HeimdallDataModule(L.LightningDataModule):
         finally:
             database.close()
         settings = self._settings
-        return split, keep_readable(
-            transmissions, self._source, skip_limit=settings.skip_limit, threads=settings.read_threads
-        )
+        kept = keep_readable(transmissions, self._source, skip_limit=settings.skip_limit, threads=settings.read_threads)
+        log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
+        return split, kept
 
     def _loader(self, session_ids: tuple[str, ...], *, training: bool = False) -> ResumableLoader:
         trainer = self.trainer

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import tempfile
+import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,8 @@ FULL_SCALE: Final = "heimdall:full_scale_dbm"
 SAMPLE_BYTES: Final = {"ci16_le": 4, "cf32_le": 8}
 S3_TIMEOUT_S: Final = 30
 S3_TRIES: Final = 5
+_MAKING_CLIENT: Final = threading.Lock()
+"""boto3 makes clients in one thread at a time only."""
 
 Datatype = Literal["ci16_le", "cf32_le"]
 
@@ -86,8 +89,9 @@ class Bucket:
     @property
     def _client(self) -> Any:
         # Made where it is used: a client does not survive a pickle.
-        if self._made is None:
-            self._made = _s3_client(self._settings)
+        with _MAKING_CLIENT:
+            if self._made is None:
+                self._made = _s3_client(self._settings)
         return self._made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,8 +102,7 @@ class Bucket:
         answer = self._ask("get_object", key)
         if answer is None:
             raise UnreadableError(f"{self._prefix}{key} is missing in bucket {self._bucket}")
-        content: bytes = answer["Body"].read()
-        return content
+        return self._read(answer["Body"])
 
     def put(self, key: str, content: bytes) -> None:
         """Store an object."""
@@ -110,10 +113,23 @@ class Bucket:
         """Whether there is such an object."""
         return self._ask("head_object", key) is not None
 
+    @property
+    def _where(self) -> str:
+        return f"{self._settings.s3_endpoint_url or 'S3'}, bucket {self._bucket}"
+
+    def _read(self, body: Any) -> bytes:
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            content: bytes = body.read()
+        except BotoCoreError as error:
+            raise ConnectionError(f"{self._where} broke off: {type(error).__name__}") from None
+        return content
+
     def _ask(self, operation: str, key: str, **more: object) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        where = f"{self._settings.s3_endpoint_url or 'S3'}, bucket {self._bucket}"
+        where = self._where
         try:
             return getattr(self._client, operation)(Bucket=self._bucket, Key=self._prefix + key, **more)
         except ClientError as error:

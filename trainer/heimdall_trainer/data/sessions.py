@@ -170,13 +170,17 @@ class SessionStore:
         Returns:
             False where a session of this ID is there already; it is left as it is.
         """
-        with self._engine.begin() as connection:
-            known = sa.select(recording_sessions.c.id).where(recording_sessions.c.id == session.id)
-            if connection.execute(known).first() is not None:
-                return False
-            for table, rows in _rows_of(session):
-                if rows:
-                    connection.execute(table.insert(), rows)
+        if self.session_name(session.id) is not None:
+            return False
+        try:
+            with self._engine.begin() as connection:
+                for table, rows in _rows_of(session):
+                    if rows:
+                        connection.execute(table.insert(), rows)
+        except sa.exc.IntegrityError:
+            if self.session_name(session.id) is None:
+                raise
+            return False  # another process was faster
         return True
 
     def set_status(self, session_id: str, status: Status) -> None:
@@ -273,7 +277,13 @@ def _rows_of(session: Session) -> list[tuple[sa.Table, list[dict[str, Any]]]]:
     return [
         (recording_sessions, [head]),
         (receivers, [{"session_id": session.id, **vars(receiver)} for receiver in session.receivers]),
-        (transmissions, [_row(transmissions, item, session_id=session.id) for item in session.transmissions]),
+        (
+            transmissions,
+            [
+                _row(transmissions, item, session_id=session.id, started_at=item.started_at.astimezone(UTC))
+                for item in session.transmissions
+            ],
+        ),
         (
             recordings,
             [
@@ -285,7 +295,7 @@ def _rows_of(session: Session) -> list[tuple[sa.Table, list[dict[str, Any]]]]:
     ]
 
 
-def _row(table: sa.Table, item: Transmission | Recording, **more: str) -> dict[str, Any]:
+def _row(table: sa.Table, item: Transmission | Recording, **more: str | datetime) -> dict[str, Any]:
     return {column.name: more.get(column.name, getattr(item, column.name, None)) for column in table.columns}
 
 
@@ -316,7 +326,8 @@ def _transmission(rows: Sequence[Any]) -> Transmission:
     return Transmission(
         id=first.id,
         session_id=first.session_id,
-        started_at=first.started_at,
+        # SQLite keeps no time zone.
+        started_at=first.started_at.replace(tzinfo=first.started_at.tzinfo or UTC),
         latitude=first.latitude,
         longitude=first.longitude,
         modulation=first.modulation,

@@ -109,13 +109,16 @@ class LocalizationNet(nn.Module):
     def _features(self, spectrograms: Tensor, mask: Tensor | None) -> Tensor:
         flat = spectrograms.flatten(0, 1)
         if mask is None or not self.training:
-            seen: Tensor = self.project(self.backbone(flat))
-            return seen.unflatten(0, spectrograms.shape[:2])
+            return self._project(flat).reshape(*spectrograms.shape[:2], -1)
         # In training, padding would spoil the statistics of batch normalisation.
         chosen = mask.flatten().nonzero().squeeze(1)
-        present = self.project(self.backbone(flat[chosen]))
+        present = self._project(flat[chosen])
         features = present.new_zeros(flat.shape[0], present.shape[-1]).index_copy(0, chosen, present)
-        return features.unflatten(0, spectrograms.shape[:2])
+        return features.reshape(*spectrograms.shape[:2], -1)
+
+    def _project(self, images: Tensor) -> Tensor:
+        features: Tensor = self.project(self.backbone(images))
+        return features
 
     def _locate(self, features: Tensor, levels: Tensor, receivers: Tensor, mask: Tensor | None) -> Tensor:
         present = torch.ones_like(features[..., :1]) if mask is None else mask.unsqueeze(-1).to(features)

@@ -1,0 +1,101 @@
+"""Training in a group: what is one process's own, what all agree on. One process is a group of one.
+
+torchrun starts the processes and tells each its place (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE); the operator gives torchrun
+its options by its own PET_… variables, and this module starts it where they are there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+COLLECTIVE_TIMEOUT: Final = timedelta(minutes=5)
+"""How long a process waits for the others: a lost one makes them wait, not fail."""
+SHUTDOWN_TIMEOUT_S: Final = 55
+"""How long torchrun lets processes make a checkpoint after SIGTERM: the pod's grace period is 60 s."""
+BROKEN: Final = (
+    *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe"),
+    *("timed out waiting", "socket timeout", "nccl error: remote", "ncclremoteerror"),
+)
+"""Words of an error that another process's end has caused."""
+
+
+def is_group() -> bool:
+    """Whether torchrun is to start the processes, and has not yet."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
+    return int(os.environ.get("PET_NNODES", "1")) > 1 or int(os.environ.get("PET_NPROC_PER_NODE", "1")) > 1
+
+
+def become_torchrun(arguments: Sequence[str]) -> None:
+    """Replace this process by torchrun, which calls this program again in each process; does not return.
+
+    Args:
+        arguments: Of this program, without its name.
+    """
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "torch.distributed.run", "-m", "heimdall_trainer.cli", *arguments]
+    os.execv(sys.executable, command)  # noqa: S606 - no shell wanted
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the group: it alone tells MLflow."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def trainer_options(pl: Any) -> dict[str, Any]:
+    """What Lightning's Trainer must be told of the group.
+
+    Args:
+        pl: `pytorch_lightning` or `lightning.pytorch`.
+    """
+    if world_size() == 1:
+        return {"devices": 1}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return {
+        "strategy": pl.strategies.DDPStrategy(timeout=COLLECTIVE_TIMEOUT),
+        "num_nodes": world_size() // local,
+        "devices": local,
+    }
+
+
+def any_of(flags: Sequence[bool], trainer: Any) -> list[bool]:
+    """Which flags are set in any process: all must take the same turn at the same step."""
+    if world_size() == 1:
+        return list(flags)
+    import torch
+
+    mine = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
+    return [bool(value > 0) for value in trainer.strategy.reduce(mine, reduce_op="sum")]
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in every process. It must be picklable."""
+    if world_size() == 1:
+        return value
+    import torch.distributed
+
+    holder = [value]
+    torch.distributed.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether an error says that another process of the group has ended."""
+    if world_size() == 1:
+        return False
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
+        return True
+    text = str(error).lower()
+    return "RuntimeError" in kinds and any(words in text for words in BROKEN)
