@@ -202,8 +202,8 @@ class ResourcesSpec(Model):
         default=1,
         ge=1,
         le=1000,
-        description="Training pods that train together (torchrun). One that fails ends the others too; the group goes on "
-        "from the last checkpoint.",
+        description="Training pods that train together (torchrun). One that fails ends the others too; the group goes "
+        "on from the last checkpoint.",
     )
     gpus_per_worker: int = Field(default=1, ge=0, le=64, description="GPUs of a training pod. 0: train on the CPU.")
     cpu: Quantity = Field(default="4", description="CPU cores of a training pod.")
@@ -370,9 +370,9 @@ class TrainingRunSpec(Model):
     )
     pod_template: PodTemplate = Field(
         default_factory=dict,
-        description="Merged over the training pod's template as Kubernetes merges patches (strategic merge): nodeSelector, "
-        "tolerations, priorityClassName, volumes, environment, labels … The container is named trainer. What would break the "
-        "pod's isolation is refused.",
+        description="Merged over the training pod's template as Kubernetes merges patches (strategic merge): "
+        "nodeSelector, tolerations, priorityClassName, volumes, environment, labels … The container is named trainer. "
+        "What would break the pod's isolation is refused.",
         json_schema_extra=rules(immutable("podTemplate")),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -82,14 +82,14 @@ class Actor:
                 return await self._end_run(observed, status, insist=insist)
 
     async def _set_finalizer(self, observed: Observed, *, present: bool) -> Observed:
-        metadata = self._metadata(observed)
+        key = Key(observed.namespace, observed.name)
+        metadata = self._store.current(key, observed.uid, observed.version)["metadata"]
         others = [item for item in metadata.get(FINALIZERS, ()) if item != FINALIZER]
         wanted = [*others, FINALIZER] if present else others
-        patched = await self._kube.patch_finalizers(
-            observed.namespace, observed.name, wanted, metadata["resourceVersion"]
-        )
+        patched = await self._kube.patch_finalizers(observed.namespace, observed.name, wanted, observed.version)
         self._store.put(patched)
-        return replace(observed, has_finalizer=present)
+        version = patched["metadata"]["resourceVersion"]
+        return replace(observed, has_finalizer=present, is_fresh=present, version=version)
 
     async def _create_job(self, observed: Observed, number: int) -> Observed:
         assert observed.spec is not None  # noqa: S101 - decide creates Jobs of readable specs only
@@ -182,13 +182,6 @@ class Actor:
         if facts is None:
             return replace(observed, run=_gone(observed, status))
         return replace(observed, run=facts)
-
-    def _metadata(self, observed: Observed) -> Mapping[str, Any]:
-        resource = self._store.get(Key(observed.namespace, observed.name))
-        if resource is None or resource["metadata"]["uid"] != observed.uid:
-            raise ConflictError("the TrainingRun is gone")
-        metadata: Mapping[str, Any] = resource["metadata"]
-        return metadata
 
 
 def without_bookkeeping(event: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from heimdall_operator.decide import CreateJob, Decision, decide
 from heimdall_operator.events import Event, events_between
 from heimdall_operator.kube import ConflictError, Kube
 from heimdall_operator.mlflow_gateway import MlflowGateway
-from heimdall_operator.observe import Observed, observe
+from heimdall_operator.observe import LOST_POD_S, Observed, observe
 from heimdall_operator.store import Key, Store
 from heimdall_operator.workqueue import WorkQueue
 from heimdall_tracking.runs import RunFacts
@@ -46,6 +46,7 @@ class Controller:
         actor: Actor,
         public_url: str,
         namespaces: list[str],
+        lost_pod_s: float = LOST_POD_S,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC).replace(microsecond=0),
     ) -> None:
         self.store = store
@@ -55,6 +56,7 @@ class Controller:
         self._actor = actor
         self._public_url = public_url
         self._namespaces: list[str | None] = list(namespaces) or [None]
+        self._lost_pod_s = lost_pod_s
         self._clock = clock
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
@@ -166,6 +168,7 @@ class Controller:
             self.store.children("Job", key),
             self.store.children("Pod", key),
             self._facts.get((resource.get("status") or {}).get("runID", "")),
+            self._lost_pod_s,
         )
         for _ in range(STEP_LIMIT):
             decision = decide(observed, self._clock())
@@ -197,18 +200,17 @@ class Controller:
     async def _write(self, status: TrainingRunStatus, observed: Observed) -> Observed:
         """Write a status that changed, and an Event for each transition."""
         key = Key(observed.namespace, observed.name)
-        resource = self.store.get(key)
-        if resource is None or resource["metadata"]["uid"] != observed.uid:
-            raise ConflictError("the TrainingRun is gone")
+        resource = self.store.current(key, observed.uid, observed.version)
         if status.run_id is not None and status.run_url is None and observed.run is not None:
             status = status.model_copy(update={"run_url": self._run_url(observed.run)})
         patch = merge_patch(resource.get("status") or {}, dump(status))
         if patch:
-            version = resource["metadata"]["resourceVersion"]
-            self.store.put(await self._kube.patch_status(observed.namespace, observed.name, patch, version))
+            written = await self._kube.patch_status(observed.namespace, observed.name, patch, observed.version)
+            self.store.put(written)
             metrics.record_status(observed.created, observed.status, status)
             for event in events_between(observed.status, status):
                 await self._record(event, observed)
+            observed = replace(observed, version=written["metadata"]["resourceVersion"])
         return replace(observed, status=status)
 
     async def _record(self, event: Event, observed: Observed) -> None:

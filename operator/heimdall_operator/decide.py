@@ -44,8 +44,6 @@ PENDING_REPORT_S: Final = 5
 """A pod that waits for less is not worth a write."""
 POD_VANISHED_S: Final = 20
 """How long a Job may have ended before its pod's own account is given up."""
-LOST_POD_S: Final = 300
-"""How long a pod may take to end after it was asked to, before it counts as lost with its node."""
 DELETION_LIMIT_S: Final = 600
 """How long a deletion waits for MLflow before the run is left as it is."""
 
@@ -252,7 +250,7 @@ def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
 
 def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
     """What a pod that lives gives reason to end it for: it does not start, or it hangs."""
-    lost = next((pod for pod in observed.attempt_pods if _is_lost(pod, now)), None)
+    lost = next((pod for pod in observed.attempt_pods if _is_lost(observed, pod, now)), None)
     if lost is not None:
         message = f"The node {lost.node} did not end the pod in time; its attempt was given up."
         return Outcome(reason=Reason.NODE_LOST, message=message, ended=now)
@@ -272,14 +270,14 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     )
 
 
-def _is_lost(pod: PodFacts, now: datetime) -> bool:
+def _is_lost(observed: Observed, pod: PodFacts, now: datetime) -> bool:
     """Whether a deleted pod took so long to end that its node must be gone; the next attempt's number fences it."""
-    return pod.alive and _age(pod.deleting, now) > LOST_POD_S
+    return pod.alive and _age(pod.deleting, now) > observed.lost_pod_s
 
 
 def _living(observed: Observed, now: datetime) -> list[PodFacts]:
     """Pods of any attempt that may still be training and were not given up."""
-    return [pod for pod in observed.pods if pod.alive and not _is_lost(pod, now)]
+    return [pod for pod in observed.pods if pod.alive and not _is_lost(observed, pod, now)]
 
 
 def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:

@@ -135,6 +135,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         actor=Actor(kube, mlflow, store, defaults),
         public_url=settings.public_url,
         namespaces=settings.namespace_list,
+        lost_pod_s=settings.lost_pod_seconds,
     )
     stack.callback(controller.queue.close)
     stack.callback(metrics.serve(controller, settings.metrics_port).shutdown)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from heimdall_operator.observe import Observed
 
-HTTP_RETRIES: Final = "2"
+HTTP_RETRIES: Final = "0"
+"""The queue tries again, and then searches before it creates: a client that repeats by itself could create twice."""
 HTTP_TIMEOUT_S: Final = "10"
 THREADS: Final = 16
 
@@ -31,7 +32,7 @@ class RunGoneError(Exception):
 
 
 def bound_http() -> None:
-    """Bound MLflow's HTTP calls: its own default of 7 tries of 120 s is right for a trainer, not for a loop.
+    """Bound MLflow's HTTP calls: its own default of 7 tries of 120 s is right for a trainer, not for the operator.
 
     MLflow reads these at import. It also prints links for people at a terminal, which have no place in a JSON log.
     """
@@ -61,6 +62,8 @@ class MlflowGateway:
             runs.ensure_run,
             uid=observed.uid,
             experiment=spec.tracking.experiment,
+            experiment_id=self._experiments.get(spec.tracking.experiment),
+            is_fresh=observed.is_fresh,
             name=spec.tracking.run_name or f"{observed.namespace}/{observed.name}",
             tags={
                 **spec.tracking.tags,

@@ -14,6 +14,7 @@ from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
+LOST_POD_S: Final = 300.0
 CONTAINER: Final = "trainer"
 """Name of the container that trains."""
 COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
@@ -84,10 +85,14 @@ class Observed:
     namespace: str
     uid: str
     generation: int
+    version: str = ""
+    """The resourceVersion that this speaks of: every write is conditional on it."""
     created: datetime
     deleted: datetime | None = None
     """When its deletion was asked for."""
     has_finalizer: bool
+    lost_pod_s: float = LOST_POD_S
+    """How long a pod may take to end after its grace period, before it counts as lost with its node."""
     queue_labels: tuple[tuple[str, str], ...] = ()
     """Kueue's labels of the TrainingRun, which its Jobs get too."""
     spec: TrainingRunSpec | None
@@ -98,6 +103,8 @@ class Observed:
     """Jobs of every attempt that still exist."""
     pods: tuple[PodFacts, ...] = ()
     """Pods of every attempt that still exist."""
+    is_fresh: bool = False
+    """Whether this look itself added the finalizer: before that nobody can have created an MLflow run."""
     run: RunFacts | None = None
     """What MLflow says; None while nobody asked."""
     registration: Registration | None = None
@@ -132,7 +139,11 @@ class Observed:
 
 
 def observe(
-    resource: Manifest, jobs: Iterable[Manifest] = (), pods: Iterable[Manifest] = (), run: RunFacts | None = None
+    resource: Manifest,
+    jobs: Iterable[Manifest] = (),
+    pods: Iterable[Manifest] = (),
+    run: RunFacts | None = None,
+    lost_pod_s: float = LOST_POD_S,
 ) -> Observed:
     """Read what is known of one TrainingRun.
 
@@ -141,6 +152,7 @@ def observe(
         jobs: Its Jobs: those of other owners are left out.
         pods: Its pods.
         run: What MLflow says of it, if somebody asked.
+        lost_pod_s: See Observed.
 
     Returns:
         The observation.
@@ -153,8 +165,10 @@ def observe(
         namespace=metadata["namespace"],
         uid=metadata["uid"],
         generation=metadata.get("generation", 1),
+        version=metadata.get("resourceVersion", ""),
         created=_time(metadata["creationTimestamp"]),
         deleted=_time_or_none(metadata.get("deletionTimestamp")),
+        lost_pod_s=lost_pod_s,
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
         queue_labels=tuple(
             (name, value) for name, value in (metadata.get("labels") or {}).items() if name in QUEUE_LABELS

@@ -35,6 +35,8 @@ class OperatorSettings(BaseSettings):
     """Everything is looked at again this often, in case an event was missed."""
     progress_seconds: float = Field(default=15, gt=0)
     """How often progress is read from MLflow, and at most written to a status."""
+    lost_pod_seconds: float = Field(default=300, gt=0)
+    """A pod that has not ended this long after its grace period counts as lost with its node."""
     request_timeout_seconds: float = Field(default=30, gt=0)
     """Bound of one request to the API server."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from heimdall_api.contract import LABEL_RUN
+from heimdall_operator.kube import ConflictError
 
 Manifest = Mapping[str, Any]
 ChildKind = Literal["Job", "Pod"]
@@ -40,6 +41,22 @@ class Store:
     def get(self, key: Key) -> Manifest | None:
         """A TrainingRun, or None where there is none."""
         return self._resources.get(key)
+
+    def current(self, key: Key, uid: str, version: str) -> Manifest:
+        """A TrainingRun that is still as it was observed.
+
+        A watch may bring a newer state in the middle of a look: what was decided on the older one must not be written
+        over it.
+
+        Raises:
+            ConflictError: It is gone, or has changed.
+        """
+        resource = self._resources.get(key)
+        if resource is None or resource["metadata"]["uid"] != uid:
+            raise ConflictError("the TrainingRun is gone")
+        if resource["metadata"]["resourceVersion"] != version:
+            raise ConflictError("the TrainingRun has changed since it was looked at")
+        return resource
 
     def children(self, kind: ChildKind, key: Key) -> list[Manifest]:
         """Jobs or pods of a TrainingRun."""

@@ -94,7 +94,16 @@ def release(cluster: dict[str, str], canaries: dict[str, str]) -> Iterator[Clust
 
 
 CRD = "trainingruns.training.heimdall.dev"
-INSTALL_OPTIONS = ("--set", "operator.progressSeconds=3", "--set", "operator.resyncSeconds=30")
+OTHER_NODE, GPU_NODE = "heimdall-worker", "heimdall-worker2"
+INSTALL_OPTIONS = (
+    *("--set", "operator.progressSeconds=3,operator.resyncSeconds=30,operator.lostPodSeconds=10"),
+    # Nodes are stopped and drained: the one with the GPUs, which nothing but training pods runs on.
+    *(
+        option
+        for role in ("operator", "tracking", "database", "objectStore")
+        for option in ("--set", f"{role}.nodeSelector.kubernetes\\.io/hostname={OTHER_NODE}")
+    ),
+)
 
 
 def canary_secret(role: str, canaries: dict[str, str]) -> dict[str, Any]:
@@ -258,11 +267,11 @@ def crashing(release: Cluster) -> Iterator[CrashingOperator]:
     release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
 
 
-def kill_container(release: Cluster, job: str) -> None:
-    """`kill -9` of the first process of a Job's pod, from its node: within the container it would be ignored."""
+def signal_container(release: Cluster, job: str, signal: str) -> None:
+    """Send a signal to the first process of a Job's pod, from its node: within the container it would be ignored."""
     pod = release.list("pods", f"batch.kubernetes.io/job-name={job}")[0]
     container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
-    script = f"kill -9 $(crictl inspect --output go-template --template '{{{{.info.pid}}}}' {container})"
+    script = f"kill -{signal} $(crictl inspect --output go-template --template '{{{{.info.pid}}}}' {container})"
     release.run("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from heimdall_api.contract import TAG_UID, parse_checkpoints
 from tests.e2e.cluster import ROOT, Cluster, condition, port_forward, wait_for
-from tests.e2e.conftest import Mlflow, kill_container
+from tests.e2e.conftest import Mlflow, signal_container
 
 TRAINING_S = 900.0
 PREDICT = """
@@ -180,7 +180,7 @@ def test_a_pod_killed_in_mid_epoch_is_followed_by_one_that_goes_on(
         return listed[-1].step if listed else None
 
     step = wait_for(checkpointed, what="a checkpoint", timeout_s=TRAINING_S, tell=lambda: release.explain(name))
-    kill_container(release, f"{name}-a1")
+    signal_container(release, f"{name}-a1", "KILL")
 
     done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
 

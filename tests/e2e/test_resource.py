@@ -79,7 +79,13 @@ def test_defaults_are_filled_in(release: Cluster, name: str) -> None:
     spec = release.training_run(name)["spec"]
 
     assert spec["training"]["epochs"] == 100
-    assert spec["resources"] == {"cpu": "4", "memory": "16Gi", "gpusPerWorker": 1, "sharedMemory": "1Gi"}
+    assert spec["resources"] == {
+        "workers": 1,
+        "cpu": "4",
+        "memory": "16Gi",
+        "gpusPerWorker": 1,
+        "sharedMemory": "1Gi",
+    }
 
 
 def test_explain_and_columns_read_well(release: Cluster, name: str) -> None:

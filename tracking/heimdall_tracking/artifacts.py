@@ -34,6 +34,7 @@ class Uploader:
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="heimdall-uploads")
         self._pending: list[Future[None]] = []
+        self._lock = threading.Lock()
 
     def file(self, upload: Callable[[str], None], path: Path) -> Future[None]:
         """Upload a file.
@@ -67,11 +68,16 @@ class Uploader:
         Returns:
             Whether every upload since the last flush succeeded.
         """
-        done, pending = wait_for_futures(self._pending, timeout_s)
-        failed = [future for future in done if future.exception() is not None]
+        with self._lock:
+            waited_for = list(self._pending)
+        done, pending = wait_for_futures(waited_for, timeout_s)
+        failed = [future for future in done if future.cancelled() or future.exception() is not None]
         for future in failed:
-            log.error("an artifact was not uploaded", error=redact(future.exception()))
-        self._pending = list(pending)
+            error = "given up" if future.cancelled() else redact(future.exception())
+            log.error("an artifact was not uploaded", error=error)
+        with self._lock:
+            # Others may have been added meanwhile.
+            self._pending = [future for future in self._pending if future not in done]
         return not failed and not pending
 
     def close(self, timeout_s: float) -> bool:
@@ -85,7 +91,8 @@ class Uploader:
         if not os.access(path, os.R_OK):
             raise TrackingError(f"{path} can't be read by this user: nothing was logged; change its permissions")
         future = self._pool.submit(self._until_done, upload, path)
-        self._pending.append(future)
+        with self._lock:
+            self._pending.append(future)
         return future
 
     def _until_done(self, upload: Callable[[str], None], path: Path) -> None:

@@ -35,5 +35,17 @@ def ensure_experiment(client: MlflowClient, name: str) -> str:
         if experiment is None:
             raise MlflowException(f"experiment {name!r} was deleted for good while it was being created")
     if experiment.lifecycle_stage == "deleted":
-        client.restore_experiment(experiment.experiment_id)
+        _restore(client, name, experiment.experiment_id)
     return str(experiment.experiment_id)
+
+
+def _restore(client: MlflowClient, name: str, experiment_id: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.restore_experiment(experiment_id)
+    except MlflowException:
+        # MLflow refuses to restore what another process has restored meanwhile.
+        found = client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage == "deleted":
+            raise

@@ -30,15 +30,15 @@ def flatten(params: Mapping[Any, Any]) -> dict[str, str]:
     Returns:
         Names joined by dots, with the values as text. What looks like a secret is masked; too long a value is cut.
     """
-    return dict(_walk("", params, 0))
+    return dict(_walk("", params, ()))
 
 
 def clean_name(name: object) -> str:
     """A name that MLflow takes for a parameter or a metric: what it refuses becomes an underscore."""
-    text = _FORBIDDEN.sub("_", _text(name))
+    text = _FORBIDDEN.sub("_", _text(name)).strip()
     # MLflow reads names as paths that must be as short as they can be: no empty, `.` or `..` parts, no `..` in front.
     parts = [part for part in text.split("/") if part not in ("", ".", "..")]
-    text = "/".join(parts).strip()
+    text = "/".join(parts)
     if text.startswith(".."):
         text = f"_{text}"
     if len(text) > KEY_LIMIT:
@@ -48,15 +48,30 @@ def clean_name(name: object) -> str:
     return text or "_"
 
 
-def _walk(prefix: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
-    value = _opened(value)
-    if isinstance(value, Mapping) and value and depth < DEPTH_LIMIT:
-        for key, child in value.items():
-            name = f"{prefix}.{_text(key)}" if prefix else _text(key)
-            yield from _walk(name, child, depth + 1)
-    elif prefix:
-        secret = names_secret(prefix) and value is not None and value != ""
-        yield clean_name(prefix), MASK if secret else _value(value)
+def clean_text(text: str, limit: int) -> str:
+    """A text that every database of MLflow takes: no NUL, no half of a surrogate pair, no longer than the limit."""
+    text = text[: limit + 1].replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _walk(prefix: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """Names and texts under a value; `above` holds the mappings that it lies in, so that one in itself ends."""
+    opened = _opened(value)
+    pairs = _pairs(opened) if len(above) < DEPTH_LIMIT and id(value) not in above else []
+    for key, child in pairs:
+        name = f"{prefix}.{_text(key)}" if above else _text(key)
+        yield from _walk(name, child, (*above, id(value)))
+    if above and not pairs:
+        text = _value(opened)
+        secret = names_secret(prefix) and text not in ("", "None")
+        yield clean_name(prefix), MASK if secret else text
+
+
+def _pairs(value: Any) -> list[tuple[Any, Any]]:
+    try:
+        return list(value.items()) if isinstance(value, Mapping) else []
+    except Exception:  # noqa: BLE001 - a mapping that can't be read is printed as a whole
+        return []
 
 
 def _opened(value: Any) -> Any:
@@ -74,8 +89,7 @@ def _opened(value: Any) -> Any:
 
 
 def _value(value: Any) -> str:
-    text = redact(_text(value))
-    return text if len(text) <= VALUE_LIMIT else f"{text[: VALUE_LIMIT - 1]}…"
+    return clean_text(redact(_text(value)), VALUE_LIMIT)
 
 
 def _text(value: Any) -> str:
@@ -91,17 +105,18 @@ def _plain(value: Any, above: set[int]) -> str:
         return str(value.value)
     if isinstance(value, datetime | date | time):
         return value.isoformat()
-    if isinstance(value, list | tuple | set | frozenset | Mapping):
-        return _container(value, above)
+    opened = _opened(value)
+    if isinstance(opened, list | tuple | set | frozenset | Mapping):
+        return _container(opened, above, id(value))
     if hasattr(value, "tolist") and hasattr(value, "dtype"):  # numpy and torch, without importing them
         return _array(value)
     return str(value)
 
 
-def _container(value: Any, above: set[int]) -> str:
-    if id(value) in above or len(above) > DEPTH_LIMIT:
+def _container(value: Any, above: set[int], identity: int) -> str:
+    if identity in above or len(above) > DEPTH_LIMIT:
         return "…"
-    inside = above | {id(value)}
+    inside = above | {identity}
     if isinstance(value, Mapping):
         pairs = (
             f"{_plain(key, inside)}: {MASK if names_secret(str(key)) else _plain(item, inside)}"

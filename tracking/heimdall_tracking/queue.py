@@ -167,6 +167,8 @@ class MetricQueue:
                 delay = min(2 * delay, RETRY_LIMIT_S)
             else:
                 return
+        with self._changed:
+            self._dropped += len(batch)
 
     def _deliver_apart(self, batch: Sequence[Point], error: Exception) -> None:
         """Find the points that the server refuses, so that one bad point doesn't take its batch along."""

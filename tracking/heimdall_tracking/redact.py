@@ -6,7 +6,11 @@ import re
 from typing import Final
 
 MASK: Final = "***"
-_USERINFO: Final = re.compile(r"(?<=://)[^/?#\s'\"]+@")
+_USERINFO: Final = re.compile(
+    r"(?<=://)(?:[^/?#\s'\"]+"
+    # SQLAlchemy takes passwords with /, ? and # in them; what begins like a port is none.
+    r"|[^/?#\s'\":@]*:(?!\d+[/?#])[^\s'\"]+)@"
+)
 _QUERY: Final = re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|signature|credential|key)[^=&\s]*=)[^&\s'\"]+")
 _SECRET_NAME: Final = re.compile(
     r"(?i)(pass(word|wd|phrase)|secret|(^|[^a-z])token$|(auth|access|api|bearer)[_-]?token|credential"

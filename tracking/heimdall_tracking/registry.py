@@ -74,8 +74,9 @@ def find_version(client: MlflowClient, name: str, run_id: str) -> str | None:
     Raises:
         MlflowException: The server is away or refuses.
     """
-    versions = client.search_model_versions(f"name = '{_quoted(name)}' and run_id = '{run_id}'")
-    numbers = sorted(int(item.version) for item in versions)
+    # Not searched for by name: MLflow's filters know no way to write a quote, and a run has few versions.
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    numbers = sorted(int(item.version) for item in versions if item.name == name)
     return str(numbers[0]) if numbers else None
 
 
@@ -127,12 +128,26 @@ def _create_version(client: MlflowClient, facts: RunFacts, name: str) -> str:
     _ensure_registered_model(client, name)
     version = client.create_model_version(
         name,
-        source=f"models:/{model_id}",
+        source=source_of(client, model_id),
         run_id=facts.run_id,
         model_id=model_id,
         await_creation_for=READY_TIMEOUT_S,
     )
     return str(version.version)
+
+
+def source_of(client: MlflowClient, model_id: str) -> str:
+    """Where a logged model lies, for a new version of it.
+
+    A server looks the model up by its ID. A database that this process opens itself would look it up in MLflow's global
+    tracking URI, which may be another: it is told the place.
+
+    Raises:
+        MlflowException: The server is away, or there is no such model.
+    """
+    if client.tracking_uri.startswith(("http://", "https://")):
+        return f"models:/{model_id}"
+    return str(client.get_logged_model(model_id).artifact_location)
 
 
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:
@@ -169,7 +184,3 @@ def _better(value: float, other: float, mode: str) -> bool:
 
 def _reaches(value: float, threshold: float, mode: str) -> bool:
     return value <= threshold if mode == "min" else value >= threshold
-
-
-def _quoted(text: str) -> str:
-    return text.replace("'", "\\'")

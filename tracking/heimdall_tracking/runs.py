@@ -24,6 +24,7 @@ from heimdall_api.contract import (
     Progress,
     parse_checkpoints,
 )
+from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 
 if TYPE_CHECKING:
@@ -61,7 +62,14 @@ class RunFacts:
 
 
 def ensure_run(
-    client: MlflowClient, *, uid: str, experiment: str, name: str, tags: Mapping[str, str] | None = None
+    client: MlflowClient,
+    *,
+    uid: str,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, str] | None = None,
+    experiment_id: str | None = None,
+    is_fresh: bool = False,
 ) -> RunFacts:
     """Find the run of a TrainingRun by its UID, or create it.
 
@@ -71,6 +79,8 @@ def ensure_run(
         experiment: Name of the experiment; made when missing.
         name: Name of a new run.
         tags: Further tags of a new run.
+        experiment_id: ID of the experiment, where the caller has seen it.
+        is_fresh: Whether the caller knows that nobody can have created the run yet: then it is not searched for.
 
     Returns:
         The run's facts.
@@ -78,11 +88,19 @@ def ensure_run(
     Raises:
         MlflowException: The server is away or refuses.
     """
+    from mlflow.exceptions import MlflowException
+
+    all_tags = {**(tags or {}), TAG_UID: uid}
+    if is_fresh and experiment_id is not None:
+        try:
+            return facts_of(client.create_run(experiment_id, run_name=name, tags=all_tags))
+        except MlflowException as error:
+            if not is_permanent(error):
+                raise
+            # The experiment was deleted since it was seen.
     experiment_id = ensure_experiment(client, experiment)
     found = _find_run(client, uid=uid, experiment_id=experiment_id)
-    if found is None:
-        found = client.create_run(experiment_id, run_name=name, tags={**(tags or {}), TAG_UID: uid})
-    return facts_of(found)
+    return facts_of(found or client.create_run(experiment_id, run_name=name, tags=all_tags))
 
 
 def find_run(client: MlflowClient, *, uid: str, experiment: str) -> RunFacts | None:
@@ -180,13 +198,20 @@ def open_attempt(client: MlflowClient, facts: RunFacts, attempt: int) -> None:
 
 
 def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:
-    """End a run, once: a run that has ended this way is left as it is.
+    """End a run, once: a run that has ended this way, or was deleted, is left as it is.
 
     Raises:
         MlflowException: The server is away or refuses.
     """
-    facts = read_facts(client, run_id)
-    if facts is not None and facts.status != status:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return
+        raise
+    if run.info.lifecycle_stage != "deleted" and run.info.status != status:
         client.set_terminated(run_id, status)
 
 

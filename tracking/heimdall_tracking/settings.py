@@ -23,6 +23,8 @@ class TrackingSettings(BaseSettings):
     """Where runs are tracked. The defaults are for a laptop: SQLite and local files."""
 
     model_config = SettingsConfigDict(
+        # Fields may be given by name. Without a prefix, USERNAME, which many systems set, would be one of the names.
+        env_prefix="HEIMDALL_",
         env_file=".env",
         env_ignore_empty=True,
         extra="ignore",
@@ -34,32 +36,26 @@ class TrackingSettings(BaseSettings):
     tracking_uri: str = Field(
         default="sqlite:///mlflow.db",
         min_length=1,
-        validation_alias=AliasChoices("MLFLOW_TRACKING_URI", "tracking_uri"),
+        validation_alias="MLFLOW_TRACKING_URI",
     )
     """The MLflow server, or a local store."""
-    registry_uri: str = Field(default="", validation_alias=AliasChoices("MLFLOW_REGISTRY_URI", "registry_uri"))
+    registry_uri: str = Field(default="", validation_alias="MLFLOW_REGISTRY_URI")
     """The model registry. Empty: the tracking server's."""
-    username: str = Field(default="", validation_alias=AliasChoices("MLFLOW_TRACKING_USERNAME", "username"))
-    password: SecretStr = Field(
-        default=SecretStr(""), validation_alias=AliasChoices("MLFLOW_TRACKING_PASSWORD", "password")
-    )
+    username: str = Field(default="", validation_alias="MLFLOW_TRACKING_USERNAME")
+    password: SecretStr = Field(default=SecretStr(""), validation_alias="MLFLOW_TRACKING_PASSWORD")
     s3_endpoint_url: str = Field(
         default="",
-        validation_alias=AliasChoices("MLFLOW_S3_ENDPOINT_URL", "HEIMDALL_S3_ENDPOINT_URL", "s3_endpoint_url"),
+        validation_alias=AliasChoices("MLFLOW_S3_ENDPOINT_URL", "HEIMDALL_S3_ENDPOINT_URL"),
     )
     """S3 server of artifacts that are not proxied by MLflow."""
-    backend_store_uri: SecretStr = Field(
-        default=SecretStr(""), validation_alias=AliasChoices("MLFLOW_BACKEND_STORE_URI", "backend_store_uri")
-    )
+    backend_store_uri: SecretStr = Field(default=SecretStr(""), validation_alias="MLFLOW_BACKEND_STORE_URI")
     """Database of a server to be started by hand; a client does not need it."""
     experiment_name: str = Field(
         default="heimdall-localization",
         min_length=1,
-        validation_alias=AliasChoices("MLFLOW_EXPERIMENT_NAME", "experiment_name"),
+        validation_alias="MLFLOW_EXPERIMENT_NAME",
     )
-    run_name_prefix: str = Field(
-        default="rf-localization", validation_alias=AliasChoices("HEIMDALL_RUN_NAME_PREFIX", "run_name_prefix")
-    )
+    run_name_prefix: str = Field(default="rf-localization", validation_alias="HEIMDALL_RUN_NAME_PREFIX")
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
@@ -102,4 +98,8 @@ def load_settings(**overrides: object) -> TrackingSettings:
 
 
 def _where(location: tuple[int | str, ...]) -> str:
-    return str(location[0]) if location else "settings"
+    """The variable of a setting that pydantic names by its field."""
+    name = str(location[0]) if location else "settings"
+    field = TrackingSettings.model_fields.get(name)
+    alias = field.validation_alias if field is not None else None
+    return str(alias.choices[0] if isinstance(alias, AliasChoices) else alias or name)

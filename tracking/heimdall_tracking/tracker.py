@@ -22,10 +22,10 @@ from heimdall_tracking.artifacts import Uploader
 from heimdall_tracking.errors import TrackingError
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
-from heimdall_tracking.params import clean_name, flatten
+from heimdall_tracking.params import clean_name, clean_text, flatten
 from heimdall_tracking.queue import MetricQueue, Point, now_ms
 from heimdall_tracking.redact import redact
-from heimdall_tracking.registry import find_version
+from heimdall_tracking.registry import find_version, source_of
 from heimdall_tracking.runs import FinalStatus
 from heimdall_tracking.settings import TrackingSettings, load_settings
 
@@ -72,6 +72,7 @@ class MLflowTracker:
         self._outbox: Outbox | None = None
         self._uploader: Uploader | None = None
         self._params_put = 0
+        self._undelivered = False
 
     @property
     def client(self) -> MlflowClient:
@@ -163,6 +164,7 @@ class MLflowTracker:
         delivered = self.close(timeout_s)
         self.client.set_terminated(run_id, status)
         self._run_id = None
+        self._undelivered = False
         log.info("run ended", run_id=run_id, status=status, delivered=delivered)
         return delivered
 
@@ -193,11 +195,13 @@ class MLflowTracker:
         Returns:
             Whether everything was delivered.
         """
-        delivered = self.flush(timeout_s)
+        delivered = self.flush(timeout_s) and not self._undelivered
         for part in (self._metrics, self._outbox, self._uploader):
             if part is not None:
                 delivered = part.close(0) and delivered
         self._metrics = self._outbox = self._uploader = None
+        # What was given up stays so: a second call, after the first could not end the run, must not call it delivered.
+        self._undelivered = not delivered
         return delivered
 
     # --- what is logged ------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ class MLflowTracker:
 
     def put_tag(self, name: str, value: object) -> None:
         """Set a tag of the run behind training; of values that wait, only the newest is sent."""
-        run_id, text = self.run_id, redact(value)[:TAG_LIMIT]
+        run_id, text = self.run_id, clean_text(redact(value), TAG_LIMIT)
         self._out().put(f"tag {name}", lambda: self.client.set_tag(run_id, name, text))
 
     def put(self, what: str, call: Any) -> None:
@@ -341,10 +345,12 @@ class MLflowTracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = model_uri
+        source, model_id = model_uri, None
         if model_uri.startswith("runs:/"):
             source = RunsArtifactRepository.get_underlying_uri(model_uri, self.settings.tracking_uri)
-        model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
+        elif model_uri.startswith("models:/m-"):
+            model_id = model_uri.removeprefix("models:/")
+            source = source_of(self.client, model_id)
         version = self.client.create_model_version(
             name, source, self.run_id, model_id=model_id, await_creation_for=timeout_s
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -158,6 +159,7 @@ def load(names: list[str], nodes: list[str]) -> None:
             # All in one archive: what they share is moved once.
             command = [parts.path_of("kind"), "load", "docker-image", *images_of, "--name", NAME]
             run([*command, "--nodes", ",".join(missing)], log=LOGS / "kind.log", env=images.client_environment())
+            _drop_replaced(missing)
 
 
 def image_id(node: str, name: str) -> str | None:
@@ -178,3 +180,13 @@ def image_id(node: str, name: str) -> str | None:
         env=engine.environment(),
     )
     return found.strip() if found else None
+
+
+def _drop_replaced(nodes: Iterable[str]) -> None:
+    """Remove images that lost their name to a newer one: a trainer that nobody can name any more holds gigabytes."""
+    for node in nodes:
+        ctr = [engine.docker(), "exec", node, "ctr", "--namespace", "k8s.io", "images"]
+        listed = read([*ctr, "list", "--quiet"], env=engine.environment()) or ""
+        nameless = [name for name in listed.split() if name.startswith("docker.io/library/import-")]
+        if nameless:
+            read([*ctr, "remove", *nameless], env=engine.environment())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from typing import Any
 
 import pytest
 
 from heimdall_operator.controller import merge_patch
+from heimdall_operator.kube import ConflictError
 from tests.unit.operator.builders import UID
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
 
@@ -167,3 +169,30 @@ def test_a_patch_takes_away_what_is_gone_at_every_depth() -> None:
 
     assert merge_patch(old, new) == {"a": None, "progress": {"step": 2, "estimated": None}, "list": [1]}
     assert merge_patch(new, new) == {}
+
+
+def test_a_state_that_arrives_in_the_middle_of_a_look_is_not_written_over() -> None:
+    """As when two operators are at work: the other one's status comes by the watch while this one waits for MLflow."""
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        behind = controller(world)
+        await behind.refresh()
+        original = behind._mlflow.ensure_run
+
+        async def slowly(observed: Any) -> Any:
+            facts = await original(observed)
+            world.run = world.stamp({**(world.run or {}), "status": {"phase": "Pending", "runID": "theirs"}})
+            behind.store.put(copy.deepcopy(world.run))
+            return facts
+
+        behind._mlflow.ensure_run = slowly  # type: ignore[method-assign]
+        with pytest.raises(ConflictError):
+            await behind.look(KEY)
+
+    asyncio.run(scenario())
+
+    assert world.run is not None
+    assert world.run["status"]["runID"] == "theirs"
+    assert world.jobs == {}

@@ -11,7 +11,6 @@ from heimdall_api.contract import Progress, Reason
 from heimdall_api.types import Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
-    LOST_POD_S,
     POD_VANISHED_S,
     AddFinalizer,
     CreateJob,
@@ -25,7 +24,7 @@ from heimdall_operator.decide import (
     RemoveFinalizer,
     decide,
 )
-from heimdall_operator.observe import Observed
+from heimdall_operator.observe import LOST_POD_S, Observed
 from tests.unit.operator.builders import (
     NOW,
     ago,

@@ -1,0 +1,181 @@
+"""What a TrainingRun may ask for: places, volumes, queues, expiry; and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.e2e.cluster import Cluster, condition, wait_for
+from tests.e2e.conftest import GPU_NODE, RESTRICTED, Mlflow, contract_run, wait_for_step
+
+LIFE_S = 120.0
+QUEUE = "kueue.x-k8s.io/queue-name"
+
+
+def test_a_pod_template_is_merged_into_the_pod(release: Cluster, name: str) -> None:
+    release.kubectl("create", "configmap", f"{name}-mine", "--from-literal=answer=42")
+    release.kubectl("create", "secret", "generic", f"{name}-mine", "--from-literal=MINE=secret")
+    trainer = {
+        "name": "trainer",
+        "env": [{"name": "EXTRA", "value": "1"}],
+        "envFrom": [{"secretRef": {"name": f"{name}-mine"}}],
+        "volumeMounts": [{"name": "mine", "mountPath": "/mine"}],
+    }
+    template = {
+        "metadata": {"labels": {"team": "radio"}},
+        "spec": {
+            "nodeSelector": {"heimdall.dev/gpu": "simulated"},
+            "tolerations": [{"key": "gpu", "operator": "Exists"}],
+            "containers": [trainer],
+            "volumes": [{"name": "mine", "configMap": {"name": f"{name}-mine"}}],
+        },
+    }
+    release.apply(contract_run(name, spec={"podTemplate": template}, steps=3))
+
+    status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
+    pod = release.list("pods", f"training.heimdall.dev/run={name}")[0]
+    release.kubectl("delete", f"configmap/{name}-mine", f"secret/{name}-mine")
+
+    assert status["phase"] == "Succeeded", release.explain(name)
+    assert pod["metadata"]["labels"]["team"] == "radio"
+    assert {"key": "gpu", "operator": "Exists"} in pod["spec"]["tolerations"]
+    container = pod["spec"]["containers"][0]
+    assert {"name": "EXTRA", "value": "1"} in container["env"]
+    assert [item["secretRef"]["name"] for item in container["envFrom"]] == ["heimdall-trainer", f"{name}-mine"]
+    assert {"run-file", "scratch", "shared-memory", "mine"} <= {item["name"] for item in container["volumeMounts"]}
+
+
+def test_a_pod_template_that_breaks_isolation_is_refused(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    template = {"spec": {"hostNetwork": True, "volumes": [{"name": "root", "hostPath": {"path": "/"}}]}}
+    release.apply(contract_run(name, spec={"podTemplate": template}))
+
+    status = release.wait_for_phase(name, "Failed", timeout_s=LIFE_S)
+
+    failed = condition(status, "Failed")
+    assert failed["reason"] == "InvalidConfiguration"
+    assert "spec.podTemplate.spec.hostNetwork: it would break the pod's isolation: remove it" in failed["message"]
+    assert "spec.podTemplate.spec.volumes[root].hostPath" in failed["message"]
+    assert release.list("jobs", f"training.heimdall.dev/run={name}") == []
+    assert [run.info.status for run in mlflow.runs_of(release.training_run(name)["metadata"]["uid"])] == ["FAILED"]
+
+
+def test_a_queue_holds_and_evicts_the_job_and_it_stays_the_same_attempt(
+    release: Cluster, mlflow: Mlflow, name: str
+) -> None:
+    """What Kueue does to a Job, done by hand: it lets it go on certain nodes, takes it back, and lets it go again."""
+    run = contract_run(name, steps=80, stepSeconds=0.2)
+    run["metadata"]["labels"] = {QUEUE: "team-queue", "kueue.x-k8s.io/priority-class": "high"}
+    release.apply(run)
+
+    def admission(reason: str) -> dict[str, Any]:
+        return wait_for(
+            lambda: condition(status := release.status(name), "Admitted").get("reason") == reason and status,
+            what=f"{name} being {reason}",
+            timeout_s=LIFE_S,
+            tell=lambda: release.explain(name),
+        )
+
+    assert admission("Queued")["phase"] == "Pending"
+    job = release.list("jobs", f"training.heimdall.dev/run={name}")[0]
+    assert job["spec"]["suspend"] is True
+    assert {QUEUE: "team-queue", "kueue.x-k8s.io/priority-class": "high"}.items() <= job["metadata"]["labels"].items()
+
+    place = {"spec": {"nodeSelector": {"kubernetes.io/hostname": GPU_NODE}, "tolerations": [{"operator": "Exists"}]}}
+    patch_job(release, name, {"suspend": False, "template": place})
+    assert admission("Admitted")
+    run_id = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)["runID"]
+    wait_for_step(release, mlflow, run_id, 10, LIFE_S)
+
+    patch_job(release, name, {"suspend": True})
+    assert admission("Evicted")["phase"] == "Pending"
+    wait_for(
+        lambda: not release.list("pods", f"training.heimdall.dev/run={name}"), what="the pods' end", timeout_s=LIFE_S
+    )
+    assert release.status(name)["attempts"][0].get("reason") is None
+
+    patch_job(release, name, {"suspend": False})
+    status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
+    assert (status["phase"], status["attempt"], status["runID"]) == ("Succeeded", 1, run_id)
+    assert "steps 0 to" not in release.kubectl("logs", f"job/{name}-a1")
+    assert release.list("jobs", f"training.heimdall.dev/run={name}")[0]["spec"]["template"]["spec"]["nodeSelector"] == {
+        "kubernetes.io/hostname": GPU_NODE
+    }, "what the queue wrote is left alone"
+
+
+def patch_job(release: Cluster, name: str, spec: dict[str, Any]) -> None:
+    release.kubectl("patch", "job", f"{name}-a1", "--type=merge", "-p", json.dumps({"spec": spec}))
+
+
+def test_jobs_and_pods_go_when_their_time_is_over_and_logs_stay(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, spec={"ttlSecondsAfterFinished": 2}, steps=3))
+    before = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+
+    selector = f"training.heimdall.dev/run={name}"
+    wait_for(lambda: not release.list("jobs,pods", selector), what="the end of Jobs and pods", timeout_s=60)
+
+    assert release.status(name) == before
+    run_id, attempt = before["runID"], before["attempts"][0]
+    assert attempt["logs"] == f"runs:/{run_id}/attempts/1"
+    text = read_artifact(mlflow, run_id, f"attempts/1/{attempt['pod']}.log")
+    assert "steps 0 to 3" in text
+    events = [json.loads(line) for line in read_artifact(mlflow, run_id, "attempts/1/events.jsonl").splitlines()]
+    assert {"Scheduled", "SuccessfulCreate", "AttemptStarted"} <= {event["reason"] for event in events}
+
+
+def read_artifact(mlflow: Mlflow, run_id: str, path: str) -> str:
+    """The text of an artifact, through the server (its own addresses lead into the cluster)."""
+    import requests
+
+    answer = requests.get(f"{mlflow.url}/get-artifact", params={"run_uuid": run_id, "path": path}, timeout=30)
+    answer.raise_for_status()
+    return answer.text
+
+
+def test_a_namespace_without_the_secret_says_so(release: Cluster, name: str) -> None:
+    bare = Cluster(release.env, f"{release.namespace}-bare")
+    release.run("kubectl", "create", "namespace", bare.namespace)
+    release.run("kubectl", "label", "namespace", bare.namespace, RESTRICTED)
+    try:
+        bare.apply(contract_run(name, steps=3))
+        said = wait_for(
+            lambda: (
+                "heimdall-trainer" in (words := condition(bare.status(name), "Complete").get("message", "")) and words
+            ),
+            what="a word about the Secret",
+            timeout_s=LIFE_S,
+            tell=lambda: bare.explain(name),
+        )
+        assert 'secret "heimdall-trainer" not found' in said
+
+        bare.kubectl("create", "secret", "generic", "heimdall-trainer", "--from-literal=NOTHING=needed")
+        assert bare.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+        bare.kubectl("delete", "trainingrun", name, "--timeout=120s")
+    finally:
+        release.run("kubectl", "delete", "namespace", bare.namespace, "--timeout=120s")
+
+
+@pytest.mark.parametrize(
+    ("metric", "word"), [("val/loss", "promoted to champion"), ("nowhere", "its nowhere is missing")]
+)
+def test_a_promotion_says_what_decided_it(release: Cluster, name: str, metric: str, word: str) -> None:
+    promotion = {"alias": "champion", "metric": metric, "mode": "min"}
+    spec = {"registration": {"model": name, "aliases": ["candidate"], "promotion": promotion}}
+    release.apply(contract_run(name, spec=spec, steps=3))
+
+    status = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+
+    assert word in condition(status, "ModelRegistered")["message"]
+
+
+def test_a_worse_model_does_not_become_champion(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    spec = {"registration": {"model": name, "promotion": {"metric": "val/loss", "mode": "min"}}}
+    for suffix, steps in (("good", 20), ("bad", 2)):
+        release.apply(contract_run(f"{name}-{suffix}", spec=spec, steps=steps))
+        status = release.wait_for_phase(f"{name}-{suffix}", "Succeeded", timeout_s=LIFE_S)
+        release.kubectl("delete", "trainingrun", f"{name}-{suffix}", "--timeout=120s")
+
+    message = condition(status, "ModelRegistered")["message"]
+    assert "not promoted to champion: val/loss 0.5 does not beat version 1's 0.05" in message
+    assert mlflow.client.get_model_version_by_alias(name, "champion").version == "1"
