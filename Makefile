@@ -49,6 +49,18 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 e2e: venv needs ## The tests on a real cluster alone
 	$(BIN)/pytest tests/e2e
 
+.PHONY: chaos
+chaos: venv needs ## Kill the operator at random for five minutes, take away what it stands on, check everything
+	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 $(BIN)/pytest -s tests/chaos
+
+.PHONY: fuzz
+fuzz: venv needs ## 1,000 generated specs: each refused, failed with a reason, or trained
+	HEIMDALL_FUZZ_SPECS=1000 $(BIN)/pytest -s tests/e2e/test_fuzz.py
+
+.PHONY: bench-operator
+bench-operator: venv needs ## The operator's latency and throughput next to the bare calls
+	$(BIN)/python -m tests.bench.operator
+
 .PHONY: needs
 needs: ## Tell what is missing on this machine, and how to get it
 	@$(PYTHON) hack/needs.py

@@ -174,10 +174,14 @@ class Actor:
     async def _end_run(self, observed: Observed, status: Any, *, insist: bool) -> Observed:
         try:
             facts = await self._mlflow.end_run(observed, status)
-        except Exception:
+        except Exception as error:
             if insist:
                 raise
-            log.exception("MLflow was away for too long: the run is left as it is", run_id=observed.status.run_id)
+            log.warning(
+                "MLflow was away for too long: the run is left as it is",
+                run_id=observed.status.run_id,
+                error=f"{type(error).__name__}: {error}",
+            )
             facts = None
         if facts is None:
             return replace(observed, run=_gone(observed, status))

@@ -95,7 +95,8 @@ def namespace(cluster: Cluster) -> Iterator[None]:
     finally:
         # Finalizers of runs that never ended would keep the namespace.
         subprocess.run(
-            f"kubectl -n {NAMESPACE} get trainingruns -o name | xargs -r -P4 -n50 kubectl -n {NAMESPACE} patch --type=merge"
+            f"kubectl -n {NAMESPACE} get trainingruns -o name"
+            f" | xargs -r -P4 -n50 kubectl -n {NAMESPACE} patch --type=merge"
             """ -p '{"metadata":{"finalizers":null}}'""",
             shell=True,
             env=cluster.env,
@@ -420,9 +421,8 @@ async def operator(tracking_uri: str) -> AsyncIterator[Process]:
     log = ROOT / "build/bench/operator.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "heimdall_operator.main"], env=env, stdout=out, stderr=subprocess.STDOUT
-        )
+        command = [sys.executable, "-m", "heimdall_operator.main"]
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)  # noqa: ASYNC220 - it is brief
     try:
         started = Process(process, f"http://127.0.0.1:{metrics}/metrics")
         await until(lambda: is_up(started), "the operator's metrics", every_s=0.02)

@@ -263,16 +263,17 @@ main()
 def crashing(release: Cluster) -> Iterator[CrashingOperator]:
     release.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "crash"}, "data": {"crash.py": CRASH}})
     yield CrashingOperator(release)
-    release.kubectl("rollout", "undo", "deployment/heimdall-operator", "--to-revision=1")
+    release.kubectl("rollout", "undo", "deployment/heimdall-operator")
     release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
 
 
-def signal_container(release: Cluster, job: str, signal: str) -> None:
+def signal_container(release: Cluster, job: str, signal: str, pod: str = "") -> None:
     """Send a signal to the first process of a Job's pod, from its node: within the container it would be ignored."""
-    pod = release.list("pods", f"batch.kubernetes.io/job-name={job}")[0]
-    container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
+    pods = release.list("pods", f"batch.kubernetes.io/job-name={job}")
+    chosen = next(item for item in pods if pod in ("", item["metadata"]["name"]))
+    container = chosen["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     script = f"kill -{signal} $(crictl inspect --output go-template --template '{{{{.info.pid}}}}' {container})"
-    release.run("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
+    release.run("docker", "exec", chosen["spec"]["nodeName"], "sh", "-c", script)
 
 
 def wait_for_step(release: Cluster, mlflow: Mlflow, run_id: str, step: int, timeout_s: float) -> int:

@@ -252,3 +252,42 @@ def test_a_lightning_module_of_somebody_else_trains(release: Cluster, mlflow: Ml
     run_found = mlflow.client.get_run(status["runID"])
     assert run_found.info.status == "FINISHED"
     assert parse_checkpoints(run_found.data.tags["heimdall.checkpoints"])
+
+
+def test_two_workers_train_together_and_go_on_when_one_is_killed(
+    release: Cluster, mlflow: Mlflow, recordings: None, name: str
+) -> None:
+    del recordings
+    run = example(name, epochs=3, batchSize=8, checkpoints={"keep": 1, "everyMinutes": 0.05})
+    run["spec"]["model"]["backbone"] = "resnet10t"
+    run["spec"]["resources"] |= {"workers": 2, "memory": "3Gi", "cpu": "500m"}
+    release.apply(run)
+    status = release.wait_for_phase(name, "Running", "Failed", timeout_s=TRAINING_S)
+    run_id = status["runID"]
+    pods = release.list("pods", f"training.heimdall.dev/run={name}")
+    assert sorted(pod["spec"]["hostname"] for pod in pods) == [f"{name}-a1-0", f"{name}-a1-1"]
+
+    def checkpointed() -> int | None:
+        listed = parse_checkpoints(mlflow.client.get_run(run_id).data.tags.get("heimdall.checkpoints"))
+        return listed[-1].step if listed else None
+
+    step = wait_for(checkpointed, what="a checkpoint", timeout_s=TRAINING_S, tell=lambda: release.explain(name))
+    second = next(pod["metadata"]["name"] for pod in pods if pod["spec"]["hostname"].endswith("-1"))
+    signal_container(release, f"{name}-a1", "KILL", pod=second)
+
+    done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
+
+    assert done["phase"] == "Succeeded", release.explain(name)
+    assert [item["number"] for item in done["attempts"]] == [1, 2]
+    assert (done["attempts"][0]["reason"], done["attempts"][0]["exitCode"]) == ("Killed", 137)
+    parameters = mlflow.client.get_run(run_id).data.params
+    assert (parameters["environment.devices"], parameters["resources.workers"]) == ("2", "2")
+    first = next(
+        pod["metadata"]["name"]
+        for pod in release.list("pods", f"batch.kubernetes.io/job-name={name}-a2")
+        if pod["spec"]["hostname"].endswith("-0")
+    )
+    log = release.kubectl("logs", first)
+    resumed = next(json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
+    assert resumed["step"] >= step > 0
+    assert len(mlflow.versions_of("heimdall-localizer", run_id)) == 1

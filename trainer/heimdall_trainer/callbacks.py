@@ -29,6 +29,9 @@ LINE_EVERY_S: Final = 10.0
 SIGTERM_TIMEOUT_S: Final = 40.0
 """How long the last checkpoint's upload may take: the pod's grace period is 60 s."""
 
+VALIDATION_GRACE_S: Final = 10.0
+"""How long a validation may go on after SIGTERM. One that is broken off is not made up for later."""
+
 log = structlog.get_logger()
 
 
@@ -45,6 +48,7 @@ class Checkpointing:
         self._last_step = -1
         self._in_loop = False
         self._asked_to_stop = False
+        self._asked_at = 0.0
 
     def watch_sigterm(self) -> None:
         """From here on SIGTERM ends training at the next step; outside of the loop, at once."""
@@ -52,6 +56,8 @@ class Checkpointing:
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
+        if not self._asked_to_stop:
+            self._asked_at = time.monotonic()
         self._asked_to_stop = True
         if not self._in_loop:
             raise TerminatedError("Asked to end (SIGTERM) outside of the training loop.")
@@ -61,8 +67,15 @@ class Checkpointing:
         del pl_module
         self._last_step = trainer.global_step
         self._in_loop = True
+        self._restore_loaders(trainer.fit_loop)
         if threading.current_thread() is threading.main_thread():
             self.watch_sigterm()
+
+    def _restore_loaders(self, loop: Any) -> None:
+        # Lightning leaves the data loaders' states out where `configure_optimizers` has asked for the number of steps.
+        if loop._combined_loader_states_to_load:  # noqa: SLF001 - there is no other way
+            loop._load_combined_loader_states()  # noqa: SLF001
+            iter(loop._data_fetcher)  # noqa: SLF001
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The loop is over."""
@@ -76,21 +89,26 @@ class Checkpointing:
             raise self._publisher.fence
         due = trainer.is_global_zero and time.monotonic() - self._last_time >= self._every_s
         stop, save = group.any_of([self._asked_to_stop, due], trainer)
-        if stop:
+        # Not between an epoch's last step and its validation: going on from there would leave the validation out.
+        if stop and not trainer.is_last_batch:
+            # Lightning logs a step's metrics after this hook, which it won't get past.
+            trainer._logger_connector.update_train_step_metrics()  # noqa: SLF001 - there is no other way
             self._stop(trainer)
         elif save:
             self._save(trainer, metric=None)
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-        """Stop if asked to; a group stops at its next training step, where all can agree on it."""
-        if self._asked_to_stop and not trainer.sanity_checking and group.world_size() == 1:
+        """Stop if asked to and there is no end in sight; a group stops after it, where all can agree on it."""
+        if not self._asked_to_stop or trainer.sanity_checking or group.world_size() > 1:
+            return
+        if time.monotonic() - self._asked_at >= VALIDATION_GRACE_S:
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """An epoch is over, its validation included."""
         del pl_module
         value = trainer.callback_metrics.get(self._monitor)
-        self._save(trainer, metric=None if value is None else float(value))
+        self._save(trainer, metric=None if value is None else float(value), suffix="-end")
         if group.any_of([self._asked_to_stop], trainer)[0]:
             self._stop(trainer)
 
@@ -101,9 +119,11 @@ class Checkpointing:
         fate = "was delivered" if delivered else "could not be delivered in time; an older one is used"
         raise TerminatedError(f"Asked to end (SIGTERM) at step {trainer.global_step}; its checkpoint {fate}.")
 
-    def _save(self, trainer: Any, metric: float | None) -> None:
+    def _save(self, trainer: Any, metric: float | None, suffix: str = "") -> None:
         step = int(trainer.global_step)
-        file = self._folder / f"step-{step:08}-attempt-{self._attempt}-epoch-{trainer.current_epoch:04}.ckpt"
+        # A name of its own for an epoch's end: its last step may have a checkpoint already, which is being uploaded.
+        name = f"step-{step:08}-attempt-{self._attempt}-epoch-{trainer.current_epoch:04}{suffix}.ckpt"
+        file = self._folder / name
         trainer.save_checkpoint(file)
         self._last_time, self._last_step = time.monotonic(), step
         if trainer.is_global_zero:

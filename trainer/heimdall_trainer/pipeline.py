@@ -110,14 +110,17 @@ class TrainingPipeline:
             self.module = construct(found, model.args or {}, "spec.model.args")
         else:
             from heimdall_trainer.model.module import LocalizationModule
+            from heimdall_trainer.model.weights import find_weights
 
+            backbone = model.backbone or DEFAULT_BACKBONE
             self.module = LocalizationModule(
-                model.backbone or DEFAULT_BACKBONE,
+                backbone,
                 pretrained=model.pretrained,
                 freeze_backbone=model.freeze_backbone,
                 learning_rate=training.learning_rate,
                 weight_decay=training.weight_decay,
                 loss=training.loss,
+                weights=find_weights(load_data_settings(), backbone) if model.pretrained else None,
             )
         return self.module
 
