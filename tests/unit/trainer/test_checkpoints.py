@@ -1,0 +1,289 @@
+"""Which checkpoints stay, and how they are published."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints, parse_checkpoints
+from heimdall_tracking import MLflowTracker, load_settings
+from heimdall_trainer import checkpoints
+from heimdall_trainer.checkpoints import CheckpointPublisher, retained
+from heimdall_trainer.errors import FencedError
+
+# MLflow's own use of SQLAlchemy, not ours.
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+TIMEOUT_S = 60
+
+
+def listed(step: int, metric: float | None) -> Checkpoint:
+    return Checkpoint(
+        step=step, path=f"checkpoints/{step}", sha256="", size=1, time=datetime(2026, 1, 1, tzinfo=UTC), metric=metric
+    )
+
+
+METRICS = st.lists(st.none() | st.floats(-10, 10), min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(metrics=METRICS, keep=st.integers(1, 5), mode=st.sampled_from(["min", "max"]))
+def test_the_newest_and_the_best_stay_and_nothing_else(
+    metrics: list[float | None], keep: int, mode: Literal["min", "max"]
+) -> None:
+    every = [listed(step, metric) for step, metric in enumerate(metrics)]
+    stay, go = retained(every, keep=keep, mode=mode)
+    assert sorted(item.step for item in [*stay, *go]) == [item.step for item in every]
+    assert [item.step for item in stay] == sorted(item.step for item in stay)
+    assert stay[-1].step == every[-1].step
+    assert [item.last for item in stay] == [False] * (len(stay) - 1) + [True]
+    known = sorted((item for item in every if item.metric is not None), key=lambda item: item.metric or 0.0)
+    best = known[:keep] if mode == "min" else known[::-1][:keep]
+    assert [item.metric for item in best] == sorted(
+        [item.metric for item in stay if item.metric is not None], reverse=mode == "max"
+    )[: len(best)]
+    assert len(stay) <= keep + 1
+    assert all(item.metric is not None for item in stay[:-1])
+
+
+@settings(deadline=None)
+@given(metrics=METRICS, keep=st.integers(1, 5))
+def test_one_after_another_is_the_same_as_all_at_once(metrics: list[float | None], keep: int) -> None:
+    every = [listed(step, metric) for step, metric in enumerate(metrics)]
+    stay: list[Checkpoint] = []
+    for item in every:
+        stay, _ = retained([*stay, item], keep=keep, mode="min")
+    assert stay == retained(every, keep=keep, mode="min")[0]
+
+
+class FakeTracker:
+    """A run that remembers what was done to it, in which order; it is its own client."""
+
+    def __init__(self, tags: dict[str, str] | None = None) -> None:
+        self.client = self
+        self.run_id = "run"
+        self.settings = SimpleNamespace(tracking_uri="sqlite://")
+        self.tags = dict(tags or {})
+        self.done: list[str] = []
+        self.before_upload: Callable[[str], None] = lambda name: None
+
+    def get_run(self, run_id: str) -> Any:
+        return SimpleNamespace(
+            data=SimpleNamespace(tags=dict(self.tags)), info=SimpleNamespace(artifact_uri="file:///nowhere")
+        )
+
+    def log_artifact(self, run_id: str, file: str, folder: str) -> None:
+        name = Path(file).name
+        self.before_upload(name)
+        self.done.append(f"uploaded {name}")
+
+    def flush_metrics(self, timeout_s: float) -> bool:
+        self.done.append("metrics delivered")
+        return True
+
+    def set_tag(self, name: str, value: str) -> None:
+        self.tags[name] = value
+        self.done.append(f"named {parse_checkpoints(value)[-1].path}")
+
+
+Publish = Callable[..., CheckpointPublisher]
+
+
+@pytest.fixture
+def publish() -> Iterator[Publish]:
+    """Makes publishers, which are closed at the end."""
+    made: list[CheckpointPublisher] = []
+
+    def make(tracker: Any, *, attempt: int = 1, keep: int = 3, fenced: bool = True) -> CheckpointPublisher:
+        made.append(CheckpointPublisher(tracker, attempt=attempt, keep=keep, mode="min", fenced=fenced))
+        return made[-1]
+
+    yield make
+    for publisher in made:
+        publisher.close()
+
+
+def checkpoint_file(folder: Path, name: str) -> Path:
+    file = folder / name
+    file.write_bytes(name.encode() * 100)
+    return file
+
+
+def submit(publisher: CheckpointPublisher, folder: Path, step: int, metric: float | None = None) -> None:
+    publisher.submit(checkpoint_file(folder, f"step-{step}.ckpt"), step=step, epoch=0, metric=metric)
+
+
+def test_a_checkpoint_is_named_only_after_its_bytes_and_metrics_are_there(publish: Publish, tmp_path: Path) -> None:
+    tracker = FakeTracker()
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1, metric=0.5)
+    assert publisher.flush(TIMEOUT_S)
+    assert tracker.done == ["uploaded step-1.ckpt", "metrics delivered", "named checkpoints/step-1.ckpt"]
+    (named,) = parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])
+    content = (tmp_path / "step-1.ckpt").read_bytes()
+    assert (named.step, named.metric, named.last) == (1, 0.5, True)
+    assert (named.size, named.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_an_upload_that_fails_names_nothing_and_is_tried_again(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "RETRY_S", 0.0)
+    tracker, failures = FakeTracker(), iter([True, True])
+
+    def fail_twice(name: str) -> None:
+        assert TAG_CHECKPOINTS not in tracker.tags
+        if next(failures, False):
+            raise ConnectionError("the server is away")
+
+    tracker.before_upload = fail_twice
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1)
+    assert publisher.flush(TIMEOUT_S)
+    assert [item.step for item in parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])] == [1]
+
+
+def test_handing_over_never_waits_and_of_many_the_newest_are_published(publish: Publish, tmp_path: Path) -> None:
+    tracker, held, go_on = FakeTracker(), threading.Event(), threading.Event()
+
+    def hold(name: str) -> None:
+        held.set()
+        assert go_on.wait(TIMEOUT_S)
+
+    tracker.before_upload = hold
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1)
+    assert held.wait(TIMEOUT_S)
+    for step in (2, 3, 4):
+        submit(publisher, tmp_path, step)
+    assert not publisher.flush(0)
+    go_on.set()
+    assert publisher.flush(TIMEOUT_S)
+    assert [line for line in tracker.done if line.startswith("uploaded")] == [
+        f"uploaded step-{step}.ckpt" for step in (1, 3, 4)
+    ]
+    assert not (tmp_path / "step-2.ckpt").exists()
+
+
+def test_a_metric_that_is_no_number_counts_as_none(publish: Publish, tmp_path: Path) -> None:
+    publisher = publish(FakeTracker())
+    submit(publisher, tmp_path, 1, metric=0.5)
+    submit(publisher, tmp_path, 2, metric=float("nan"))
+    assert publisher.flush(TIMEOUT_S)
+    assert [item.metric for item in publisher.listed] == [0.5, None]
+    best = publisher.best()
+    assert best is not None
+    assert best.step == 1
+
+
+def test_a_newer_attempt_stops_an_older_one_from_publishing(publish: Publish, tmp_path: Path) -> None:
+    tracker = FakeTracker({TAG_ATTEMPT: "2"})
+    publisher = publish(tracker, attempt=1)
+    submit(publisher, tmp_path, 1)
+    assert not publisher.flush(TIMEOUT_S)
+    assert isinstance(publisher.fence, FencedError)
+    assert "attempt 2 has taken over" in str(publisher.fence)
+    assert tracker.done == []
+
+
+def test_an_attempt_that_is_overtaken_during_its_upload_names_nothing(publish: Publish, tmp_path: Path) -> None:
+    tracker = FakeTracker({TAG_ATTEMPT: "1"})
+    tracker.before_upload = lambda name: tracker.tags.update({TAG_ATTEMPT: "2"})
+    publisher = publish(tracker, attempt=1)
+    submit(publisher, tmp_path, 1)
+    assert not publisher.flush(TIMEOUT_S)
+    assert publisher.fence is not None
+    assert TAG_CHECKPOINTS not in tracker.tags
+
+
+@pytest.mark.parametrize(("attempt", "fenced"), [(2, True), (3, True), (1, False)])
+def test_the_newest_attempt_and_one_without_an_operator_publish(
+    attempt: int, fenced: bool, publish: Publish, tmp_path: Path
+) -> None:
+    publisher = publish(FakeTracker({TAG_ATTEMPT: "2"}), attempt=attempt, fenced=fenced)
+    publisher.check_fence()
+    submit(publisher, tmp_path, 1)
+    assert publisher.flush(TIMEOUT_S)
+
+
+# --- against a real MLflow ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracker(mlflow_uri: str) -> Iterator[MLflowTracker]:
+    tracker = MLflowTracker(load_settings(tracking_uri=mlflow_uri))
+    tracker.start_run()
+    yield tracker
+    tracker.close(0)
+
+
+def artifacts(tracker: MLflowTracker) -> list[str]:
+    return sorted(item.path for item in tracker.client.list_artifacts(tracker.run_id, "checkpoints"))
+
+
+def named(tracker: MLflowTracker) -> list[str]:
+    tag = tracker.client.get_run(tracker.run_id).data.tags[TAG_CHECKPOINTS]
+    return [item.path for item in parse_checkpoints(tag)]
+
+
+def test_what_is_no_longer_named_is_removed(tracker: MLflowTracker, publish: Publish, tmp_path: Path) -> None:
+    publisher = publish(tracker, keep=1)
+    for step, metric in ((1, 0.9), (2, 0.5), (3, 0.7), (4, 0.8)):
+        submit(publisher, tmp_path, step, metric)
+        assert publisher.flush(TIMEOUT_S)
+    assert named(tracker) == ["checkpoints/step-2.ckpt", "checkpoints/step-4.ckpt"]
+    assert artifacts(tracker) == named(tracker)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-2.ckpt", "step-4.ckpt"]
+
+
+def test_the_next_attempt_goes_on_from_the_last_one_and_keeps_the_best(
+    tracker: MLflowTracker, publish: Publish, tmp_path: Path
+) -> None:
+    first = publish(tracker, keep=1)
+    for step, metric in ((1, 0.5), (2, 0.9)):
+        submit(first, tmp_path, step, metric)
+        assert first.flush(TIMEOUT_S)
+    second = publish(tracker, attempt=2, keep=1)
+    file = second.newest_file(tmp_path / "resumed")
+    assert file is not None
+    assert file.read_bytes() == b"step-2.ckpt" * 100
+    submit(second, tmp_path, 3, 0.8)
+    assert second.flush(TIMEOUT_S)
+    assert named(tracker) == ["checkpoints/step-1.ckpt", "checkpoints/step-3.ckpt"]
+
+
+def test_a_checkpoint_that_is_not_what_was_uploaded_is_left_out_for_an_older_one(
+    tracker: MLflowTracker, publish: Publish, tmp_path: Path
+) -> None:
+    first = publish(tracker)
+    for step in (1, 2):
+        submit(first, tmp_path, step, metric=float(step))
+        assert first.flush(TIMEOUT_S)
+    where = tracker.client.get_run(tracker.run_id).info.artifact_uri.removeprefix("file://")
+    (Path(where) / "checkpoints/step-2.ckpt").write_bytes(b"half of it")
+    file = publish(tracker, attempt=2).newest_file(tmp_path / "resumed")
+    assert file is not None
+    assert file.read_bytes() == b"step-1.ckpt" * 100
+    shutil.rmtree(where)
+
+
+def test_without_checkpoints_there_is_nothing_to_go_on_from(
+    tracker: MLflowTracker, publish: Publish, tmp_path: Path
+) -> None:
+    publisher = publish(tracker)
+    assert publisher.newest_file(tmp_path) is None
+    assert publisher.best() is None
+
+
+def test_a_list_of_checkpoints_comes_back_from_its_tag() -> None:
+    every = [listed(1, 0.5), listed(2, None)]
+    assert parse_checkpoints(format_checkpoints(every)) == every

@@ -1,0 +1,171 @@
+"""From files and flags to a TrainingRun."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from heimdall_api.types import TrainingRun
+from heimdall_trainer import cli
+from heimdall_trainer.config import load_training_config, override, parse
+from heimdall_trainer.errors import ConfigurationError
+
+TRAINING = {"epochs": 3, "learningRate": 2.0e-4}
+SPEC = {"model": {"backbone": "resnet50"}, "training": TRAINING}
+RUN = {
+    "apiVersion": "training.heimdall.dev/v1alpha1",
+    "kind": "TrainingRun",
+    "metadata": {"name": "locate", "namespace": "team", "labels": {"app": "x"}},
+    "spec": SPEC,
+}
+
+
+def written(text: str, name: str = "file.yaml") -> Path:
+    file = Path(name)
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", yaml.safe_dump(RUN)),
+        ("run.json", json.dumps(RUN)),
+        ("tabs.json", json.dumps(RUN, indent="\t")),
+        ("text-with-scientific-numbers.yaml", yaml.safe_dump(RUN).replace("0.0002", "2e-4")),
+    ],
+)
+def test_a_training_run_is_read_from_yaml_and_json(name: str, text: str) -> None:
+    run = load_training_config(written(text, name))
+    assert run.metadata.name == "locate"
+    assert run.metadata.namespace == "team"
+    assert run.spec.model.backbone == "resnet50"
+    assert run.spec.training.learning_rate == 2.0e-4
+    assert run.spec.training.batch_size == 32
+
+
+@pytest.mark.parametrize("document", [SPEC, TRAINING])
+def test_a_bare_spec_and_its_bare_training_part_will_do(document: dict[str, Any]) -> None:
+    run = load_training_config(written(yaml.safe_dump(document), "quick.yaml"))
+    assert run.metadata.name == "quick"
+    assert run.spec.training.epochs == 3
+
+
+def test_every_field_of_a_spec_tells_a_bare_spec() -> None:
+    assert parse({"activeDeadlineSeconds": 60}).spec.active_deadline_seconds == 60
+
+
+def test_a_training_run_without_a_spec_has_the_defaults() -> None:
+    run = parse({name: value for name, value in RUN.items() if name != "spec"})
+    assert run.metadata.name == "locate"
+    assert run.spec == TrainingRun(metadata=run.metadata).spec
+
+
+@pytest.mark.parametrize(
+    ("document", "field"),
+    [
+        ({"training": {"epochs": "many"}}, "spec.training.epochs"),
+        ({"training": {"epochs": 0}}, "spec.training.epochs"),
+        ({"training": {"epoch": 3}}, "spec.training.epoch"),
+        ({"epochs": 3, "batchSize": -1}, "spec.training.batchSize"),
+        ({"metadata": {}, "spec": {}}, "metadata.name"),
+        ({"model": "resnet50"}, "spec.model"),
+    ],
+)
+def test_an_error_names_the_field(document: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^{field}: "):
+        load_training_config(written(yaml.safe_dump(document)))
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(ConfigurationError, match=r"epochs.*batchSize"):
+        parse({"training": {"epochs": 0, "batchSize": 0}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "neither YAML nor JSON"), ("- 1\n", "holds no TrainingRun"), ("", "holds no TrainingRun")],
+)
+def test_what_is_no_training_run_is_refused_by_its_name(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"file\.yaml.*{message}"):
+        load_training_config(written(text))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml can't be read: No such file"):
+        load_training_config("nowhere.yaml")
+
+
+def test_a_file_that_is_no_text_is_refused() -> None:
+    Path("model.ckpt").write_bytes(b"\x80\x02\xff\xfe")
+    with pytest.raises(ConfigurationError, match=r"model\.ckpt"):
+        load_training_config("model.ckpt")
+
+
+def test_a_flag_beats_the_file_and_the_file_beats_the_default() -> None:
+    run = override(parse(RUN), {"training.epochs": 9, "training.batchSize": None, "model.pretrained": True})
+    assert run.spec.training.epochs == 9
+    assert run.spec.training.learning_rate == 2.0e-4
+    assert run.spec.training.batch_size == 32
+    assert run.spec.model.pretrained
+    assert run.metadata == parse(RUN).metadata
+
+
+def test_a_flag_that_can_not_be_used_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"spec\.training\.epochs"):
+        override(parse(RUN), {"training.epochs": 0})
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainingRun, Path]]:
+    """What the command line would train, and where."""
+    calls: list[tuple[TrainingRun, Path]] = []
+    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr(cli, "_train_locally", lambda run, output_dir: calls.append((run, output_dir)))
+    return calls
+
+
+def call(*arguments: str) -> None:
+    parsed = cli._parser().parse_args(arguments)
+    parsed.call(parsed)
+
+
+def test_the_train_command_s_flags_beat_its_file(trained: list[tuple[TrainingRun, Path]]) -> None:
+    file = written(yaml.safe_dump(RUN))
+    flags = "--backbone vit_base_patch16_224 --pretrained --freeze-backbone --batch-size 4 --epochs 5 --run-name mine"
+    call("train", "--config", str(file), *flags.split(), "--output-dir", "out")
+    ((run, output_dir),) = trained
+    assert (run.spec.model.backbone, run.spec.model.pretrained, run.spec.model.freeze_backbone) == (
+        "vit_base_patch16_224",
+        True,
+        True,
+    )
+    assert (run.spec.training.batch_size, run.spec.training.epochs) == (4, 5)
+    assert run.spec.training.learning_rate == 2.0e-4
+    assert run.spec.tracking.run_name == "mine"
+    assert output_dir == Path("out")
+
+
+def test_a_flag_can_switch_off_what_the_file_switches_on(trained: list[tuple[TrainingRun, Path]]) -> None:
+    file = written(yaml.safe_dump({"model": {"pretrained": True, "freezeBackbone": True}}))
+    call("train", "--config", str(file), "--no-pretrained", "--no-freeze-backbone")
+    ((run, _),) = trained
+    assert not run.spec.model.pretrained
+    assert not run.spec.model.freeze_backbone
+
+
+def test_the_train_command_without_file_and_flags_has_the_defaults(trained: list[tuple[TrainingRun, Path]]) -> None:
+    call("train", "--learning-rate", "0.01")
+    ((run, output_dir),) = trained
+    assert run.spec.training.learning_rate == 0.01
+    assert run.spec.training.epochs == 100
+    assert output_dir == Path("outputs")
+
+
+def test_the_validate_command_says_that_a_file_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    call("validate", "-f", str(written(yaml.safe_dump(RUN))))
+    assert capsys.readouterr().out == "file.yaml: locate is valid\n"

@@ -1,0 +1,218 @@
+"""Samples, batches, features and their cache."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from heimdall_api.types import DataSpec
+from heimdall_trainer.data.augment import Augmentation
+from heimdall_trainer.data.dataset import HeimdallDataset, collate
+from heimdall_trainer.data.features import FeatureSource, Problem, keep_readable
+from heimdall_trainer.data.geo import to_geographic
+from heimdall_trainer.data.module import HeimdallDataModule
+from heimdall_trainer.data.recordings import RecordingStore
+from heimdall_trainer.data.sessions import SessionStore, Transmission
+from heimdall_trainer.data.spectrogram import SHAPE, mel_spectrogram
+from heimdall_trainer.errors import ConfigurationError, DataError
+from heimdall_trainer.settings import DataSettings
+from tests.unit.trainer.builders import SESSIONS, DrawnFeatures, data_settings, transmission
+
+TRANSMISSIONS = SESSIONS["sessions"] * SESSIONS["transmissions_per_session"]
+
+
+def drawn(count: int = 3, *, receivers: int = 3, augmentation: Augmentation | None = None) -> HeimdallDataset:
+    sent = [transmission(number, receivers=receivers) for number in range(count)]
+    return HeimdallDataset(sent, DrawnFeatures(), augmentation=augmentation, seed=5)
+
+
+@pytest.fixture
+def mine(recorded: DataSettings, tmp_path: Path) -> DataSettings:
+    """A copy of the shared recordings, to be spoiled."""
+    shutil.copytree(Path(recorded.recordings_url.removeprefix("file:")), tmp_path / "recordings")
+    shutil.copy(Path(recorded.recordings_url.removeprefix("file:")).parent / "heimdall.db", tmp_path)
+    return data_settings(tmp_path)
+
+
+def sent_of(settings: DataSettings) -> list[Transmission]:
+    database = SessionStore.open(settings)
+    try:
+        return database.transmissions(database.approved())
+    finally:
+        database.close()
+
+
+def data_file(settings: DataSettings, sent: Transmission, index: int) -> Path:
+    root = Path(settings.recordings_url.removeprefix("file:"))
+    return (root / sent.recordings[index].object_key).with_suffix(".sigmf-data")
+
+
+def test_a_sample_holds_what_each_receiver_heard_and_where_everything_was() -> None:
+    dataset = drawn()
+    sample, sent = dataset[1], dataset.transmissions[1]
+    assert tuple(sample["spectrograms"].shape) == (3, *SHAPE)
+    assert np.array_equal(sample["spectrograms"][2].numpy(), DrawnFeatures().get(sent.recordings[2]))
+    back = to_geographic(sample["receivers"].numpy(), sent.origin)
+    assert back[2] == pytest.approx([sent.recordings[2].receiver.latitude, sent.recordings[2].receiver.longitude])
+    assert to_geographic(sample["position"].numpy(), sent.origin) == pytest.approx([sent.latitude, sent.longitude])
+    assert sample["origin"].tolist() == list(sent.origin)
+    assert sample["receivers"].dtype == sample["position"].dtype == torch.float32
+    assert "mask" not in sample
+
+
+def test_the_dataset_of_a_database_holds_all_approved_sessions(recorded: DataSettings) -> None:
+    dataset = HeimdallDataset.open(recorded)
+    assert len(dataset) == TRANSMISSIONS
+    recording = dataset.transmissions[0].recordings[0]
+    samples = torch.from_numpy(RecordingStore.open(recorded).read(recording))
+    assert torch.equal(dataset[0]["spectrograms"][0], mel_spectrogram(samples))
+
+
+def test_the_dataset_of_some_sessions_holds_those_alone(recorded: DataSettings) -> None:
+    dataset = HeimdallDataset.open(recorded, ["generated-7-001"])
+    assert {sent.session_id for sent in dataset.transmissions} == {"generated-7-001"}
+
+
+def test_without_augmentation_a_sample_is_always_the_same() -> None:
+    dataset = drawn()
+    first = dataset[0]
+    dataset.set_epoch(3)
+    assert all(torch.equal(first[name], dataset[0][name]) for name in first)  # type: ignore[literal-required]
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
+    dataset, again = (drawn(augmentation=Augmentation()) for _ in range(2))
+    first = dataset[1]["position"]
+    assert torch.equal(first, again[1]["position"])
+    dataset.set_epoch(1)
+    assert not torch.equal(first, dataset[1]["position"])
+    dataset.set_epoch(0)
+    _ = dataset[0]
+    assert torch.equal(first, dataset[1]["position"])
+
+
+def test_a_batch_is_padded_to_its_largest_sample_and_says_so() -> None:
+    few, many = drawn(1, receivers=2)[0], drawn(1, receivers=4)[0]
+    batch = collate([few, many])
+    assert tuple(batch["spectrograms"].shape) == (2, 4, *SHAPE)
+    assert batch["mask"].tolist() == [[True, True, False, False], [True, True, True, True]]
+    assert torch.equal(batch["spectrograms"][0, :2], few["spectrograms"])
+    assert torch.equal(batch["receivers"][1], many["receivers"])
+    assert not batch["spectrograms"][0, 2:].any()
+    assert not batch["receivers"][0, 2:].any()
+    assert torch.equal(batch["position"], torch.stack([few["position"], many["position"]]))
+    assert batch["origin"].dtype == torch.float64
+
+
+def test_features_are_computed_once(mine: DataSettings) -> None:
+    source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
+    first = source.get(recording)
+    shutil.rmtree(Path(mine.recordings_url.removeprefix("file:")))
+    assert np.array_equal(FeatureSource.open(mine).get(recording), first)
+
+
+def test_features_of_other_content_scale_or_parameters_are_not_taken_for_the_same(mine: DataSettings) -> None:
+    source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
+    source.get(recording)
+    for other in (replace(recording, sha256="0" * 64), replace(recording, full_scale_dbm=-1.0)):
+        assert source.check(other) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY cut short", b"no array at all"])
+def test_a_cache_entry_that_is_broken_is_computed_again(mine: DataSettings, content: bytes) -> None:
+    source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
+    first = source.get(recording)
+    (entry,) = mine.cache_dir.rglob("*.npy")
+    entry.write_bytes(content)
+    assert np.array_equal(source.get(recording), first)
+    assert len(entry.read_bytes()) > first.nbytes
+
+
+def test_recordings_that_can_not_be_read_are_reported_and_left_out(mine: DataSettings) -> None:
+    sent, problems = sent_of(mine), list[Problem]()
+    data_file(mine, sent[0], 1).unlink()
+    for index in range(SESSIONS["receivers"]):
+        data_file(mine, sent[1], index).write_bytes(b"")
+    kept = keep_readable(sent, FeatureSource.open(mine), skip_limit=0.1, threads=2, report=problems.append)
+    assert [each.receiver.receiver_id for each in kept[0].recordings] == ["rx0", "rx2"]
+    assert [item.id for item in kept] == [item.id for item in sent if item.id != sent[1].id]
+    assert [str(problem).split(":")[0] for problem in problems] == [
+        "session generated-7-000, transmission generated-7-000-0000, receiver rx1",
+        "session generated-7-000, transmission generated-7-000-0001, receiver rx0",
+        "session generated-7-000, transmission generated-7-000-0001, receiver rx1",
+        "session generated-7-000, transmission generated-7-000-0001, receiver rx2",
+    ]
+
+
+def test_more_unreadable_recordings_than_the_limit_are_an_error_that_names_them(mine: DataSettings) -> None:
+    sent = sent_of(mine)
+    for item in sent[:4]:
+        data_file(mine, item, 0).unlink()
+    with pytest.raises(DataError, match=r"^4 of 60 .*HEIMDALL_SKIP_LIMIT=0\.05 allows: session generated-7-000, trans"):
+        HeimdallDataset.open(mine)
+
+
+def test_exactly_as_many_as_the_limit_allows_are_no_error(mine: DataSettings) -> None:
+    for item in sent_of(mine)[:3]:
+        data_file(mine, item, 0).unlink()
+    assert len(HeimdallDataset.open(mine)) == TRANSMISSIONS
+
+
+def test_a_recording_too_short_for_a_spectrogram_is_reported_as_such(recorded: DataSettings, tmp_path: Path) -> None:
+    from heimdall_trainer.data.generator import generate
+
+    settings = data_settings(tmp_path)
+    generate(settings, sessions=1, transmissions_per_session=1, receivers=1, samples=100, report=lambda _: None)
+    (recording,) = sent_of(settings)[0].recordings
+    assert FeatureSource.open(settings).check(recording) == "100 samples are too few: 543 are the least"
+
+
+def test_the_data_module_divides_by_session(recorded: DataSettings) -> None:
+    data = HeimdallDataModule(recorded, DataSpec(), batch_size=4)
+    data.setup()
+    loaders = {"train": data.train_dataloader(), "validation": data.val_dataloader(), "test": data.test_dataloader()}
+    seen = {
+        side: {sent.session_id for sent in loader.dataset.transmissions}  # type: ignore[union-attr, attr-defined]
+        for side, loader in loaders.items()
+    }
+    assert seen == {side: set(getattr(data.split, side)) for side in seen}
+    assert sum(len(ids) for ids in seen.values()) == SESSIONS["sessions"]
+    assert len(set.union(*seen.values())) == SESSIONS["sessions"]
+
+
+def test_only_training_samples_are_augmented(recorded: DataSettings) -> None:
+    data = HeimdallDataModule(recorded, DataSpec(), batch_size=4)
+    for loader, changes in ((data.train_dataloader(), True), (data.val_dataloader(), False)):
+        positions = []
+        for epoch in (0, 1):
+            loader.dataset.set_epoch(epoch)  # type: ignore[union-attr, attr-defined]
+            positions.append(loader.dataset[0]["position"])  # type: ignore[union-attr]
+        assert torch.equal(*positions) is not changes
+
+
+def test_without_validation_and_test_there_are_no_loaders_for_them(recorded: DataSettings) -> None:
+    data = HeimdallDataModule(recorded, DataSpec(validation_fraction=0, test_fraction=0))
+    assert data.val_dataloader() == []
+    assert data.test_dataloader() == []
+    assert len(data.train_dataloader().dataset) == TRANSMISSIONS  # type: ignore[arg-type]
+
+
+def test_the_identity_of_a_dataset_changes_with_a_single_recording(mine: DataSettings) -> None:
+    spec = DataSpec()
+    whole = HeimdallDataModule(mine, spec).dataset_identity()
+    assert whole == HeimdallDataModule(mine, spec).dataset_identity()
+    assert (whole["transmissions"], whole["recordings"]) == (TRANSMISSIONS, TRANSMISSIONS * SESSIONS["receivers"])
+    shutil.rmtree(mine.cache_dir)
+    data_file(mine, sent_of(mine)[0], 0).unlink()
+    assert HeimdallDataModule(mine, spec).dataset_identity()["digest"] != whole["digest"]
+
+
+def test_a_session_that_was_asked_for_and_is_not_there_is_named(recorded: DataSettings) -> None:
+    spec = DataSpec.model_validate({"sessions": {"ids": ["generated-7-000", "nowhere"]}})
+    with pytest.raises(ConfigurationError, match=r"nowhere \(unknown\)"):
+        HeimdallDataModule(recorded, spec).setup()

@@ -1,0 +1,269 @@
+"""The network: what it must not depend on, and every family of backbones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from heimdall_trainer.errors import ConfigurationError
+from heimdall_trainer.model.module import LocalizationModule, schedule_share
+from heimdall_trainer.model.net import SIGMA_BOUNDS_M, LocalizationNet, feature_width
+
+SMALL = "test_resnet"
+"""timm's smallest ResNet, made for tests."""
+FAMILIES = [
+    "convnext_tiny",
+    "convnext_small",
+    "convnext_base",
+    "convnext_large",
+    "resnet50",
+    "resnet101",
+    "vit_base_patch16_224",
+    "vit_large_patch16_224",
+    "efficientnet_b3",
+    "efficientnet_b4",
+]
+SMALLEST = ["test_convnext", "test_resnet", "test_vit", "test_efficientnet"]
+
+
+def scene(batch: int = 2, receivers: int = 4, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    spectrograms = torch.randn(batch, receivers, 3, 128, 32, generator=generator)
+    return spectrograms, 1000 * torch.randn(batch, receivers, 2, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def net() -> LocalizationNet:
+    """To be left in evaluation, and as it is."""
+    torch.manual_seed(1)
+    made = LocalizationNet(SMALL)
+    # Heads that say something: they start near zero.
+    for head in (made.position_head, made.uncertainty_head):
+        torch.nn.init.normal_(head[-1].weight)
+    return made.eval()
+
+
+def located(net: LocalizationNet, *inputs: torch.Tensor | None) -> torch.Tensor:
+    with torch.no_grad():
+        return net(*inputs)
+
+
+@pytest.mark.parametrize(("batch", "receivers"), [(1, 1), (2, 4), (3, 2)])
+def test_any_batch_and_any_number_of_receivers_give_position_and_sigma(
+    net: LocalizationNet, batch: int, receivers: int
+) -> None:
+    out = located(net, *scene(batch, receivers))
+    assert tuple(out.shape) == (batch, 4)
+    assert out.isfinite().all()
+
+
+def test_one_receiver_needs_no_axis_of_receivers(net: LocalizationNet) -> None:
+    spectrograms, receivers = scene(3, 1)
+    plain = located(net, spectrograms[:, 0], receivers[:, 0])
+    assert torch.equal(plain, located(net, spectrograms, receivers))
+
+
+def test_without_places_all_receivers_are_at_the_origin(net: LocalizationNet) -> None:
+    spectrograms, receivers = scene()
+    assert torch.equal(located(net, spectrograms), located(net, spectrograms, torch.zeros_like(receivers)))
+
+
+def test_the_order_of_receivers_does_not_matter(net: LocalizationNet) -> None:
+    spectrograms, receivers = scene()
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = located(net, spectrograms[:, order], receivers[:, order])
+    assert torch.allclose(shuffled, located(net, spectrograms, receivers), rtol=1e-4, atol=1e-2)
+
+
+def test_but_what_each_receiver_heard_does(net: LocalizationNet) -> None:
+    spectrograms, receivers = scene()
+    exchanged = located(net, spectrograms[:, [1, 0, 2, 3]], receivers)
+    assert not torch.allclose(exchanged, located(net, spectrograms, receivers), rtol=1e-4, atol=1.0)
+
+
+def test_moving_the_origin_moves_the_answer_and_changes_nothing_else(net: LocalizationNet) -> None:
+    spectrograms, receivers = scene()
+    move = torch.tensor([700.0, -3000.0])
+    moved = located(net, spectrograms, receivers + move) - torch.cat([move, torch.zeros(2)])
+    assert torch.allclose(moved, located(net, spectrograms, receivers), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_does_not_change_the_answer(net: LocalizationNet, training: bool) -> None:
+    spectrograms, receivers = scene(2, 3)
+    # In training, batch normalisation looks at the batch: without padding that is these receivers alone.
+    net.train(training)
+    try:
+        plain = located(net, spectrograms, receivers)
+        mask = torch.tensor([[True, True, True, False, False]] * 2)
+        padded = located(
+            net,
+            torch.cat([spectrograms, torch.full((2, 2, 3, 128, 32), 7.0)], dim=1),
+            torch.cat([receivers, torch.full((2, 2, 2), 1e6)], dim=1),
+            mask,
+        )
+    finally:
+        net.eval()
+    assert torch.allclose(padded, plain, rtol=1e-4, atol=1e-2)
+
+
+def test_each_sample_is_located_by_itself(net: LocalizationNet) -> None:
+    spectrograms, receivers = scene(3, 4)
+    mask = torch.tensor([[True] * 4, [True, False, True, False], [True, True, True, False]])
+    together = located(net, spectrograms, receivers, mask)
+    alone = [
+        located(net, spectrograms[index : index + 1, mask[index]], receivers[index : index + 1, mask[index]])
+        for index in range(3)
+    ]
+    assert torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("drive", [-1e6, 0.0, 1e6])
+def test_sigma_is_positive_and_bounded_whatever_the_head_says(net: LocalizationNet, drive: float) -> None:
+    bias = net.uncertainty_head[-1].bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias += drive
+    try:
+        sigma = located(net, *scene())[:, 2:]
+    finally:
+        with torch.no_grad():
+            bias.copy_(before)
+    low, high = SIGMA_BOUNDS_M
+    assert (sigma >= low * 0.999).all()
+    assert (sigma <= high * 1.001).all()
+
+
+def test_a_new_network_starts_near_the_receivers_and_unsure() -> None:
+    torch.manual_seed(1)
+    spectrograms, receivers = scene()
+    out = located(LocalizationNet(SMALL).eval(), spectrograms, receivers)
+    assert (out[:, :2] - receivers.mean(1)).norm(dim=1).max() < receivers.norm(dim=-1).max()
+    assert out[:, 2:] == pytest.approx(torch.full((2, 2), 500.0), rel=0.5)
+
+
+def test_half_precision_in_the_backbone_costs_no_metres(net: LocalizationNet) -> None:
+    spectrograms, receivers = scene()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near, far = (located(net, spectrograms, receivers + offset) for offset in (0.0, 50_000.0))
+    assert far.dtype == torch.float32
+    # Of 50 km, bfloat16 itself would lose some 200 m.
+    assert (far[:, :2] - 50_000 - near[:, :2]).abs().max() < 0.1
+
+
+def step(net: LocalizationNet) -> None:
+    """One optimizer step."""
+    net.train()
+    optimizer = torch.optim.SGD([each for each in net.parameters() if each.requires_grad], lr=0.01)
+    out = net(*scene(2, 2))
+    (out[:, :2] / 1000).square().mean().add(out[:, 2:].log().mean()).backward()
+    optimizer.step()
+
+
+def test_a_frozen_backbone_stays_as_it_is_with_its_statistics() -> None:
+    net = LocalizationNet(SMALL, freeze_backbone=True)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    step(net)
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("running_mean" in name for name in before)
+    assert {name.split(".")[0] for name in changed} >= {"project", "position_head", "uncertainty_head"}
+    assert not any(name.startswith("backbone.") for name in changed)
+
+
+def test_an_unfrozen_backbone_learns_weights_and_statistics() -> None:
+    net = LocalizationNet(SMALL)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    step(net)
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("backbone.") and name.endswith("weight") for name in changed)
+    assert any(name.startswith("backbone.") and name.endswith("running_mean") for name in changed)
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_every_family_takes_spectrograms_and_gives_gradients(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On the device without memory: shapes and graph are real, numbers are not; it has no autocast to ask for.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    with torch.device("meta"):
+        net = LocalizationNet(backbone)
+        out = net(torch.empty(1, 2, 3, 128, 32), torch.empty(1, 2, 2))
+        out.sum().backward()
+    assert tuple(out.shape) == (1, 4)
+    assert all(each.grad is not None for each in net.parameters())
+    assert net.project[0].normalized_shape == (feature_width(net.backbone),)
+
+
+@pytest.mark.parametrize("backbone", SMALLEST)
+def test_the_smallest_of_every_family_trains_a_step(backbone: str) -> None:
+    torch.manual_seed(1)
+    net = LocalizationNet(backbone)
+    before = [each.detach().clone() for each in net.parameters()]
+    step(net)
+    after = list(net.parameters())
+    assert all(each.isfinite().all() for each in after)
+    changed = [not torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+    # Residual branches that begin at zero keep the gradient from what lies within them.
+    assert changed[0]
+    assert sum(changed) > 0.7 * len(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("resnet5O", r"did you mean .*resnet50"), ("convnext-tiny", "convnext_tiny"), ("#", "list_models")],
+)
+def test_an_unknown_backbone_is_refused_with_names_that_are_near(name: str, hint: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"spec\.model\.backbone names '{name}'.*{hint}"):
+        LocalizationNet(name)
+
+
+def test_a_backbone_without_trained_weights_is_told_before_anything_is_loaded() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"spec\.model\.pretrained: timm has no trained weights for 'resnet200'"
+    ):
+        LocalizationNet("resnet200", pretrained=True)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_trained_weights_come_from_a_file(suffix: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source, file = LocalizationNet(SMALL).backbone, tmp_path / f"{SMALL}.{suffix}"
+    state = {name: value.contiguous() for name, value in source.state_dict().items()}
+    if suffix == "pth":
+        torch.save(state, file)
+    else:
+        save_file(state, file)
+    loaded = LocalizationNet(SMALL, pretrained=True, weights=file).backbone.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in state.items())
+
+
+def test_a_file_of_weights_that_is_missing_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"spec\.model\.pretrained: the weights of 'test_resnet' can't be had"):
+        LocalizationNet(SMALL, pretrained=True, weights=tmp_path / "nowhere.pth")
+
+
+def test_a_checkpoint_of_the_module_loads_without_fetching_weights(tmp_path: Path) -> None:
+    checkpoint = {"hyper_parameters": {"backbone": SMALL, "pretrained": True, "weights": "s3://somewhere"}}
+    LocalizationModule(SMALL).on_save_checkpoint(checkpoint)
+    assert checkpoint["hyper_parameters"] == {"backbone": SMALL, "pretrained": False, "weights": None}
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_as_a_cosine() -> None:
+    shares = [schedule_share(each, 100) for each in range(101)]
+    assert shares[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert shares[5:] == sorted(shares[5:], reverse=True)
+    assert shares[52] == pytest.approx(0.505, abs=0.01)
+    assert shares[-1] == pytest.approx(0.01)
+    assert schedule_share(0, 1) == 1.0
+
+
+def test_biases_and_normalisations_have_no_weight_decay() -> None:
+    module = LocalizationModule(SMALL, weight_decay=0.1, freeze_backbone=True)
+    module._trainer = type("Steps", (), {"estimated_stepping_batches": 10})()  # type: ignore[assignment]
+    decayed, plain = module.configure_optimizers()["optimizer"].param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(each.dim() > 1 for each in decayed["params"])
+    assert all(each.dim() <= 1 for each in plain["params"])
+    trained = sum(1 for each in module.parameters() if each.requires_grad)
+    assert len(decayed["params"]) + len(plain["params"]) == trained

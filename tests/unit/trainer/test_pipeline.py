@@ -1,0 +1,523 @@
+"""A whole training, real but tiny: recordings in a folder, MLflow on SQLite."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from heimdall_api.contract import (
+    ENV_ATTEMPT,
+    ENV_MLFLOW_RUN_ID,
+    ENV_TERMINATION_MESSAGE,
+    ENV_TRACKING_URI,
+    TAG_BEST,
+    TAG_PROGRESS,
+    BestMetric,
+    ExitCode,
+    Progress,
+    Reason,
+    TerminationMessage,
+)
+from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
+from heimdall_tracking import MLflowTracker, load_settings
+from heimdall_tracking.runs import find_model, read_facts
+from heimdall_trainer import callbacks, cli, pipeline
+from heimdall_trainer.config import parse
+from heimdall_trainer.model.module import LocalizationModule
+from heimdall_trainer.pipeline import TrainingPipeline
+from heimdall_trainer.settings import DataSettings
+from heimdall_trainer.termination import TerminatedError, run_to_exit_code
+from tests.unit.trainer import user_modules
+
+pytestmark = [
+    # MLflow's own use of SQLAlchemy, not ours.
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
+    # Lightning's own use of torch, and its advice for larger data sets than these.
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*does not have many workers"),
+    # MLflow's own types, when they are imported.
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*inferred as AnyType"),
+    # MLflow asks for a schema as type hints; the signature is one.
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*Add type hints to the `predict` method"),
+]
+
+MODULES = "tests.unit.trainer.user_modules"
+ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT_S, POD_TIMEOUT_S = 60, 300
+EPOCHS, BATCHES = 2, 3
+"""Of the localizer: 12 training transmissions in batches of 4."""
+LOCALIZER: dict[str, Any] = {
+    "model": {"backbone": "test_resnet"},
+    "data": {"testFraction": 0.2},
+    "training": {"epochs": EPOCHS, "batchSize": 4, "dataLoaderWorkers": 0, "checkpoints": {"keep": 1}},
+}
+
+
+@dataclass
+class Bench:
+    """Trains in runs of one MLflow, as a pod of the operator's would."""
+
+    client: MlflowClient
+    uri: str
+    folder: Path
+
+    def new_run(self) -> str:
+        experiment = self.client.get_experiment_by_name(DEFAULT_EXPERIMENT)
+        assert experiment is not None
+        return str(self.client.create_run(experiment.experiment_id).info.run_id)
+
+    def train(self, spec: dict[str, Any], run_id: str, *, attempt: int = 1) -> dict[str, float]:
+        tracker = MLflowTracker(load_settings(tracking_uri=self.uri))
+        tracker.attach(run_id)
+        folder = self.folder / f"{run_id}-{attempt}"
+        training = TrainingPipeline(described(spec), tracker, output_dir=folder, attempt=attempt)
+        try:
+            return training.train()
+        finally:
+            training.close()
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        return [(item.step, item.value) for item in self.client.get_metric_history(run_id, metric)]
+
+
+def described(spec: dict[str, Any], name: str = "tiny") -> TrainingRun:
+    return parse({"metadata": {"name": name}, "spec": spec})
+
+
+def user_spec(module: str, epochs: int = 4, **more: Any) -> dict[str, Any]:
+    return {"model": {"module": f"{MODULES}:{module}"}, "training": {"epochs": epochs}, **more}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded() -> Iterator[None]:
+    """What can't be delivered is not waited for long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "DELIVERY_TIMEOUT_S", TIMEOUT_S)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a training changes in its process is put back."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def bench(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(MlflowClient(mlflow_uri), mlflow_uri, tmp_path_factory.mktemp("outputs"))
+
+
+def variables(settings: DataSettings) -> dict[str, str]:
+    return {
+        "HEIMDALL_DATABASE_URL": settings.database_url.get_secret_value(),
+        "HEIMDALL_RECORDINGS_URL": settings.recordings_url,
+        "HEIMDALL_CACHE_DIR": str(settings.cache_dir),
+    }
+
+
+@pytest.fixture
+def localizer(recorded: DataSettings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The spec of a small localizer; its data is where the variables say."""
+    for name, value in variables(recorded).items():
+        monkeypatch.setenv(name, value)
+    return LOCALIZER
+
+
+@dataclass
+class Trained:
+    run: Run
+    metrics: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Bench, recorded: DataSettings) -> Trained:
+    """A localizer that was trained without interruption, and logged."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables(recorded).items():
+            patch.setenv(name, value)
+        run_id = bench.new_run()
+        metrics = bench.train({**LOCALIZER, "registration": {"model": "tiny"}}, run_id)
+    return Trained(bench.client.get_run(run_id), metrics)
+
+
+# --- one training, whole -------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_tracked_for_every_step_and_every_epoch(trained: Trained, bench: Bench) -> None:
+    run_id = trained.run.info.run_id
+    steps = list(range(EPOCHS * BATCHES))
+    assert [step for step, _ in bench.history(run_id, "train/loss_step")] == steps
+    assert [step for step, _ in bench.history(run_id, "lr-AdamW/pg1")] == steps
+    for name in ("train/loss_epoch", "val/loss", "val/position_error_median_m", "val/coverage_95"):
+        assert [step for step, _ in bench.history(run_id, name)] == [2, 5]
+    assert len(bench.history(run_id, "test/position_error_p90_m")) == 1
+    assert "epoch" not in trained.run.data.metrics
+
+
+def test_the_last_value_of_every_metric_is_given_back(trained: Trained) -> None:
+    for name in ("train/loss_step", "train/loss_epoch", "val/loss", "test/loss", "test/coverage_68"):
+        assert trained.metrics[name] == pytest.approx(trained.run.data.metrics[name])
+
+
+def test_parameters_tell_spec_module_environment_and_data(trained: Trained) -> None:
+    params = trained.run.data.params
+    assert params["training.epochs"] == str(EPOCHS)
+    assert params["model.backbone"] == "test_resnet"
+    assert params["module.learning_rate"] == "0.001"
+    assert params["module.loss"] == "gaussian"
+    assert params["environment.torch"] == torch.__version__
+    assert params["environment.precision"] == "32-true"
+    assert params["dataset.transmissions"] == "20"
+    assert len(params["dataset.digest"]) == 64
+
+
+def test_the_run_tells_progress_and_the_best_value_and_is_left_to_its_owner(trained: Trained, bench: Bench) -> None:
+    run = trained.run
+    assert run.info.status == "RUNNING"
+    progress = Progress.model_validate_json(run.data.tags[TAG_PROGRESS])
+    assert (progress.epoch, progress.epochs, progress.step, progress.steps) == (EPOCHS, EPOCHS, 6, 6)
+    best = BestMetric.model_validate_json(run.data.tags[TAG_BEST])
+    assert best.name == "val/loss"
+    assert best.value == pytest.approx(min(value for _, value in bench.history(run.info.run_id, "val/loss")))
+
+
+def test_the_best_checkpoint_and_the_last_are_there_whole(trained: Trained, bench: Bench, tmp_path: Path) -> None:
+    run_id = trained.run.info.run_id
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert 1 <= len(facts.checkpoints) <= 2
+    assert facts.last_checkpoint is not None
+    assert facts.last_checkpoint.step == EPOCHS * BATCHES
+    stored = {item.path for item in bench.client.list_artifacts(run_id, "checkpoints")}
+    assert stored == {item.path for item in facts.checkpoints}
+    for item in facts.checkpoints:
+        file = Path(bench.client.download_artifacts(run_id, item.path, str(tmp_path)))
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == item.sha256
+        module = LocalizationModule.load_from_checkpoint(file, weights_only=False)
+        assert module.hparams["backbone"] == "test_resnet"
+
+
+def load_model(location: str) -> Any:
+    import mlflow.pyfunc  # warns when it is imported
+
+    return mlflow.pyfunc.load_model(location)
+
+
+def model_of(bench: Bench, run_id: str) -> Any:
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    model_id = find_model(bench.client, facts)
+    assert model_id is not None
+    return bench.client.get_logged_model(model_id)
+
+
+def test_the_model_has_a_signature_and_an_example_and_predicts(trained: Trained, bench: Bench) -> None:
+    location = model_of(bench, trained.run.info.run_id).artifact_location
+    model = load_model(location)
+    assert [item.name for item in model.metadata.signature.inputs] == ["spectrograms", "receivers"]
+    assert [item.name for item in model.metadata.signature.outputs] == ["position", "sigma"]
+    example = model.input_example
+    one = model.predict(example)
+    assert one["position"].shape == one["sigma"].shape == (1, 2)
+    assert (one["sigma"] > 0).all()
+    many = model.predict({name: np.repeat(value, 2, axis=0)[:, :2] for name, value in example.items()})
+    assert many["position"].shape == (2, 2)
+
+
+def test_the_model_is_that_of_the_best_checkpoint(trained: Trained, bench: Bench, tmp_path: Path) -> None:
+    run_id = trained.run.info.run_id
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    best = min(facts.checkpoints, key=lambda item: item.metric or 0.0)
+    file = bench.client.download_artifacts(run_id, best.path, str(tmp_path))
+    module = LocalizationModule.load_from_checkpoint(file, weights_only=False).eval()
+    model = load_model(model_of(bench, run_id).artifact_location)
+    inputs = [torch.as_tensor(model.input_example[name]) for name in ("spectrograms", "receivers")]
+    with torch.no_grad():
+        expected = module(*inputs)
+    assert model.predict(model.input_example)["position"] == pytest.approx(expected[:, :2].numpy(), rel=1e-5)
+
+
+# --- interruptions -------------------------------------------------------------------------------------------------
+
+
+def sigterm_at(hook: str, step: int, patch: pytest.MonkeyPatch) -> None:
+    """Have the process told to end where the localizer is at a step."""
+    whole = getattr(LocalizationModule, hook)
+
+    def told_to_end(self: LocalizationModule, *arguments: Any) -> Any:
+        if self.global_step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(self, *arguments)
+
+    patch.setattr(LocalizationModule, hook, told_to_end)
+
+
+@pytest.mark.parametrize(
+    ("place", "checkpoint"),
+    [(("training_step", 0), 1), (("training_step", 2), 3), (("training_step", 4), 5), (("validation_step", 3), 3)],
+    ids=["first step", "epoch's last step", "mid-epoch", "validation"],
+)
+def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
+    place: tuple[str, int],
+    checkpoint: int,
+    *,
+    trained: Trained,
+    bench: Bench,
+    localizer: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_id = bench.new_run()
+    with monkeypatch.context() as patch:
+        sigterm_at(*place, patch)
+        with pytest.raises(TerminatedError, match=f"at step {checkpoint}; its checkpoint was delivered"):
+            bench.train(localizer, run_id)
+    metrics = bench.train(localizer, run_id, attempt=2)
+    for name in ("train/loss_step", "val/loss", "val/position_error_median_m"):
+        stopped, whole = (bench.history(each, name) for each in (run_id, trained.run.info.run_id))
+        assert [step for step, _ in stopped] == [step for step, _ in whole]
+        assert dict(stopped) == pytest.approx(dict(whole), rel=1e-6)
+    tested = {name: value for name, value in trained.metrics.items() if name.startswith("test/")}
+    assert {name: metrics[name] for name in tested} == pytest.approx(tested, rel=1e-6)
+
+
+def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
+    trained: Trained, bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "VALIDATION_GRACE_S", 0.0)
+    run_id = bench.new_run()
+    with monkeypatch.context() as patch:
+        sigterm_at("validation_step", 3, patch)
+        with pytest.raises(TerminatedError, match="at step 3; its checkpoint was delivered"):
+            bench.train(localizer, run_id)
+    assert bench.history(run_id, "val/loss") == []
+    bench.train(localizer, run_id, attempt=2)
+    stopped, whole = (dict(bench.history(each, "train/loss_step")) for each in (run_id, trained.run.info.run_id))
+    assert stopped == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_checkpoint_at_an_epoch_s_end_is_not_mistaken_for_one_of_its_last_step(bench: Bench) -> None:
+    spec = user_spec("LineWithoutData", data={"module": f"{MODULES}:Points"})
+    spec["training"]["checkpoints"] = {"everyMinutes": 1e-9, "keep": 10}
+    run_id = bench.new_run()
+    bench.train(spec, run_id)
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    paths = [item.path for item in facts.checkpoints]
+    assert len(paths) == len(set(paths))
+    assert {item.path for item in bench.client.list_artifacts(run_id, "checkpoints")} == set(paths)
+
+
+@dataclass
+class Pod:
+    """`heimdall-train run` as a pod's command, on a module that has itself told to end in its first attempt."""
+
+    spec: dict[str, Any]
+    run_id: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    def finish(self) -> tuple[int, TerminationMessage | None, str]:
+        """Exit code, termination message, and what it printed."""
+        code = self.process.wait(POD_TIMEOUT_S)
+        words = self.folder / "termination-log"
+        message = TerminationMessage.model_validate_json(words.read_text()) if words.exists() else None
+        return code, message, (self.folder / "printed").read_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pod(bench: Bench) -> Iterator[Pod]:
+    """Started before the first test of this file, as starting takes longest."""
+    spec, run_id, folder = user_spec("StoppedLine", epochs=8), bench.new_run(), bench.folder
+    (folder / "run.json").write_text(described(spec).model_dump_json())
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HEIMDALL_", "MLFLOW_"))},
+        ENV_TRACKING_URI: bench.uri,
+        ENV_MLFLOW_RUN_ID: run_id,
+        ENV_ATTEMPT: "1",
+        ENV_TERMINATION_MESSAGE: str(folder / "termination-log"),
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = ["run", "-f", str(folder / "run.json"), "--output-dir", str(folder / "pod")]
+    with (folder / "printed").open("wb") as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "heimdall_trainer.cli", *arguments],
+            env=environment,
+            cwd=ROOT,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        )
+    yield Pod(spec, run_id, folder, process)
+    process.kill()
+    process.wait()
+
+
+# --- a user's own modules ------------------------------------------------------------------------------------------
+
+
+def test_any_lightning_module_with_its_own_data_is_trained_and_logged(bench: Bench) -> None:
+    run_id = bench.new_run()
+    metrics = bench.train(user_spec("Line", epochs=30, registration={"model": "line"}), run_id)
+    assert metrics["train/loss"] < bench.history(run_id, "train/loss")[0][1] / 10
+    run = bench.client.get_run(run_id)
+    assert run.data.params["module.lr"] == "0.1"
+    model = load_model(model_of(bench, run_id).artifact_location)
+    assert model.metadata.signature is not None
+    assert model.predict(model.input_example).shape == (1, 1)
+
+
+def test_a_data_module_of_one_s_own_is_used_for_training_validation_and_test(bench: Bench) -> None:
+    run_id = bench.new_run()
+    spec = user_spec("LineWithoutData", data={"module": f"{MODULES}:Points", "args": {"batch_size": 2}})
+    metrics = bench.train(spec, run_id)
+    assert [step for step, _ in bench.history(run_id, "train/loss")] == list(range(16))
+    assert metrics["test/loss"] == pytest.approx(metrics["val/loss"])
+
+
+# --- the command, without an operator ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_locally(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`heimdall-train run` on a spec, in this process: exit code, termination message, MLflow's run if there is one."""
+    words, file = tmp_path / "termination-log", tmp_path / "run.json"
+    monkeypatch.setenv(ENV_TRACKING_URI, bench.uri)
+    monkeypatch.setenv(ENV_TERMINATION_MESSAGE, str(words))
+
+    def run(spec: dict[str, Any], name: str) -> tuple[int, TerminationMessage | None, Run | None]:
+        file.write_text(json.dumps({"metadata": {"name": name}, "spec": spec}))
+        arguments = cli._parser().parse_args(["run", "-f", str(file), "--output-dir", str(tmp_path)])
+        code = run_to_exit_code(lambda: arguments.call(arguments))
+        message = TerminationMessage.model_validate_json(words.read_text()) if words.exists() else None
+        experiment = bench.client.get_experiment_by_name(DEFAULT_EXPERIMENT)
+        assert experiment is not None
+        runs = bench.client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+        assert len(runs) <= 1
+        return code, message, runs[0] if runs else None
+
+    return run
+
+
+def test_a_training_without_an_operator_owns_its_run_and_registers_its_model(
+    run_locally: Any, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = user_spec("Line", registration={"model": "local", "aliases": ["candidate"]})
+    code, message, run = run_locally(spec, "local")
+    assert (code, message) == (ExitCode.SUCCESS, None)
+    assert run.info.status == "FINISHED"
+    version = bench.client.get_model_version_by_alias("local", "candidate")
+    assert version.run_id == run.info.run_id
+    printed = capsys.readouterr().out
+    assert f"run:     {run.info.run_id}" in printed
+    assert "train/loss" in printed
+    assert "model:   models:/local/1" in printed
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a backbone that there is not": ({"model": {"backbone": "resnet5O"}}, "spec.model.backbone names 'resnet5O'"),
+    "a module that can't be imported": (
+        {"model": {"module": "nowhere.at_all:Net"}},
+        "spec.model.module 'nowhere.at_all:Net' can't be imported: ModuleNotFoundError",
+    ),
+    "a class that there is not": (
+        {"model": {"module": f"{MODULES}:Nothing"}},
+        f"{MODULES} has no class Nothing",
+    ),
+    "a class that is no module": ({"model": {"module": f"{MODULES}:NoModule"}}, "NoModule is no LightningModule"),
+    "an argument that it does not take": (
+        {"model": {"module": f"{MODULES}:Line", "args": {"width": 3}}},
+        "spec.model.args does not fit Line(lr: 'float' = 0.1) -> 'None': got an unexpected keyword argument 'width'",
+    ),
+    "an argument that its data does not take": (
+        {"model": {"module": f"{MODULES}:Line"}, "data": {"module": f"{MODULES}:Points", "args": {"size": 3}}},
+        "spec.data.args does not fit Points(batch_size",
+    ),
+    "sessions that there are not": (
+        {"model": {"backbone": "test_resnet"}, "data": {"sessions": {"ids": ["nowhere"]}}},
+        "spec.data.sessions.ids names sessions that can't be used: nowhere (unknown)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spec", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_can_not_work_exits_78_and_names_the_field(
+    spec: dict[str, Any],
+    words: str,
+    run_locally: Any,
+    localizer: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    code, message, run = run_locally(spec, request.node.callspec.id.replace("'", ""))
+    assert code == ExitCode.CONFIGURATION
+    assert message.reason is Reason.INVALID_CONFIGURATION
+    assert words in message.message
+    assert run.info.status == "FAILED"
+
+
+def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: Any) -> None:
+    code, message, run = run_locally({"training": {"epoch": 3}}, "no field")
+    assert code == ExitCode.CONFIGURATION
+    assert "spec.training.epoch: Extra inputs" in message.message
+    assert run is None
+
+
+def test_an_exception_in_a_user_s_module_exits_1_and_keeps_what_was_logged(run_locally: Any, bench: Bench) -> None:
+    code, message, run = run_locally(user_spec("Broken"), "broken")
+    assert code == ExitCode.ERROR
+    assert message.reason is Reason.USER_ERROR
+    assert message.message.startswith("RuntimeError: boom (")
+    assert Path(user_modules.__file__).name in message.message
+    assert run.info.status == "FAILED"
+    assert [step for step, _ in bench.history(run.info.run_id, "train/loss")] == [0, 1]
+    assert run.data.params["training.epochs"] == "4"
+
+
+def test_a_training_that_is_told_to_end_without_an_operator_is_killed_in_mlflow(
+    run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_ATTEMPT, "1")
+    code, message, run = run_locally(user_spec("StoppedLine", epochs=8), "stopped")
+    assert code == ExitCode.SIGTERM
+    assert message.reason is Reason.PREEMPTED
+    assert run.info.status == "KILLED"
+
+
+# --- the pod ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pod_that_is_told_to_end_exits_143_and_the_next_one_ends_as_if_nothing_had_been(
+    pod: Pod, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, message, printed = pod.finish()
+    assert code == ExitCode.SIGTERM, printed
+    assert message is not None
+    assert message.reason is Reason.PREEMPTED
+    assert "at step 4; its checkpoint was delivered" in message.message
+    assert bench.client.get_run(pod.run_id).info.status == "RUNNING"
+    monkeypatch.setenv(ENV_ATTEMPT, "2")
+    whole = bench.new_run()
+    bench.train(pod.spec, whole)
+    bench.train(pod.spec, pod.run_id, attempt=2)
+    losses = [bench.history(run_id, "train/loss") for run_id in (pod.run_id, whole)]
+    assert [len(each) for each in losses] == [8, 8]
+    assert dict(losses[0]) == pytest.approx(dict(losses[1]))

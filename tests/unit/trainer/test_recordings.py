@@ -1,0 +1,197 @@
+"""Recordings as SigMF: what is written is read, and what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from heimdall_trainer.data import physics
+from heimdall_trainer.data.recordings import (
+    Bucket,
+    Capture,
+    Datatype,
+    Folder,
+    RecordingStore,
+    UnreadableError,
+    open_objects,
+    write_whole,
+)
+from heimdall_trainer.data.sessions import Recording
+from heimdall_trainer.errors import ConfigurationError
+from tests.unit.trainer.builders import STARTED_AT, data_settings, receiver
+
+SAMPLES = 600
+KEY = "sessions/s1/t1/rx1.sigmf-meta"
+DATA = "sessions/s1/t1/rx1.sigmf-data"
+
+
+def capture(datatype: Datatype = "ci16_le") -> Capture:
+    return Capture(
+        session_id="s1",
+        transmission_id="t1",
+        receiver=receiver(1),
+        sample_rate_hz=200e3,
+        frequency_hz=433.92e6,
+        started_at=STARTED_AT,
+        full_scale_dbm=-60.0,
+        datatype=datatype,
+        author="a test",
+    )
+
+
+def signal() -> physics.Signal:
+    return physics.scale_to_dbm(physics.white_noise(SAMPLES, 0.0, np.random.default_rng(1)), -80.0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RecordingStore:
+    return RecordingStore(Folder(tmp_path))
+
+
+@pytest.fixture
+def written(store: RecordingStore) -> Recording:
+    return store.write(signal(), capture())
+
+
+@pytest.mark.parametrize(("datatype", "step"), [("ci16_le", 10**-3 / 2**15), ("cf32_le", 1e-10)])
+def test_samples_come_back_with_their_absolute_power(store: RecordingStore, datatype: Datatype, step: float) -> None:
+    recording = store.write(signal(), capture(datatype))
+    samples = store.read(recording)
+    assert samples.dtype == np.complex64
+    assert np.abs(samples - signal()).max() <= step
+    assert physics.power_dbm(samples) == pytest.approx(-80.0, abs=0.01)
+
+
+def test_a_recording_says_in_the_database_what_lies_in_the_store(written: Recording) -> None:
+    assert (written.object_key, written.sample_count) == (KEY, SAMPLES)
+    assert (written.full_scale_dbm, written.sample_rate_hz) == (-60.0, 200e3)
+    assert len(written.sha256) == 64
+
+
+def test_metadata_is_valid_sigmf_that_any_tool_reads(written: Recording, tmp_path: Path) -> None:
+    from sigmf import sigmffile
+
+    found = sigmffile.fromfile(str(tmp_path / KEY))
+    found.validate()
+    about, first = found.get_global_info(), found.get_captures()[0]
+    assert about["core:datatype"] == "ci16_le"
+    assert about["core:sample_rate"] == 200e3
+    assert about["heimdall:full_scale_dbm"] == -60.0
+    assert first["core:frequency"] == 433.92e6
+    assert first["core:datetime"] == "2026-01-01T00:00:00.000000Z"
+    assert first["core:geolocation"]["coordinates"] == [receiver(1).longitude, receiver(1).latitude, 12.0]
+
+
+def test_what_is_louder_than_full_scale_is_clipped_and_not_wrapped(store: RecordingStore) -> None:
+    loud = np.full(SAMPLES, 10**-2 * (1 - 1j))
+    samples = store.read(store.write(loud, capture()))
+    assert samples == pytest.approx(np.full(SAMPLES, 10**-3 * (1 - 1j)), rel=1e-3)
+
+
+def change_metadata(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        about = json.loads((root / KEY).read_text())
+        change(about["global"])
+        (root / KEY).write_text(json.dumps(about))
+
+    return apply
+
+
+def change_data(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda root: (root / DATA).write_bytes(change((root / DATA).read_bytes())) and None
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "its metadata is gone": (lambda root: (root / KEY).unlink(), "sigmf-meta is missing"),
+    "its data is gone": (lambda root: (root / DATA).unlink(), "sigmf-data is missing"),
+    "its data is cut": (change_data(lambda data: data[:-4]), "599 samples, not 600"),
+    "its data is half a sample longer": (change_data(lambda data: data + b"\0\0"), "samples, not 600"),
+    "its data is empty": (change_data(lambda _: b""), "0 samples, not 600"),
+    "a bit of its data has turned": (change_data(lambda data: bytes([data[0] ^ 1]) + data[1:]), "does not fit"),
+    "its metadata is no JSON": (lambda root: (root / KEY).write_bytes(b"{"), "does not fit"),
+    "its metadata is no text": (lambda root: (root / KEY).write_bytes(b"\xff\xfe"), "does not fit"),
+    "its metadata is another document": (lambda root: (root / KEY).write_bytes(b"[]"), "does not fit"),
+    "its metadata says another rate": (
+        change_metadata(lambda about: about.update({"core:sample_rate": 1e6})),
+        "sampled at 1000000.0 Hz, its session at 200000.0 Hz",
+    ),
+    "its metadata says no rate": (change_metadata(lambda about: about.pop("core:sample_rate")), "sampled at None"),
+    "its metadata says another type": (
+        change_metadata(lambda about: about.update({"core:datatype": "cu8"})),
+        "datatype is cu8",
+    ),
+    "its metadata says another scale": (
+        change_metadata(lambda about: about.update({"heimdall:full_scale_dbm": -30.0})),
+        r"full scale is -30\.0 dBm, the database -60\.0 dBm",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_what_is_wrong_with_a_recording_is_said(
+    damage: Callable[[Path], None], message: str, store: RecordingStore, written: Recording, tmp_path: Path
+) -> None:
+    damage(tmp_path)
+    with pytest.raises(UnreadableError, match=message):
+        store.read(written)
+
+
+def test_data_and_metadata_that_were_exchanged_together_are_noticed(store: RecordingStore, written: Recording) -> None:
+    with pytest.raises(UnreadableError, match="checksum is not the one in the database"):
+        store.read(replace(written, sha256="0" * 64))
+
+
+def test_samples_that_are_no_numbers_are_refused(store: RecordingStore) -> None:
+    broken = signal()
+    broken[3] = complex(np.nan, 0)
+    recording = store.write(broken, capture("cf32_le"))
+    with pytest.raises(UnreadableError, match="no numbers"):
+        store.read(recording)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a/b"
+    write_whole(file, b"old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_metadata_is_written_last_so_that_what_is_there_is_whole(store: RecordingStore, tmp_path: Path) -> None:
+    order: list[str] = []
+
+    class Watched(Folder):
+        def put(self, key: str, content: bytes) -> None:
+            order.append(key)
+            super().put(key, content)
+
+    RecordingStore(Watched(tmp_path)).write(signal(), capture())
+    assert order == [DATA, KEY]
+    assert store.has(KEY)
+    assert not store.has("sessions/s1/t1/rx2.sigmf-meta")
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [("s3://bucket/some/prefix", Bucket), ("s3://bucket", Bucket), ("file:x", Folder), ("file:///x", Folder)],
+)
+def test_a_url_tells_what_kind_of_store_it_is(url: str, kind: type, tmp_path: Path) -> None:
+    assert isinstance(open_objects(data_settings(tmp_path), url), kind)
+
+
+@pytest.mark.parametrize("url", ["s3://", "file:", "https://host/bucket"])
+def test_a_url_that_names_no_store_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no place for objects"):
+        open_objects(data_settings(tmp_path), url)

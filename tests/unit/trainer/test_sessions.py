@@ -1,0 +1,113 @@
+"""Recording sessions in SQLite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from heimdall_trainer.data.sessions import SessionStore
+from heimdall_trainer.errors import ConfigurationError, DataError
+from tests.unit.trainer.builders import data_settings, session
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[SessionStore]:
+    store = SessionStore.open(data_settings(tmp_path))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def store(empty: SessionStore) -> SessionStore:
+    empty.create_schema()
+    for identity, status in (("b", "approved"), ("a", "approved"), ("c", "pending"), ("d", "rejected")):
+        assert empty.add_session(session(identity, status=status))  # type: ignore[arg-type]
+    return empty
+
+
+def test_only_approved_sessions_are_found(store: SessionStore) -> None:
+    assert store.approved() == ["a", "b"]
+
+
+def test_sessions_that_were_asked_for_are_found_sorted_and_once(store: SessionStore) -> None:
+    assert store.approved(["b", "a", "b"]) == ["a", "b"]
+    assert store.approved(["b"]) == ["b"]
+
+
+def test_sessions_that_can_not_be_used_are_named_with_the_reason(store: SessionStore) -> None:
+    with pytest.raises(ConfigurationError, match=r"spec\.data\.sessions\.ids .*c \(pending\), d \(rejected\), x \(unk"):
+        store.approved(["a", "c", "d", "x"])
+
+
+def test_many_sessions_that_can_not_be_used_are_not_all_named(store: SessionStore) -> None:
+    with pytest.raises(ConfigurationError, match=r"x09 \(unknown\) and 2 more;"):
+        store.approved([f"x{number:02}" for number in range(12)])
+
+
+def test_approving_and_rejecting_changes_what_is_found(store: SessionStore) -> None:
+    store.set_status("c", "approved")
+    store.set_status("a", "rejected")
+    assert store.approved() == ["b", "c"]
+
+
+def test_approving_what_is_not_there_is_refused(store: SessionStore) -> None:
+    with pytest.raises(ConfigurationError, match="'x' to become approved"):
+        store.set_status("x", "approved")
+
+
+def test_a_session_comes_back_as_it_was_added(store: SessionStore) -> None:
+    assert store.transmissions(["a"]) == list(session("a").transmissions)
+
+
+def test_transmissions_come_in_a_fixed_order(store: SessionStore) -> None:
+    found = store.transmissions(["b", "a"])
+    assert [item.id for item in found] == ["a-0000", "a-0001", "b-0000", "b-0001"]
+    assert [each.receiver.receiver_id for each in found[0].recordings] == ["rx0", "rx1", "rx2"]
+
+
+def test_a_session_that_is_there_is_not_added_again(store: SessionStore) -> None:
+    assert not store.add_session(session("a", status="rejected", transmissions=5))
+    assert store.approved(["a"]) == ["a"]
+    assert len(store.transmissions(["a"])) == 2
+
+
+def test_a_session_is_added_as_a_whole_or_not_at_all(store: SessionStore) -> None:
+    import sqlalchemy as sa
+
+    doubled = session("e")
+    doubled = type(doubled)(**{**vars(doubled), "transmissions": doubled.transmissions * 2})
+    with pytest.raises(sa.exc.IntegrityError):
+        store.add_session(doubled)
+    assert store.session_name("e") is None
+
+
+def test_a_session_has_its_name_whatever_its_status(store: SessionStore) -> None:
+    assert store.session_name("d") == "session d"
+    assert store.session_name("x") is None
+
+
+def test_without_tables_the_error_says_what_to_check(empty: SessionStore) -> None:
+    with pytest.raises(DataError, match=r"no such table.*HEIMDALL_DATABASE_URL.*heimdall-train data generate"):
+        empty.approved()
+
+
+def test_without_approved_sessions_the_error_says_what_to_do(empty: SessionStore) -> None:
+    empty.create_schema()
+    empty.add_session(session("c", status="pending"))
+    with pytest.raises(DataError, match="no approved recording session: approve one"):
+        empty.approved()
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "heimdall.db").write_text("no database at all")
+    store = SessionStore.open(data_settings(tmp_path))
+    with pytest.raises(DataError, match=r"heimdall\.db .*can't be read.*not a database"):
+        store.approved()
+    store.close()
+
+
+def test_making_the_tables_twice_does_no_harm(store: SessionStore) -> None:
+    store.create_schema()
+    assert store.approved() == ["a", "b"]

@@ -1,0 +1,91 @@
+"""Modules as a user would bring them: plain Lightning, nothing of this project."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Line(pl.LightningModule):
+    """Learns y = 2x from eight points, one batch an epoch."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(1, 1)
+        self.lr = lr
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        loss = torch.nn.functional.mse_loss(self(x), y)
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+    def train_dataloader(self) -> Any:
+        return points()
+
+
+class LineWithoutData(Line):
+    """The same, for a LightningDataModule; it validates and tests."""
+
+    train_dataloader = pl.LightningModule.train_dataloader
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", torch.nn.functional.mse_loss(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/loss", torch.nn.functional.mse_loss(self(batch[0]), batch[1]))
+
+
+class StoppedLine(Line):
+    """Its first attempt is told to end in the middle of training."""
+
+    def __init__(self, lr: float = 0.1, stop_at: int = 3) -> None:
+        super().__init__(lr)
+        self.stop_at = stop_at
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_step == self.stop_at and os.environ.get("HEIMDALL_ATTEMPT") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Broken(Line):
+    """Fails at its third step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 2:
+            raise RuntimeError("boom")
+        return super().training_step(batch, batch_idx)
+
+
+class Points(pl.LightningDataModule):
+    """The eight points, for training, validation and test."""
+
+    def __init__(self, batch_size: int = 8) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> Any:
+        return points(self.batch_size)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+class NoModule:
+    """Is no LightningModule."""
+
+
+def points(batch_size: int = 8) -> Any:
+    x = torch.linspace(-1, 1, 8).unsqueeze(1)
+    return DataLoader(TensorDataset(x, 2 * x), batch_size=batch_size)
