@@ -1,0 +1,58 @@
+"""Secrets in texts, and names that announce one."""
+
+from __future__ import annotations
+
+import pytest
+
+from heimdall_tracking.redact import names_secret, redact
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("http://alice:hunter2@host:5000/x", "http://***@host:5000/x"),
+        ("http://token@host", "http://***@host"),
+        ("postgresql+psycopg2://u:p@ss@db:5432/mlflow", "postgresql+psycopg2://***@db:5432/mlflow"),
+        ("postgresql://u:pa/ss?w#rd@db/mlflow", "postgresql://***@db/mlflow"),
+        ("can't reach http://a:b@h and s3://c:d@e", "can't reach http://***@h and s3://***@e"),
+        ("https://s3/b?X-Amz-Signature=abc&x=1", "https://s3/b?X-Amz-Signature=***&x=1"),
+        ("https://s3/b?AWSAccessKeyId=abc&token=t", "https://s3/b?AWSAccessKeyId=***&token=***"),
+    ],
+)
+def test_users_passwords_and_signatures_in_urls_are_masked(text: str, redacted: str) -> None:
+    assert redact(text) == redacted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://mlflow:5000/#/experiments/1",
+        "s3://bucket/models/model@3",
+        "http://127.0.0.1:5000/models/name@champion",
+        "mail alice@example.org",
+        "sqlite:///folder/mlflow.db",
+        "",
+    ],
+)
+def test_what_holds_no_secret_stays_as_it_is(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_errors_are_redacted_like_texts() -> None:
+    assert redact(ConnectionError("http://u:p@h refused")) == "http://***@h refused"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("password", "db.password", "passwd", "PGPASSWORD", "passphrase", "client_secret", "AWS_SECRET_ACCESS_KEY"),
+        *("token", "hf.token", "api_key", "apikey", "access-key", "private_key", "authToken", "credentials"),
+    ],
+)
+def test_names_of_secrets_are_known(name: str) -> None:
+    assert names_secret(name)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "tokenizer", "keys", "monkey", "passes", "learning_rate", "key"])
+def test_names_that_only_resemble_one_are_not(name: str) -> None:
+    assert not names_secret(name)

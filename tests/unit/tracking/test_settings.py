@@ -1,0 +1,151 @@
+"""Which source wins, and that secrets show nowhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from heimdall_tracking.settings import SettingsError, TrackingSettings, load_settings
+
+CANARY = "canary2f7c"
+VARIABLES = {
+    "tracking_uri": "MLFLOW_TRACKING_URI",
+    "registry_uri": "MLFLOW_REGISTRY_URI",
+    "username": "MLFLOW_TRACKING_USERNAME",
+    "password": "MLFLOW_TRACKING_PASSWORD",
+    "s3_endpoint_url": "MLFLOW_S3_ENDPOINT_URL",
+    "backend_store_uri": "MLFLOW_BACKEND_STORE_URI",
+    "experiment_name": "MLFLOW_EXPERIMENT_NAME",
+    "run_name_prefix": "HEIMDALL_RUN_NAME_PREFIX",
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "HEIMDALL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def value_of(settings: TrackingSettings, field: str) -> str:
+    value = getattr(settings, field)
+    return str(value.get_secret_value() if isinstance(value, SecretStr) else value)
+
+
+def test_every_setting_has_a_variable() -> None:
+    assert VARIABLES.keys() == TrackingSettings.model_fields.keys()
+
+
+def test_the_defaults_are_for_a_laptop() -> None:
+    settings = load_settings()
+
+    assert settings.tracking_uri == "sqlite:///mlflow.db"
+    assert settings.experiment_name == "heimdall-localization"
+    assert settings.run_name_prefix == "rf-localization"
+    assert settings.password.get_secret_value() == ""
+
+
+@pytest.mark.parametrize("field", VARIABLES)
+def test_arguments_beat_the_environment_which_beats_the_env_file(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text(f"{VARIABLES[field]}=from-file\n")
+    assert value_of(load_settings(), field) == "from-file"
+
+    monkeypatch.setenv(VARIABLES[field], "from-environment")
+    assert value_of(load_settings(), field) == "from-environment"
+
+    assert value_of(load_settings(**{field: "from-argument"}), field) == "from-argument"
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+
+    assert load_settings().tracking_uri == "sqlite:///mlflow.db"
+
+
+def test_the_s3_endpoint_of_recordings_serves_artifacts_where_mlflow_has_no_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEIMDALL_S3_ENDPOINT_URL", "http://recordings")
+    assert load_settings().s3_endpoint_url == "http://recordings"
+
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://artifacts")
+    assert load_settings().s3_endpoint_url == "http://artifacts"
+
+
+def test_either_name_in_the_environment_beats_the_env_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("MLFLOW_S3_ENDPOINT_URL=http://file\n")
+    monkeypatch.setenv("HEIMDALL_S3_ENDPOINT_URL", "http://environment")
+
+    assert load_settings().s3_endpoint_url == "http://environment"
+
+
+@pytest.mark.parametrize("variable", [name.upper() for name in VARIABLES])
+def test_variables_of_the_system_that_are_named_like_a_setting_mean_nothing(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load_settings()
+    monkeypatch.setenv(variable, "alice")
+
+    assert load_settings() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tracking_uri", ""), ("experiment_name", ""), ("tracking_uri", [CANARY]), ("password", {CANARY: CANARY})],
+)
+def test_an_error_names_the_variable_and_not_the_value(field: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=VARIABLES[field]) as caught:
+        load_settings(**{field: value})
+
+    assert CANARY not in str(caught.value)
+    assert caught.value.__suppress_context__, "the cause would show the value in a traceback"
+
+
+def test_one_error_names_every_wrong_variable() -> None:
+    with pytest.raises(SettingsError, match=r"MLFLOW_TRACKING_URI.*MLFLOW_EXPERIMENT_NAME"):
+        load_settings(tracking_uri="", experiment_name="")
+
+
+def test_secrets_show_in_no_representation() -> None:
+    settings = load_settings(
+        tracking_uri=f"http://alice:{CANARY}@mlflow:5000",
+        registry_uri=f"postgresql://alice:{CANARY}@db/registry",
+        s3_endpoint_url=f"https://key:{CANARY}@minio:9000",
+        password=CANARY,
+        backend_store_uri=f"postgresql://mlflow:{CANARY}@db/mlflow",
+    )
+
+    for text in (repr(settings), str(settings), f"{settings}", repr([settings]), settings.display_uri):
+        assert CANARY not in text
+    assert "mlflow:5000" in repr(settings)
+
+
+def test_display_uri_keeps_host_port_and_path() -> None:
+    settings = load_settings(tracking_uri=f"https://alice:{CANARY}@mlflow.example:8443/team")
+
+    assert settings.display_uri == "https://***@mlflow.example:8443/team"
+    assert load_settings(tracking_uri="http://mlflow:5000").display_uri == "http://mlflow:5000"
+
+
+def test_settings_can_not_be_changed_once_they_are_read() -> None:
+    with pytest.raises(ValidationError):
+        load_settings().tracking_uri = "http://elsewhere"  # type: ignore[misc]
+
+
+def test_export_gives_mlflow_what_it_lacks_and_leaves_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(username="alice", password=CANARY, s3_endpoint_url="http://minio")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "bob")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "x")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")  # so that it is put back after the test
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "x")
+    monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL")
+
+    settings.export()
+
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "bob"
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == CANARY
+    assert os.environ["MLFLOW_S3_ENDPOINT_URL"] == "http://minio"

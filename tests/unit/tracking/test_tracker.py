@@ -1,0 +1,298 @@
+"""MLflowTracker, from the start of a run to its end, on a real store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from structlog.testing import capture_logs
+
+from heimdall_tracking import tracker as module
+from heimdall_tracking.errors import TrackingError
+from heimdall_tracking.settings import TrackingSettings
+from heimdall_tracking.tracker import INFINITY, MLflowTracker, initialize_mlflow
+from tests.unit.tracking.conftest import NewRun
+from tests.unit.tracking.fakes import PATIENCE_S
+
+# MLflow's own use of SQLAlchemy, not ours.
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+
+
+@pytest.fixture
+def tracker(client: MlflowClient, store_uri: str, name: str, experiment: str) -> Iterator[MLflowTracker]:
+    """Not started; its experiment is the test's own."""
+    settings = TrackingSettings(tracking_uri=store_uri, experiment_name=name)
+    tracker = MLflowTracker(settings, client)
+    yield tracker
+    tracker.close(0)
+
+
+@pytest.fixture
+def started(tracker: MLflowTracker) -> MLflowTracker:
+    tracker.start_run("run")
+    return tracker
+
+
+def test_nothing_is_asked_of_the_server_before_it_is_needed(name: str) -> None:
+    tracker = initialize_mlflow(TrackingSettings(tracking_uri="http://127.0.0.1:9", experiment_name=name))
+
+    assert tracker.flush(0)
+    assert tracker.close(0)
+
+
+def test_without_a_run_the_error_says_what_to_do(tracker: MLflowTracker) -> None:
+    for call in (lambda: tracker.run_id, lambda: tracker.log_params({"a": 1}), tracker.get_run_info):
+        with pytest.raises(TrackingError, match="call start_run first"):
+            call()
+
+
+def test_a_run_starts_with_name_and_tags_and_ends_finished(tracker: MLflowTracker, client: MlflowClient) -> None:
+    run_id = tracker.start_run("mine", {"team": "rf"})
+    assert client.get_run(run_id).info.status == "RUNNING"
+
+    assert tracker.end_run()
+
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.run_name, run.data.tags["team"]) == ("FINISHED", "mine", "rf")
+    with pytest.raises(TrackingError):
+        _ = tracker.run_id
+
+
+def test_a_run_without_a_name_gets_the_prefix(tracker: MLflowTracker, client: MlflowClient) -> None:
+    assert client.get_run(tracker.start_run()).info.run_name.startswith("rf-localization-")
+
+
+def test_a_failed_run_ends_failed_with_everything_that_was_logged(started: MLflowTracker, client: MlflowClient) -> None:
+    run_id = started.run_id
+    started.log_params({"lr": 0.1})
+    started.log_metrics({"loss": 1.5}, step=3)
+    started.put_tag("note", "x")
+
+    assert started.end_run("FAILED", PATIENCE_S)
+
+    run = client.get_run(run_id)
+    assert run.info.status == "FAILED"
+    assert (run.data.params, run.data.metrics, run.data.tags["note"]) == ({"lr": "0.1"}, {"loss": 1.5}, "x")
+
+
+def test_a_run_is_taken_up_again_by_its_id(
+    started: MLflowTracker, client: MlflowClient, store_uri: str, experiment: str
+) -> None:
+    run_id = started.run_id
+    started.end_run("KILLED")
+    later = MLflowTracker(TrackingSettings(tracking_uri=store_uri, experiment_name="another"), client)
+
+    assert later.start_run(tags={"again": "yes"}, run_id=run_id) == run_id
+
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["again"], later.experiment_id) == ("RUNNING", "yes", experiment)
+    later.end_run()
+
+
+def test_a_run_that_is_not_there_can_not_be_taken_up(tracker: MLflowTracker) -> None:
+    with pytest.raises(MlflowException, match="not found"):
+        tracker.start_run(run_id="0" * 32)
+    with pytest.raises(MlflowException, match="not found"):
+        tracker.attach("0" * 32)
+
+
+def test_attaching_leaves_the_status_alone(tracker: MLflowTracker, client: MlflowClient, new_run: NewRun) -> None:
+    run_id = new_run(status="FINISHED")
+
+    tracker.attach(run_id)
+
+    assert (tracker.run_id, client.get_run(run_id).info.status) == (run_id, "FINISHED")
+
+
+def test_a_thousand_parameters_arrive(started: MLflowTracker) -> None:
+    started.log_params({f"p{index}": index for index in range(1000)})
+
+    assert started.flush(PATIENCE_S)
+    assert started.get_run_info()["params"] == {f"p{index}": str(index) for index in range(1000)}
+
+
+def test_a_parameter_keeps_its_first_value_and_does_not_take_the_others_along(started: MLflowTracker) -> None:
+    started.log_params({"lr": 0.1, "epochs": 5})
+    assert started.flush(PATIENCE_S)
+
+    with capture_logs() as lines:
+        started.log_params({"batch": 32, "lr": 0.2, "seed": 1, "epochs": 5})
+        assert started.flush(PATIENCE_S)
+
+    assert started.get_run_info()["params"] == {"lr": "0.1", "epochs": "5", "batch": "32", "seed": "1"}
+    assert [line["name"] for line in lines if line["event"] == "a parameter was not logged"] == ["lr"]
+
+
+def test_metrics_keep_order_steps_and_values(started: MLflowTracker, client: MlflowClient) -> None:
+    for step in range(50):
+        started.log_metrics({"loss": 1 / (step + 1), "lr": np.float32(0.5)}, step)
+
+    assert started.flush_metrics(PATIENCE_S)
+    history = client.get_metric_history(started.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(step, 1 / (step + 1)) for step in range(50)]
+    assert started.get_run_info()["metrics"] == {"loss": 0.02, "lr": 0.5}
+
+
+def test_values_that_are_no_numbers_are_left_out_or_kept_as_mlflow_can(started: MLflowTracker) -> None:
+    logged: dict[str, Any] = {"nan": math.nan, "up": math.inf, "down": -math.inf, "text": "x", "none": None}
+    logged |= {"list": [1, 2], "many": np.zeros(2), "huge": 10**400, "one": np.array(1.0), "a?b": 2, "true": True}
+    started.log_metrics(logged, step=1)
+
+    assert started.flush(PATIENCE_S)
+    metrics = started.get_run_info()["metrics"]
+    assert math.isnan(metrics.pop("nan"))
+    assert metrics == {"up": INFINITY, "down": -INFINITY, "one": 1.0, "a_b": 2.0, "true": 1.0}
+
+
+def test_of_tags_that_wait_the_newest_is_sent_without_secrets(started: MLflowTracker) -> None:
+    started.put_tag("endpoint", "s3://key:canary@minio")
+    started.put_tag("long", "x" * 20_000)
+    started.put_tag("progress", 1)
+    started.put_tag("progress", "2\0")
+
+    assert started.flush(PATIENCE_S)
+    tags = started.get_run_info()["tags"]
+    assert (tags["endpoint"], tags["progress"], len(tags["long"])) == ("s3://***@minio", "2\ufffd", module.TAG_LIMIT)
+
+
+def test_files_and_folders_become_artifacts(started: MLflowTracker, client: MlflowClient, tmp_path: Path) -> None:
+    folder = tmp_path / "plots"
+    folder.mkdir()
+    (folder / "loss.txt").write_text("plot")
+
+    upload = started.log_artifact(folder / "loss.txt", "single")
+    started.log_artifacts_dir(folder, "all")
+
+    assert upload.result(PATIENCE_S) is None
+    assert started.flush(PATIENCE_S)
+    found = [item.path for part in ("single", "all") for item in client.list_artifacts(started.run_id, part)]
+    assert found == ["single/loss.txt", "all/loss.txt"]
+
+
+def test_a_missing_artifact_is_named(started: MLflowTracker, tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="missing"):
+        started.log_artifact(tmp_path / "gone")
+
+
+def test_what_was_given_up_is_not_called_delivered_when_the_end_is_tried_again(
+    started: MLflowTracker, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object, **more: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "log_batch", away)
+        patch.setattr(client, "set_terminated", away)
+        started.log_metrics({"loss": 1}, step=1)
+        with pytest.raises(ConnectionError):
+            started.end_run(timeout_s=0.02)
+
+    assert not started.end_run(timeout_s=PATIENCE_S)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 1.0), ("max", 3.0)])
+def test_the_best_run_is_the_one_with_the_best_value(
+    tracker: MLflowTracker, new_run: NewRun, mode: Any, best: float
+) -> None:
+    for value in (2.0, 1.0, 3.0, math.nan):
+        new_run(model=False, loss=value)
+    new_run(model=False, other=-9.0)
+
+    found = tracker.get_best_run("loss", mode)
+
+    assert found is not None
+    assert found["metrics"] == {"loss": best}
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_of_equals_the_older_is_the_best(tracker: MLflowTracker, new_run: NewRun, mode: Any) -> None:
+    new_run(model=False, loss=1.0, start_time=3000)
+    older = new_run(model=False, loss=1.0, start_time=1000)
+    new_run(model=False, loss=1.0, start_time=2000)
+
+    found = tracker.get_best_run("loss", mode)
+
+    assert found is not None
+    assert found["run_id"] == older
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_there_is_no_best_run_where_none_finished_with_a_number(
+    tracker: MLflowTracker, new_run: NewRun, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracker.get_best_run("loss", mode) is None
+
+    monkeypatch.setattr(module, "SEARCH_PAGE", 2)
+    for _ in range(3):
+        new_run(model=False, loss=math.nan)
+    new_run(model=False)
+    for status in ("FAILED", "KILLED", "RUNNING"):
+        new_run(model=False, status=status, loss=1.0)
+
+    assert tracker.get_best_run("loss", mode) is None
+
+
+def test_the_best_run_is_found_by_a_name_that_mlflow_had_to_change(tracker: MLflowTracker, new_run: NewRun) -> None:
+    tracker.start_run("run")
+    tracker.log_metrics({"loss [m]`": 1.0}, step=1)
+    tracker.end_run()
+
+    found = tracker.get_best_run("loss [m]`")
+
+    assert found is not None
+    assert found["run_name"] == "run"
+
+
+@pytest.mark.parametrize("form", ["models:/{model_id}", "runs:/{run_id}/model"])
+def test_a_runs_model_is_registered_once(
+    tracker: MLflowTracker, client: MlflowClient, experiment: str, name: str, form: str
+) -> None:
+    run_id = tracker.start_run("run")
+    model_id = client.create_logged_model(experiment, name="model", source_run_id=run_id).model_id
+    client.finalize_logged_model(model_id, "READY")
+    uri = form.format(model_id=model_id, run_id=run_id)
+
+    assert tracker.register_model(name, uri) == "1"
+    assert tracker.register_model(name, uri) == "1"
+
+    versions = client.search_model_versions(f"name = '{name}'")
+    assert [(str(item.version), item.run_id) for item in versions] == [("1", run_id)]
+
+
+def test_stages_become_aliases(started: MLflowTracker, client: MlflowClient, name: str) -> None:
+    version = started.register_model(name, "file:///somewhere")
+
+    started.transition_model_stage(name, version, "Staging")
+    started.transition_model_stage(name, version, "Production")
+    assert client.get_model_version(name, version).aliases == ["production", "staging"]
+
+    started.transition_model_stage(name, version, "Archived")
+    assert client.get_model_version(name, version).aliases == ["archived"]
+
+    started.transition_model_stage(name, version, "Production")
+    started.transition_model_stage(name, version, "None")
+    assert "production" not in client.get_model_version(name, version).aliases
+
+
+def test_archiving_one_version_leaves_the_stages_of_another(
+    started: MLflowTracker, client: MlflowClient, name: str
+) -> None:
+    client.create_registered_model(name)
+    for _ in range(2):
+        client.create_model_version(name, "file:///somewhere")
+    started.transition_model_stage(name, "2", "Production")
+
+    started.transition_model_stage(name, "1", "Archived")
+
+    assert str(client.get_model_version_by_alias(name, "production").version) == "2"
+
+
+def test_a_stage_of_a_version_that_is_not_there_is_an_error(started: MLflowTracker, name: str) -> None:
+    with pytest.raises(MlflowException, match="not found"):
+        started.transition_model_stage(name, "1", "Production")
