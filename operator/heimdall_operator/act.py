@@ -26,10 +26,11 @@ from heimdall_operator.decide import (
 )
 from heimdall_operator.kube import ConflictError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
-from heimdall_operator.mlflow_gateway import MlflowGateway
+from heimdall_operator.mlflow_gateway import MlflowGateway, RunGoneError
 from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store
+from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.registry import ModelMissingError
 
 FINALIZERS: Final = "finalizers"
@@ -68,8 +69,7 @@ class Actor:
             case EnsureRun():
                 return replace(observed, run=await self._mlflow.ensure_run(observed))
             case OpenAttempt(number):
-                assert observed.status.run_id is not None  # noqa: S101 - decide opens attempts of known runs
-                return replace(observed, run=await self._mlflow.open_attempt(observed.status.run_id, number))
+                return await self._open_attempt(observed, number)
             case CreateJob(number):
                 return await self._create_job(observed, number)
             case KeepLogs(number, insist):
@@ -90,6 +90,13 @@ class Actor:
         self._store.put(patched)
         version = patched["metadata"]["resourceVersion"]
         return replace(observed, has_finalizer=present, is_fresh=present, version=version)
+
+    async def _open_attempt(self, observed: Observed, number: int) -> Observed:
+        assert observed.status.run_id is not None  # noqa: S101 - decide opens attempts of known runs
+        try:
+            return replace(observed, run=await self._mlflow.open_attempt(observed.status.run_id, number))
+        except RunGoneError as error:
+            return replace(observed, refusal=str(error))
 
     async def _create_job(self, observed: Observed, number: int) -> Observed:
         assert observed.spec is not None  # noqa: S101 - decide creates Jobs of readable specs only
@@ -133,7 +140,7 @@ class Actor:
         try:
             uri = await self._mlflow.keep_files(observed.status.run_id, f"{ATTEMPTS_DIR}/{number}", files)
         except Exception as error:
-            if insist:
+            if insist and not is_permanent(error):
                 raise
             log.warning("the attempt's log was not kept", attempt=number, error=f"{type(error).__name__}: {error}")
             return replace(observed, logs="")
@@ -167,7 +174,7 @@ class Actor:
     async def _register(self, observed: Observed) -> Observed:
         try:
             registration, facts = await self._mlflow.register(observed)
-        except ModelMissingError as error:
+        except (ModelMissingError, RunGoneError) as error:
             return replace(observed, refusal=str(error))
         return replace(observed, registration=registration, run=facts)
 

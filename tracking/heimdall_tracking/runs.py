@@ -142,7 +142,7 @@ def facts_of(run: Run) -> RunFacts:
 
 
 def read_facts(client: MlflowClient, run_id: str) -> RunFacts | None:
-    """The facts of one run, or None where the run is gone for good.
+    """The facts of one run, or None where the run was deleted.
 
     Raises:
         MlflowException: The server is away or refuses.
@@ -150,11 +150,12 @@ def read_facts(client: MlflowClient, run_id: str) -> RunFacts | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return facts_of(client.get_run(run_id))
+        run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
+    return None if run.info.lifecycle_stage == "deleted" else facts_of(run)
 
 
 def read_active_facts(client: MlflowClient, experiment_ids: Iterable[str]) -> dict[str, RunFacts]:

@@ -52,6 +52,9 @@ def judge(error: BaseException) -> tuple[ExitCode, Reason, str]:
             return ExitCode.SIGTERM, Reason.PREEMPTED, str(error)
         case ConfigurationError() | DataError() | SettingsError():
             return ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION, str(error)
+        case ConnectionError():
+            # A database or a store that does not answer may answer the next attempt.
+            return ExitCode.ERROR, Reason.UNKNOWN, str(error)
         case FencedError():
             return ExitCode.FENCED, Reason.FENCED, str(error)
         case UndeliveredError():

@@ -10,6 +10,7 @@ import pytest
 
 from heimdall_operator.controller import merge_patch
 from heimdall_operator.kube import ConflictError
+from heimdall_operator.mlflow_gateway import RunGoneError
 from tests.unit.operator.builders import UID
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
 
@@ -195,4 +196,28 @@ def test_a_state_that_arrives_in_the_middle_of_a_look_is_not_written_over() -> N
 
     assert world.run is not None
     assert world.run["status"]["runID"] == "theirs"
+    assert world.jobs == {}
+
+
+def test_a_run_whose_mlflow_run_somebody_deleted_fails_and_says_so() -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        operator = controller(world)
+        await operator.refresh()
+
+        async def gone(run_id: str, attempt: int) -> Any:
+            raise RunGoneError(f"the MLflow run {run_id} was deleted: create a new TrainingRun")
+
+        operator._mlflow.open_attempt = gone  # type: ignore[method-assign]
+        world.mlflow_runs[UID] = {"id": "r1", "status": "FINISHED", "attempt": 0}
+        await operator.look(KEY)
+
+    asyncio.run(scenario())
+
+    assert world.run is not None
+    failed = next(item for item in world.run["status"]["conditions"] if item["type"] == "Failed")
+    assert (failed["status"], failed["reason"]) == ("True", "InvalidConfiguration")
+    assert "was deleted: create a new TrainingRun" in failed["message"]
     assert world.jobs == {}
