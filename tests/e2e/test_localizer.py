@@ -18,6 +18,7 @@ import yaml
 from heimdall_api.contract import TAG_UID, parse_checkpoints
 from tests.e2e.cluster import ROOT, Cluster, condition, port_forward, wait_for
 from tests.e2e.conftest import Mlflow, signal_container
+from tests.e2e.test_life_cycle import holding_gpus
 
 TRAINING_S = 900.0
 PREDICT = """
@@ -233,8 +234,7 @@ def test_what_can_not_train_fails_with_a_reason(
     assert message in failed["message"]
     assert len(status["attempts"]) == 1, "nothing is tried again that can't work"
     assert [item.info.status for item in mlflow.runs_of(release.training_run(name)["metadata"]["uid"])] == ["FAILED"]
-    pods = release.list("pods", f"training.heimdall.dev/run={name}")
-    assert [pod["status"]["phase"] for pod in pods] == ["Failed"], "the GPU is free"
+    wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=60)
 
 
 def test_a_lightning_module_of_somebody_else_trains(release: Cluster, mlflow: Mlflow, name: str) -> None:

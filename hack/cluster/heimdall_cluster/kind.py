@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ GPU_NODE: Final = WORKERS[1]
 GPUS: Final = 2
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 NODES_TIMEOUT_S: Final = 180
+LOAD_TIMEOUT_S: Final = 900
 DELETE_TIMEOUT_S: Final = 120
 KUBE_ROUTER_MANIFEST: Final = HERE / "kube-router.yaml"
 
@@ -156,10 +159,33 @@ def load(names: list[str], nodes: list[str]) -> None:
             lacking.setdefault(missing, []).append(name)
     for missing, images_of in lacking.items():
         with step(f"loading {', '.join(images_of)} into {', '.join(missing)}"):
-            # All in one archive: what they share is moved once.
-            command = [parts.path_of("kind"), "load", "docker-image", *images_of, "--name", NAME]
-            run([*command, "--nodes", ",".join(missing)], log=LOGS / "kind.log", env=images.client_environment())
+            for node in missing:
+                _stream(images_of, node)
             _drop_replaced(missing)
+
+
+def _stream(names: Sequence[str], node: str) -> None:
+    """What `kind load` does, without a file between: all images in one archive, so that what they share is moved once.
+
+    Raises:
+        ClusterError: The engine or the node failed.
+    """
+    env = {**os.environ, **engine.environment()}
+    importing = ["ctr", "--namespace", "k8s.io", "images", "import", "--all-platforms", "--digests"]
+    with (LOGS / "kind.log").open("ab") as log:
+        save = subprocess.Popen([engine.docker(), "save", *names], env=env, stdout=subprocess.PIPE, stderr=log)
+        command = [engine.docker(), "exec", "-i", node, *importing, "--snapshotter=overlayfs", "-"]
+        try:
+            done = subprocess.run(
+                command, env=env, stdin=save.stdout, stdout=log, stderr=log, timeout=LOAD_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(f"loading into {node} took longer than {LOAD_TIMEOUT_S} s") from error
+        finally:
+            save.kill()
+            save.wait()
+    if done.returncode != 0:
+        raise ClusterError(f"{', '.join(names)} could not be loaded into {node}: see {LOGS / 'kind.log'}")
 
 
 def image_id(node: str, name: str) -> str | None:
