@@ -127,6 +127,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         image_pull_policy=settings.image_pull_policy,
         secret=settings.trainer_secret,
         tracking_uri=settings.tracking_uri,
+        grace_period_s=settings.grace_period_seconds,
     )
     controller = Controller(
         kube=kube,

@@ -10,6 +10,7 @@ from heimdall_api.contract import (
     ANNOTATION_RUN_FILE,
     API_VERSION,
     ENV_ATTEMPT,
+    ENV_GRACE_PERIOD,
     ENV_MLFLOW_RUN_ID,
     ENV_RUN_FILE,
     ENV_TERMINATION_MESSAGE,
@@ -31,8 +32,6 @@ from heimdall_operator.overrides import merge
 
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 RENDEZVOUS_PORT: Final = 29400
-GRACE_PERIOD_S: Final = 60
-"""Time a trainer has after SIGTERM to make and deliver a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,8 @@ class TrainerDefaults:
     image_pull_policy: str
     secret: str
     tracking_uri: str
+    grace_period_s: int = 60
+    """Time a trainer has after SIGTERM to make and deliver a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
     return {
         **({"subdomain": service_name(plan.name)} if plan.workers > 1 else {}),
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_PERIOD_S,
+        "terminationGracePeriodSeconds": defaults.grace_period_s,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
@@ -230,6 +231,7 @@ def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str,
         ENV_TRACKING_URI: defaults.tracking_uri,
         ENV_MLFLOW_RUN_ID: plan.run_id,
         ENV_ATTEMPT: str(plan.attempt),
+        ENV_GRACE_PERIOD: str(defaults.grace_period_s),
         ENV_RUN_FILE: RUN_FILE,
         ENV_TERMINATION_MESSAGE: TERMINATION_MESSAGE_FILE,
         "HOME": SCRATCH_DIR,

@@ -23,6 +23,8 @@ class OperatorSettings(BaseSettings):
     """Secret whose keys training pods get as environment variables; every namespace with TrainingRuns needs it."""
     image_pull_policy: str = "IfNotPresent"
     """Pull policy of the trainer's image."""
+    grace_period_seconds: int = Field(default=60, ge=10)
+    """Time a trainer has after SIGTERM to make and deliver a checkpoint."""
     namespaces: str = ""
     """Namespaces to watch, separated by commas. Empty: all."""
     health_port: int = 8080

@@ -13,16 +13,19 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import yaml
 
 from heimdall_api.contract import TAG_UID
 from tests.e2e.cluster import ROOT, Cluster, cluster_environment, hack, port_forward, wait_for
 
 NAMESPACE = "heimdall-e2e"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+SMALL = ("operator", "contract", "mlflow", "postgresql", "minio")
 SMALL_IMAGES = (
     "heimdall/operator:dev",
     "heimdall/contract:dev",
@@ -45,20 +48,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[dict[str, str]]:
-    """The environment that reaches the cluster, with all images loaded."""
+    """The environment that reaches the cluster, with the small images loaded."""
     status = subprocess.run(
         [sys.executable, "hack/cluster", "status"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     was_up = "cluster: up" in status.stdout
     hack("hack/cluster", "up")
     try:
-        hack("hack/images", "build")
+        hack("hack/images", "build", *SMALL)
         hack("hack/cluster", "load", *SMALL_IMAGES)
-        hack("hack/cluster", "load", "--gpu-node", "heimdall/trainer:dev")
         yield cluster_environment()
     finally:
         if not was_up and not os.environ.get("HEIMDALL_KEEP_CLUSTER"):
             hack("hack/cluster", "down")
+
+
+@pytest.fixture(scope="session")
+def trainer_loading(cluster: dict[str, str]) -> Iterator[Future[None]]:
+    """The trainer's image on its way to the node with the GPUs, behind the cases that need none: it is 6 GB."""
+
+    def load() -> None:
+        hack("hack/images", "build", "trainer")
+        hack("hack/cluster", "load", "--gpu-node", "heimdall/trainer:dev")
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(load)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +83,7 @@ def canaries() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def release(cluster: dict[str, str], canaries: dict[str, str]) -> Iterator[Cluster]:
+def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: dict[str, str]) -> Iterator[Cluster]:
     """The chart, installed once, with canaries as passwords; removed whole afterwards."""
     installed = Cluster(cluster, NAMESPACE)
     remove_release(installed)
@@ -97,6 +111,7 @@ CRD = "trainingruns.training.heimdall.dev"
 OTHER_NODE, GPU_NODE = "heimdall-worker", "heimdall-worker2"
 INSTALL_OPTIONS = (
     *("--set", "operator.progressSeconds=3,operator.resyncSeconds=30,operator.lostPodSeconds=10"),
+    *("--set", "trainer.gracePeriodSeconds=15"),
     # Nodes are stopped and drained: the one with the GPUs, which nothing but training pods runs on.
     *(
         option
@@ -166,9 +181,17 @@ def mlflow(release: Cluster) -> Iterator[Mlflow]:
 
 
 @pytest.fixture(scope="session")
-def recordings(release: Cluster) -> None:
+def trainer(trainer_loading: Future[None]) -> None:
+    """The trainer's image is where it trains."""
+    trainer_loading.result()
+
+
+@pytest.fixture(scope="session")
+def recordings(release: Cluster, trainer: None) -> None:
     """Generated recordings in the release's PostgreSQL and MinIO."""
-    release.kubectl("apply", "-f", "manifests/examples/recordings.yaml")
+    manifest = yaml.safe_load((ROOT / "manifests/examples/recordings.yaml").read_text())
+    manifest["spec"]["template"]["spec"]["nodeSelector"] = {"kubernetes.io/hostname": GPU_NODE}
+    release.apply(manifest)
     release.kubectl("wait", "--for=condition=Complete", "job/generate-recordings", "--timeout=240s")
 
 

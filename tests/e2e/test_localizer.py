@@ -237,7 +237,8 @@ def test_what_can_not_train_fails_with_a_reason(
     wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=60)
 
 
-def test_a_lightning_module_of_somebody_else_trains(release: Cluster, mlflow: Mlflow, name: str) -> None:
+def test_a_lightning_module_of_somebody_else_trains(release: Cluster, mlflow: Mlflow, trainer: None, name: str) -> None:
+    del trainer
     run = example(name)
     run["spec"] = {
         "model": {"module": f"{BORING}:BoringModel"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
+from heimdall_api.contract import ENV_GRACE_PERIOD, TAG_BEST, TAG_PROGRESS, BestMetric, Progress
 from heimdall_trainer import group
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.termination import TerminatedError
@@ -26,13 +27,18 @@ if TYPE_CHECKING:
 
 PROGRESS_EVERY_S: Final = 5.0
 LINE_EVERY_S: Final = 10.0
-SIGTERM_TIMEOUT_S: Final = 40.0
-"""How long the last checkpoint's upload may take: the pod's grace period is 60 s."""
+UPLOAD_SHARE: Final = 2 / 3
+"""Share of the grace period that the last checkpoint's upload may take; the rest is for the step under way."""
 
 VALIDATION_GRACE_S: Final = 10.0
 """How long a validation may go on after SIGTERM. One that is broken off is not made up for later."""
 
 log = structlog.get_logger()
+
+
+def grace_period_s() -> float:
+    """Seconds between SIGTERM and SIGKILL, as the operator gives them."""
+    return float(os.environ.get(ENV_GRACE_PERIOD) or group.DEFAULT_GRACE_PERIOD_S)
 
 
 class Checkpointing:
@@ -115,7 +121,7 @@ class Checkpointing:
     def _stop(self, trainer: Any) -> None:
         if trainer.global_step != self._last_step:
             self._save(trainer, metric=None)
-        delivered = self._publisher.flush(SIGTERM_TIMEOUT_S)
+        delivered = self._publisher.flush(UPLOAD_SHARE * grace_period_s())
         fate = "was delivered" if delivered else "could not be delivered in time; an older one is used"
         raise TerminatedError(f"Asked to end (SIGTERM) at step {trainer.global_step}; its checkpoint {fate}.")
 

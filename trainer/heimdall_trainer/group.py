@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final
 
+from heimdall_api.contract import ENV_GRACE_PERIOD
+
+DEFAULT_GRACE_PERIOD_S: Final = 60
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=5)
 """How long a process waits for the others: a lost one makes them wait, not fail."""
-SHUTDOWN_TIMEOUT_S: Final = 55
-"""How long torchrun lets processes make a checkpoint after SIGTERM: the pod's grace period is 60 s."""
+SHUTDOWN_MARGIN_S: Final = 5
+"""How much sooner than the pod's grace period torchrun's patience with its processes ends."""
 BROKEN: Final = (
     *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe"),
     *("timed out waiting", "socket timeout", "nccl error: remote", "ncclremoteerror"),
@@ -36,7 +39,8 @@ def become_torchrun(arguments: Sequence[str]) -> None:
     Args:
         arguments: Of this program, without its name.
     """
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
+    grace_s = int(os.environ.get(ENV_GRACE_PERIOD) or DEFAULT_GRACE_PERIOD_S)
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(max(1, grace_s - SHUTDOWN_MARGIN_S)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
     command = [sys.executable, "-m", "torch.distributed.run", "-m", "heimdall_trainer.cli", *arguments]

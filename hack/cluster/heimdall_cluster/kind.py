@@ -19,6 +19,7 @@ WORKERS: Final = (f"{NAME}-worker", f"{NAME}-worker2")
 GPU_NODE: Final = WORKERS[1]
 GPUS: Final = 2
 GPU_RESOURCE: Final = "nvidia.com/gpu"
+NODE_GRACE_S: Final = 20
 NODES_TIMEOUT_S: Final = 180
 LOAD_TIMEOUT_S: Final = 900
 DELETE_TIMEOUT_S: Final = 120
@@ -44,12 +45,16 @@ def config(*, own_cni: bool, cgroup_v1: bool) -> dict[str, Any]:
     }
     if own_cni:
         document["networking"]["disableDefaultCNI"] = True
+    # A node that is gone is noticed in seconds: tests take nodes away.
+    patience = [{"name": "node-monitor-grace-period", "value": f"{NODE_GRACE_S}s"}]
+    cluster = {"kind": "ClusterConfiguration", "controllerManager": {"extraArgs": patience}}
+    kubelet = {"kind": "KubeletConfiguration", "nodeStatusUpdateFrequency": "4s"}
     if cgroup_v1:
-        document["kubeadmConfigPatches"] = [
-            json.dumps(
-                {"kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1", "failCgroupV1": False}
-            )
-        ]
+        kubelet |= {"failCgroupV1": False}
+    document["kubeadmConfigPatches"] = [
+        json.dumps({"apiVersion": "kubeadm.k8s.io/v1beta4", **cluster}),
+        json.dumps({"apiVersion": "kubelet.config.k8s.io/v1beta1", **kubelet}),
+    ]
     return document
 
 
