@@ -61,6 +61,21 @@ def cluster() -> Iterator[dict[str, str]]:
     finally:
         if not was_up and not os.environ.get("HEIMDALL_KEEP_CLUSTER"):
             hack("hack/cluster", "down")
+            assert left_behind() == []
+
+
+def left_behind() -> list[str]:
+    """What `down` should have taken away of an engine of our own: processes, mounts, links, firewall rules, sockets."""
+    sys.path.insert(0, str(ROOT / "hack/cluster"))
+    from heimdall_cluster import engine
+
+    if engine.environment() == {}:
+        return []  # the engine was there before: it stays
+    left = [f"process {pid}" for pid in engine._descendants_of_ours()]
+    left += [f"mount {mount}" for mount in engine._our_mounts()]
+    left += [f"link {name}" for name in os.listdir("/sys/class/net") if name.startswith(("docker", "br-", "veth"))]
+    left += [f"chain {name}" for name in engine._docker_chains()]
+    return left + [str(path) for path in (engine.RUN, engine.BEFORE) if path.exists()]
 
 
 @pytest.fixture(scope="session")

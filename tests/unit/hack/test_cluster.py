@@ -1,0 +1,245 @@
+"""The cluster tool's pure parts, what it refuses, and how it takes half-done work."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from heimdall_cluster import cli, engine, images, kind, parts, steps
+
+
+def patches(document: dict[str, object]) -> list[dict[str, object]]:
+    listed = document["kubeadmConfigPatches"]
+    assert isinstance(listed, list)
+    return [json.loads(item) for item in listed]
+
+
+def test_the_cluster_has_a_control_plane_and_two_workers_on_the_loopback_address() -> None:
+    document = kind.config(own_cni=False, cgroup_v1=False)
+
+    assert [node["role"] for node in document["nodes"]] == ["control-plane", "worker", "worker"]
+    assert document["networking"] == {"apiServerAddress": "127.0.0.1"}
+    assert not any("failCgroupV1" in patch for patch in patches(document))
+
+
+def test_an_own_network_and_cgroup_v1_are_told_to_kind() -> None:
+    document = kind.config(own_cni=True, cgroup_v1=True)
+
+    assert document["networking"]["disableDefaultCNI"] is True
+    assert any(patch.get("failCgroupV1") is False for patch in patches(document))
+
+
+def test_two_gpus_are_simulated_by_an_extended_resource() -> None:
+    assert kind.gpu_patch()["status"]["allocatable"] == {"nvidia.com/gpu": "2"}
+
+
+# --- what is missing is named in one sentence ---------------------------------------------------------------------
+
+
+def test_too_little_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
+
+    with pytest.raises(steps.ClusterError, match=r"GB of disk are needed under .*, 3 GB are free: make room"):
+        cli.check_machine()
+
+
+def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**12 if name == "SC_PAGE_SIZE" else 2**18)
+
+    with pytest.raises(steps.ClusterError, match="6 GB of memory are needed, this machine has 1"):
+        cli.check_machine()
+
+
+def test_no_engine_and_no_root_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+
+    with pytest.raises(steps.ClusterError, match="starting one needs root: start Docker, or call this as root"):
+        engine._require_debian_root()
+
+
+def test_no_engine_and_no_debian_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+
+    with pytest.raises(steps.ClusterError, match="no Docker engine answers: start Docker"):
+        engine._require_debian_root()
+
+
+def test_a_command_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(steps.ClusterError, match=r"failed \(3\)\. Its last lines .*\n.*out of luck"):
+        steps.run(["sh", "-c", "echo out of luck; exit 3"], log=tmp_path / "log")
+
+
+def test_a_command_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(steps.ClusterError, match="no-such-program is missing"):
+        steps.run(["no-such-program"], log=tmp_path / "log")
+
+
+def test_a_command_is_bounded_in_time(tmp_path: Path) -> None:
+    with pytest.raises(steps.ClusterError, match="took longer than 0 s"):
+        steps.run(["sleep", "60"], log=tmp_path / "log", timeout_s=0.1)
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> parts.Part:
+    """A part that is built, in folders of the test's own."""
+    monkeypatch.setattr(parts, "PARTS", tmp_path / "parts")
+    monkeypatch.setattr(parts, "PARTS_SOURCE", tmp_path / "source")
+    (tmp_path / "source/tool").mkdir(parents=True)
+    (tmp_path / "source/tool/go.mod").write_text("module tool\n")
+    (tmp_path / "source/tool/go.sum").write_text("")
+    (tmp_path / "parts/tool").mkdir(parents=True)
+    made = parts.Part("tool", ("tool",))
+    (tmp_path / "parts/tool/tool").write_bytes(b"binary")
+    stamp = {"source": parts.fingerprint(made), "binaries": {"tool": [6, "x"]}}
+    (tmp_path / "parts/tool/stamp.json").write_text(json.dumps(stamp))
+    return made
+
+
+def test_a_part_that_is_built_is_left_alone(part: parts.Part) -> None:
+    assert parts.is_built(part)
+
+
+def test_a_part_of_another_version_is_built_anew(part: parts.Part, tmp_path: Path) -> None:
+    (tmp_path / "source/tool/go.mod").write_text("module tool // newer\n")
+
+    assert not parts.is_built(part)
+
+
+@pytest.mark.parametrize("damage", ["binary", "stamp", "half a stamp"])
+def test_a_part_that_a_kill_left_half_done_is_built_anew(part: parts.Part, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "parts/tool"
+    match damage:
+        case "binary":
+            (folder / "tool").write_bytes(b"bin")
+        case "stamp":
+            (folder / "stamp.json").unlink()
+        case _:
+            (folder / "stamp.json").write_text('{"source": "')
+
+    assert not parts.is_built(part)
+
+
+def test_every_part_is_pinned_with_checksums() -> None:
+    for name in parts.CATALOGUE:
+        assert (parts.PARTS_SOURCE / name / "go.mod").is_file()
+        assert (parts.PARTS_SOURCE / name / "go.sum").read_text().count(" h1:") > 0
+
+
+def test_a_part_that_there_is_not_is_named() -> None:
+    with pytest.raises(steps.ClusterError, match="there is no part 'kubectal'; there are kind"):
+        parts.ensure(["kubectal"])
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def test_an_archive_names_its_images_whole_and_first(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "old.tar", "w") as tar:
+        for name, text in {
+            "manifest.json": "[]",
+            "repositories": '{"kindest/x": {"v1": "abc"}}',
+            "abc": "data",
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+
+    images.rewrite_archive(tmp_path / "old.tar", tmp_path / "new.tar")
+
+    with tarfile.open(tmp_path / "new.tar") as tar:
+        assert tar.getnames() == ["repositories", "manifest.json", "abc"]
+        listed = tar.extractfile("repositories")
+        assert listed is not None
+        assert json.load(listed) == {"docker.io/kindest/x": {"v1": "abc"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("kindest/x", "docker.io/kindest/x"), ("registry.k8s.io/x", "registry.k8s.io/x"), ("localhost/x", "localhost/x")],
+)
+def test_names_are_made_whole(name: str, whole: str) -> None:
+    assert images.whole_name(name) == whole
+
+
+# --- the engine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_docker"),
+    [
+        ("-A FORWARD -j DOCKER-USER", True),
+        ("-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE", True),
+        ("-A FORWARD -i br-0123456789ab -j ACCEPT", True),
+        ("-A INPUT -p tcp --dport 22 -j ACCEPT", False),
+        ("-A INPUT -i bridge0 -j ACCEPT", False),
+    ],
+)
+def test_only_dockers_own_firewall_rules_are_removed(rule: str, is_docker: bool) -> None:
+    assert engine.is_docker_rule(rule) == is_docker
+
+
+def test_runc_is_called_without_the_capability_that_the_host_lacks(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    capabilities = {"bounding": ["CAP_KILL", "CAP_SYS_RESOURCE"]}
+    (bundle / "config.json").write_text(json.dumps({"process": {"capabilities": capabilities}}))
+    runc = tmp_path / "runc"
+    runc.write_text('#!/bin/sh\necho called "$@"\n')
+    runc.chmod(0o755)
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(engine.RUNC_WRAPPER.replace("@RUNC@", str(runc)))
+
+    done = subprocess.run(
+        [sys.executable, wrapper, "create", "--bundle", str(bundle), "id"], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == f"called create --bundle {bundle} id\n"
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["process"]["capabilities"]["bounding"] == ["CAP_KILL"]
+
+
+def test_what_a_killed_engine_left_is_ended_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process of our exec-root with a child, and one that is not ours."""
+    exec_root = tmp_path / "exec"
+    for name, value in {"EXEC_ROOT": exec_root, "SOCKET": tmp_path / "s", "PID_FILE": tmp_path / "p"}.items():
+        monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr(engine, "_our_mounts", list)
+    exec_root.mkdir()
+    (tmp_path / "p").write_text("999999")
+    script = "import subprocess, sys; subprocess.run(['sleep', '300'])"
+    ours = subprocess.Popen([sys.executable, "-c", script, "containerd-shim", str(exec_root)], start_new_session=True)
+    other = subprocess.Popen(["sleep", "300"])
+    try:
+        steps.wait_until(lambda: len(list(engine._descendants_of_ours())) == 2, what="the child", timeout_s=20)
+        # Reaped here: a zombie of this process would count as alive no longer, but stay in the table.
+        engine._clean_after_kill()
+
+        assert ours.wait(timeout=10) == -signal.SIGKILL
+        assert other.poll() is None
+        assert not exec_root.exists()
+        assert not (tmp_path / "p").exists()
+    finally:
+        other.kill()
+        other.wait()
+        if ours.poll() is None:
+            os.killpg(ours.pid, signal.SIGKILL)
+            ours.wait()
