@@ -31,7 +31,7 @@ check: venv ## Lint, types, room boundaries and unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q tests/unit
+	$(BIN)/pytest -q -n 2 tests/unit
 
 .PHONY: demo
 demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, its registered model
@@ -43,7 +43,8 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --durations=25
+	@$(PYTHON) hack/cluster parts helm
+	$(BIN)/pytest -n 2 --dist loadgroup --durations=25 tests/e2e tests/chaos tests/unit tests/integration
 
 .PHONY: e2e
 e2e: venv needs ## The tests on a real cluster alone

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def left_behind() -> list[str]:
         return []  # the engine was there before: it stays
     left = [f"process {pid}" for pid in engine._descendants_of_ours()]
     left += [f"mount {mount}" for mount in engine._our_mounts()]
-    left += [f"link {name}" for name in os.listdir("/sys/class/net") if name.startswith(("docker", "br-", "veth"))]
+    left += [f"link {link.name}" for link in NET.iterdir() if link.name.startswith(("docker", "br-", "veth"))]
     left += [f"chain {name}" for name in engine._docker_chains()]
     return left + [str(path) for path in (engine.RUN, engine.BEFORE) if path.exists()]
 
@@ -122,6 +123,7 @@ def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: di
             installed.run("kubectl", "delete", "crd", CRD, "--ignore-not-found")
 
 
+NET = Path("/sys/class/net")
 CRD = "trainingruns.training.heimdall.dev"
 OTHER_NODE, GPU_NODE = "heimdall-worker", "heimdall-worker2"
 INSTALL_OPTIONS = (

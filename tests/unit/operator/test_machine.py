@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
+import pytest
 import structlog
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,7 +35,13 @@ ENDS: dict[str, dict[str, Any]] = {
 OVERDUE = timedelta(seconds=DELETION_LIMIT_S)
 TERMINAL = ("Succeeded", "Failed")
 
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+@pytest.fixture(autouse=True, scope="module")
+def without_logs() -> Iterator[None]:
+    """Tens of thousands of looks: their logs are nobody's."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
 
 
 class Life(RuleBasedStateMachine):
