@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.tracker import INFINITY
 from tests.integration.conftest import Stack
 
-OUTAGE_S = 20
-"""How long a server stays away in mid-training."""
+OUTAGE_S = float(os.environ.get("HEIMDALL_OUTAGE_S", "8"))
+"""How long a server stays away in mid-training; HEIMDALL_OUTAGE_S=180 for minutes."""
 STEP_S = 0.05
 """How long a step of the training takes that goes on meanwhile."""
 DELIVERY_TIMEOUT_S = 180
