@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from heimdall_tracking.runs import RunFacts
 
 STEP_LIMIT: Final = 20
 """Most decisions of one look: more than any life needs at once, so that a mistake can't spin."""
+EVENTS_LIMIT: Final = 10_000
+"""Events that wait while the API server is away; of more, the oldest are lost."""
 EVENT_NOTE_LIMIT: Final = 1024
 STUCK_AFTER_S: Final = 300
 """A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
@@ -60,6 +63,8 @@ class Controller:
         self._clock = clock
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
+        self._events: deque[tuple[str, dict[str, Any]]] = deque(maxlen=EVENTS_LIMIT)
+        self._has_events = asyncio.Event()
         self._last_look = time.monotonic()
 
     # --- tasks that run as long as the operator ------------------------------------------------------------------
@@ -209,15 +214,26 @@ class Controller:
             self.store.put(written)
             metrics.record_status(observed.created, observed.status, status)
             for event in events_between(observed.status, status):
-                await self._record(event, observed)
+                self._events.append((observed.namespace, event_manifest(event, observed, self._clock())))
+                self._has_events.set()
             observed = replace(observed, version=written["metadata"]["resourceVersion"])
         return replace(observed, status=status)
 
-    async def _record(self, event: Event, observed: Observed) -> None:
-        try:
-            await self._kube.create_event(observed.namespace, event_manifest(event, observed, self._clock()))
-        except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
-            log.warning("an Event could not be recorded", reason=event.reason, error=_describe(error))
+    async def record_events(self) -> None:
+        """Record Events behind the looks: what is told to people must not hold the next step up."""
+        while True:
+            await self._has_events.wait()
+            await self.record_waiting_events()
+
+    async def record_waiting_events(self) -> None:
+        """Record what waits, in order."""
+        self._has_events.clear()
+        while self._events:
+            namespace, manifest = self._events.popleft()
+            try:
+                await self._kube.create_event(namespace, manifest)
+            except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
+                log.warning("an Event could not be recorded", reason=manifest["reason"], error=_describe(error))
 
     async def _read_again(self, key: Key) -> None:
         try:

@@ -7,6 +7,7 @@ keep their state in annotations and finalizers, while here all state is observed
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from contextlib import AsyncExitStack
 from typing import Any, Final, cast
@@ -26,6 +27,7 @@ from heimdall_operator.store import ChildKind, Key, Store
 SERVER_TIMEOUT_S: Final = 300
 CLIENT_TIMEOUT_S: Final = 310
 CONNECT_TIMEOUT_S: Final = 30
+LAST_EVENTS_TIMEOUT_S: Final = 5
 OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
 
 
@@ -142,14 +144,22 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
     stack.callback(metrics.serve(controller, settings.metrics_port).shutdown)
     # Everything is known before the first look: a look that saw a run without its Job would make another.
     await controller.refresh()
+    stack.push_async_callback(_say_the_last, controller)
     coroutines = [
         controller.resync(settings.resync_seconds),
         controller.follow_progress(settings.progress_seconds),
+        controller.record_events(),
         *(controller.work() for _ in range(settings.workers)),
     ]
     for coroutine in coroutines:
         stack.push_async_callback(_cancel, asyncio.create_task(coroutine))
     return controller
+
+
+async def _say_the_last(controller: Controller) -> None:
+    """Record the Events that still wait, if the API server takes them at once."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(controller.record_waiting_events(), LAST_EVENTS_TIMEOUT_S)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

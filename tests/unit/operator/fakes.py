@@ -245,5 +245,8 @@ async def look(world: World) -> Controller:
     """Start an operator and let it look at the run until it is settled."""
     operator = controller(world)
     await operator.refresh()
-    await operator.look(KEY)
+    try:
+        await operator.look(KEY)
+    finally:
+        await operator.record_waiting_events()
     return operator
