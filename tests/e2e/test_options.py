@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import pytest
+import requests
 
-from tests.e2e.cluster import Cluster, condition, wait_for
+from tests.e2e.cluster import Cluster, condition, port_forward, wait_for
 from tests.e2e.conftest import GPU_NODE, RESTRICTED, Mlflow, contract_run, wait_for_step
 
 LIFE_S = 120.0
@@ -126,8 +128,6 @@ def test_jobs_and_pods_go_when_their_time_is_over_and_logs_stay(release: Cluster
 
 def read_artifact(mlflow: Mlflow, run_id: str, path: str) -> str:
     """The text of an artifact, through the server (its own addresses lead into the cluster)."""
-    import requests
-
     answer = requests.get(f"{mlflow.url}/get-artifact", params={"run_uuid": run_id, "path": path}, timeout=30)
     answer.raise_for_status()
     return answer.text
@@ -179,3 +179,50 @@ def test_a_worse_model_does_not_become_champion(release: Cluster, mlflow: Mlflow
     message = condition(status, "ModelRegistered")["message"]
     assert "not promoted to champion: val/loss 0.5 does not beat version 1's 0.05" in message
     assert mlflow.client.get_model_version_by_alias(name, "champion").version == "1"
+
+
+def test_progress_and_an_estimate_are_there_while_it_runs(release: Cluster, name: str) -> None:
+    release.apply(contract_run(name, steps=100, stepSeconds=0.2))
+
+    status = wait_for(
+        lambda: "estimatedCompletionTime" in (status := release.status(name)).get("progress", {}) and status,
+        what="an estimate",
+        timeout_s=LIFE_S,
+        tell=lambda: release.explain(name),
+    )
+
+    assert status["phase"] == "Running"
+    assert 0 < status["progress"]["step"] < 100
+    assert status["progress"]["percent"] < 100
+    assert datetime.fromisoformat(status["progress"]["estimatedCompletionTime"]) > datetime.fromisoformat(
+        status["progress"]["time"]
+    )
+    checkpoint = wait_for(
+        lambda: release.status(name).get("lastCheckpoint"), what="a checkpoint on the status", timeout_s=LIFE_S
+    )
+    assert checkpoint["uri"].startswith(f"runs:/{status['runID']}/checkpoints/")
+
+
+def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
+    release.apply(contract_run(name, steps=2))
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    uid = release.training_run(name)["metadata"]["uid"]
+
+    with port_forward(release, "deployment/heimdall-operator", 8081) as port:
+        text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+    lines = release.kubectl("logs", "deployment/heimdall-operator", "--tail=-1").splitlines()
+
+    for metric in (
+        'heimdall_trainingruns{phase="Succeeded",reason="Completed"}',
+        'heimdall_attempts_total{reason="Completed"}',
+        "heimdall_job_seconds_count",
+        "heimdall_look_seconds_bucket",
+        'heimdall_mlflow_seconds_count{call="register"}',
+        "heimdall_queue_depth",
+    ):
+        assert metric in text
+    about = [json.loads(line) for line in lines if name in line]
+    assert {"acting"} <= {line["event"] for line in about}
+    assert all(
+        (line["namespace"], line["trainingrun"], line["uid"]) == (release.namespace, name, uid) for line in about
+    )

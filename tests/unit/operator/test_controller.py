@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -221,3 +222,25 @@ def test_a_run_whose_mlflow_run_somebody_deleted_fails_and_says_so() -> None:
     assert (failed["status"], failed["reason"]) == ("True", "InvalidConfiguration")
     assert "was deleted: create a new TrainingRun" in failed["message"]
     assert world.jobs == {}
+
+
+def test_the_probe_tells_an_operator_that_looks_from_one_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> list[str | None]:
+        operator = controller(World())
+        clock = time.monotonic()
+        said = [operator.stuck_reason(300)]
+        monkeypatch.setattr(time, "monotonic", lambda: clock + 700)
+        said.append(operator.stuck_reason(300))
+        operator._last_look = clock + 700
+        operator.queue.add(KEY)
+        monkeypatch.setattr(time, "monotonic", lambda: clock + 1100)
+        operator._last_look = clock + 1100
+        return [*said, operator.stuck_reason(300)]
+
+    fine, silent, waiting = asyncio.run(scenario())
+
+    assert fine is None
+    assert silent is not None
+    assert "nothing was looked at for 700 s" in silent
+    assert waiting is not None
+    assert "has waited for 400 s" in waiting
