@@ -194,6 +194,9 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
     outcome = _outcome(observed, spec, attempt, now)
     if outcome is not None:
         ended = _record(observed, outcome)
+        if outcome.ended is None:
+            # On the status first: once its Job is being deleted, nobody could tell why any more.
+            return Decision((), ended)
         return decide(replace(observed, status=ended), now)
     if observed.job is None:
         return _create_job(observed, spec, attempt, now)

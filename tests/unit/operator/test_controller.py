@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from heimdall_operator.controller import merge_patch
 from heimdall_operator.kube import ConflictError
 from heimdall_operator.mlflow_gateway import RunGoneError
-from tests.unit.operator.builders import UID
+from tests.unit.operator.builders import NOW, UID
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
 
 SPEC: dict[str, Any] = {"registration": {"model": "localizer"}}
@@ -244,3 +245,25 @@ def test_the_probe_tells_an_operator_that_looks_from_one_that_is_stuck(monkeypat
     assert "nothing was looked at for 700 s" in silent
     assert waiting is not None
     assert "has waited for 400 s" in waiting
+
+
+def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> None:
+    world = World()
+    world.apply({"stallTimeoutSeconds": 20, "retries": {"limit": 0}})
+    later = NOW + timedelta(seconds=60)
+
+    async def scenario() -> None:
+        await look(world)
+        world.pod_of(world.jobs["run-a1"], **RUNNING)
+        await look(world)
+        for _ in ("its end is asked for", "its pod is gone"):
+            operator = controller(world, clock=lambda: later)
+            await operator.refresh()
+            await operator.look(KEY)
+
+    asyncio.run(scenario())
+
+    assert world.run is not None
+    status = world.run["status"]
+    assert (status["phase"], status["attempts"][0]["reason"]) == ("Failed", "Stalled")
+    assert world.kept["attempts/1/run-a1-x.log"] == "log of run-a1-x\n"

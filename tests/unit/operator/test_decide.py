@@ -259,13 +259,24 @@ PENDING = {
 }
 
 
+def withdrawn(seen: Observed) -> Decision:
+    """An attempt that must end: why is on the status before its Job is deleted, and stays when the Job is going."""
+    first = decide(seen, NOW)
+    assert first.actions == ()
+    assert first.status.attempts[-1].reason is not None
+    second = decide(replace(seen, status=first.status), NOW)
+    assert second.actions == (DeleteJob("run-a1"),)
+    going = decide(replace(seen, status=first.status, jobs=(job(deleting=True),)), NOW)
+    assert going.status.attempts[-1].reason == first.status.attempts[-1].reason
+    return first
+
+
 @pytest.mark.parametrize(("seen", "reason"), PENDING.values(), ids=PENDING.keys())
 def test_a_pod_that_does_not_start_says_why_and_is_withdrawn_at_the_deadline(seen: Any, reason: str) -> None:
     waiting = decide(observed(jobs=(job(),), pods=(seen,)), NOW)
     assert condition(waiting.status, "Complete") == ("False", reason)
 
-    late = decide(observed(spec=spec(pendingDeadlineSeconds=30), jobs=(job(),), pods=(seen,)), NOW)
-    assert late.actions == (DeleteJob("run-a1"),)
+    late = withdrawn(observed(spec=spec(pendingDeadlineSeconds=30), jobs=(job(),), pods=(seen,)))
     assert late.status.attempts[-1].reason == reason
 
     gone = settled(observed(status=late.status))
@@ -275,7 +286,7 @@ def test_a_pod_that_does_not_start_says_why_and_is_withdrawn_at_the_deadline(see
 def test_an_impossible_image_name_is_not_waited_for() -> None:
     seen = pod(phase="Pending", running_since=None, waiting_reason="InvalidImageName", waiting_message="bad")
 
-    assert decide(observed(jobs=(job(),), pods=(seen,)), NOW).actions == (DeleteJob("run-a1"),)
+    assert withdrawn(observed(jobs=(job(),), pods=(seen,))).status.attempts[-1].reason == "ImagePull"
 
 
 def test_an_unreadable_spec_fails_at_once() -> None:
@@ -285,9 +296,8 @@ def test_an_unreadable_spec_fails_at_once() -> None:
 
 
 def test_the_active_deadline_ends_the_run() -> None:
-    late = decide(observed(spec=spec(activeDeadlineSeconds=30), jobs=(job(),), pods=(pod(),)), NOW)
+    late = withdrawn(observed(spec=spec(activeDeadlineSeconds=30), jobs=(job(),), pods=(pod(),)))
 
-    assert late.actions == (DeleteJob("run-a1"),)
     assert late.status.attempts[-1].reason == "DeadlineExceeded"
 
 
@@ -296,8 +306,8 @@ def test_a_hang_is_noticed_by_steps_that_stop() -> None:
     still = run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(25)))
     seen = observed(spec=spec(stallTimeoutSeconds=20), jobs=(job(),), pods=(pod(running_since=ago(40)),))
 
-    assert decide(replace(seen, run=moving), NOW).actions == ()
-    assert decide(replace(seen, run=still), NOW).actions == (DeleteJob("run-a1"),)
+    assert decide(replace(seen, run=moving), NOW).status.attempts[-1].reason is None
+    assert withdrawn(replace(seen, run=still)).status.attempts[-1].reason == "Stalled"
 
 
 def test_suspend_and_resume() -> None:
