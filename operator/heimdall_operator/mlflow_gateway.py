@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from heimdall_api.contract import TAG_ATTEMPT, TAG_NAME, TAG_NAMESPACE
 from heimdall_operator import metrics
 from heimdall_tracking import registry, runs
+from heimdall_tracking.connections import forget_connections
+from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import FinalStatus, RunFacts
 
@@ -136,8 +138,13 @@ class MlflowGateway:
 
     async def _do(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
         def bound() -> T:
-            with metrics.MLFLOW_SECONDS.labels(getattr(call, "__name__", "call").strip("<>")).time():
-                return call(self._connect(), *args, **more)
+            try:
+                with metrics.MLFLOW_SECONDS.labels(getattr(call, "__name__", "call").strip("<>")).time():
+                    return call(self._connect(), *args, **more)
+            except Exception as error:
+                if not is_permanent(error):
+                    forget_connections()
+                raise
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, bound)
 

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import TrackingError, is_permanent
 from heimdall_tracking.redact import redact
 
@@ -105,6 +106,7 @@ class Uploader:
                     raise TrackingError(f"{path} was removed before it was uploaded") from error
                 if is_permanent(error):
                     raise TrackingError(f"{path} can't be uploaded: {redact(error)}") from error
+                forget_connections()
                 log.warning("an upload failed; trying again", file=str(path), error=redact(error), again_in_s=delay)
                 if self._closed.wait(delay):
                     raise TrackingError(f"{path} was not uploaded in time: {redact(error)}") from error

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.redact import redact
 
@@ -90,6 +91,7 @@ class Outbox:
             if is_permanent(error):
                 log.warning("MLflow refuses this; it is left out", what=key, error=redact(error))
                 return True
+            forget_connections()
             log.warning("MLflow could not be told; trying again", what=key, error=redact(error))
             return False
         return True

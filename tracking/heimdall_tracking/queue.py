@@ -15,6 +15,7 @@ from typing import Final
 
 import structlog
 
+from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.redact import redact
 
@@ -161,6 +162,7 @@ class MetricQueue:
                 if is_permanent(error):
                     self._deliver_apart(batch, error)
                     return
+                forget_connections()
                 log.warning("metrics could not be delivered; trying again", error=redact(error), again_in_s=delay)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, delay)

@@ -20,6 +20,7 @@ import structlog
 
 from heimdall_api.contract import CHECKPOINT_DIR, TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints
 from heimdall_api.contract import parse_checkpoints as parse
+from heimdall_tracking.connections import forget_connections
 from heimdall_trainer.errors import FencedError
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class CheckpointPublisher:
                 self.fence = error
                 return
             except Exception as error:  # noqa: BLE001 - MLflow may be away; training goes on
+                forget_connections()
                 log.warning("a checkpoint could not be uploaded; trying again", error=str(error), again_in_s=delay)
                 time.sleep(delay)
                 delay = min(2 * delay, RETRY_LIMIT_S)
