@@ -17,7 +17,7 @@ GO: Final = (1, 26)
 
 def main() -> None:
     """Say what is missing, one line each, and fail if anything is."""
-    missing = [line for line in (_python(), _engine(), _kubernetes()) if line]
+    missing = [line for line in (_python(), _engine(), _kubernetes(), _postgresql(), _room()) if line]
     if missing:
         sys.exit("Missing on this machine:\n" + "\n".join(f"- {line}" for line in missing))
 
@@ -43,6 +43,28 @@ def _kubernetes() -> str | None:
         return "Go 1.26 or newer (https://go.dev/dl): kind and helm are built with it"
     if _docker_answers() and shutil.which("kubectl") is None:
         return "kubectl (https://kubernetes.io/docs/tasks/tools)"
+    return None
+
+
+def _postgresql() -> str | None:
+    """The integration tests start a server of their own; as root on Debian they install it."""
+    if list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb"):
+        return None
+    if os.geteuid() == 0 and Path("/etc/debian_version").exists():
+        return None
+    return "PostgreSQL's server programs, for make test (Debian: apt-get install postgresql)"
+
+
+def _room() -> str | None:
+    """Disk and memory, as the cluster tool asks for them."""
+    sys.path.insert(0, str(Path(__file__).parent / "cluster"))
+    from heimdall_cluster.cli import check_machine
+    from heimdall_cluster.steps import ClusterError
+
+    try:
+        check_machine()
+    except ClusterError as error:
+        return str(error)
     return None
 
 

@@ -10,6 +10,7 @@ TESTS = Path(__file__).parent
 GROUPS = {"e2e": "cluster", "chaos": "cluster", "integration": "servers"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = GROUPS.get(item.path.relative_to(TESTS).parts[0])

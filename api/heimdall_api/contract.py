@@ -40,6 +40,8 @@ SCRATCH_DIR: Final = "/scratch"
 
 # Labels and annotations on what the operator creates.
 LABEL_RUN: Final = f"{GROUP}/run"
+LABEL_UID: Final = f"{GROUP}/uid"
+"""UID of the TrainingRun: a new one of the same name has other pods."""
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 """Kueue's: on a TrainingRun, its Jobs wait until this queue admits them."""

@@ -226,16 +226,37 @@ class TrackingSpec(Model):
         description="Name of the MLflow run. Empty: the TrainingRun's namespace and name.",
     )
     tags: dict[Annotated[str, Field(max_length=250)], Annotated[str, Field(max_length=5000)]] = Field(
-        default_factory=dict, max_length=50, description="Tags of the MLflow run."
+        default_factory=dict,
+        max_length=50,
+        description="Tags of the MLflow run.",
+        json_schema_extra=rules(
+            cel(
+                "self.all(name, name.matches('^[A-Za-z0-9_./: -]+$'))",
+                "names must be letters, digits, underscores, dots, slashes, colons, hyphens and spaces",
+            )
+        ),
     )
+
+
+Alias = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=100,
+        json_schema_extra=rules(
+            cel(
+                "self.matches('^[A-Za-z0-9_-]+$') && self != 'latest' && !self.matches('^[vV][0-9]+$')",
+                "must be letters, digits, hyphens and underscores, and neither latest nor like v7 (MLflow's own)",
+            )
+        ),
+    ),
+]
 
 
 class PromotionSpec(Model):
     """When a new version becomes the one that is served."""
 
-    alias: str = Field(
-        default="champion", min_length=1, max_length=100, description="Alias that the better version gets."
-    )
+    alias: Alias = Field(default="champion", description="Alias that the better version gets.")
     metric: str = Field(min_length=1, max_length=250, description="Metric of the run that decides.")
     mode: Literal["min", "max"] = Field(default="min", description="Whether smaller or larger is better.")
     threshold: float | None = Field(
@@ -253,7 +274,7 @@ class RegistrationSpec(Model):
         description="Registered model that a new version is made of; made when missing.",
         json_schema_extra=rules(cel("!self.contains('/') && !self.contains(':')", "must not contain '/' or ':'")),
     )
-    aliases: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
+    aliases: list[Alias] = Field(
         default_factory=list, max_length=20, description="Aliases that every new version takes over."
     )
     promotion: PromotionSpec | None = Field(

@@ -31,11 +31,16 @@ from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store
 from heimdall_tracking.errors import is_permanent
+from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import ModelMissingError
 
 FINALIZERS: Final = "finalizers"
 
 log = structlog.get_logger()
+
+
+class NameTakenError(Exception):
+    """Something of another owner has the name that is wanted; it may go."""
 
 
 class Actor:
@@ -67,7 +72,7 @@ class Actor:
             case RemoveFinalizer():
                 return await self._set_finalizer(observed, present=False)
             case EnsureRun():
-                return replace(observed, run=await self._mlflow.ensure_run(observed))
+                return await self._ensure_run(observed)
             case OpenAttempt(number):
                 return await self._open_attempt(observed, number)
             case CreateJob(number):
@@ -90,6 +95,14 @@ class Actor:
         self._store.put(patched)
         version = patched["metadata"]["resourceVersion"]
         return replace(observed, has_finalizer=present, is_fresh=present, version=version)
+
+    async def _ensure_run(self, observed: Observed) -> Observed:
+        try:
+            return replace(observed, run=await self._mlflow.ensure_run(observed))
+        except Exception as error:
+            if not is_permanent(error):
+                raise
+            return replace(observed, refusal=f"MLflow refuses the run: {redact(error)}")
 
     async def _open_attempt(self, observed: Observed, number: int) -> Observed:
         assert observed.status.run_id is not None  # noqa: S101 - decide opens attempts of known runs
@@ -116,8 +129,7 @@ class Actor:
         )
         try:
             if plan.workers > 1:
-                service = build_service(name=plan.name, namespace=plan.namespace, uid=plan.uid)
-                await self._kube.create_service(plan.namespace, service)
+                await self._ensure_service(plan)
             job = await self._kube.create_job(observed.namespace, build_job(plan, self._defaults))
         except ConflictError:
             job = await self._own_job(observed, number)
@@ -126,12 +138,22 @@ class Actor:
         self._store.put_child("Job", job)
         return replace(observed, jobs=(*observed.jobs, job_facts(job)))
 
+    async def _ensure_service(self, plan: AttemptPlan) -> None:
+        service = build_service(name=plan.name, namespace=plan.namespace, uid=plan.uid)
+        name = service["metadata"]["name"]
+        try:
+            await self._kube.create_service(plan.namespace, service)
+        except ConflictError:
+            there = await self._kube.get_service(plan.namespace, name)
+            if there is None or owner_uid(there) != plan.uid:
+                raise NameTakenError(f"the name {name} is taken by a Service of another owner") from None
+
     async def _own_job(self, observed: Observed, number: int) -> dict[str, Any]:
         """The Job that has the attempt's name already: ours, if an earlier look created it."""
         name = job_name(observed.name, number)
         job = await self._kube.get_job(observed.namespace, name)
         if job is None or owner_uid(job) != observed.uid:
-            raise ConflictError(f"the name {name} is taken by a Job of another owner; waiting for it to go")
+            raise NameTakenError(f"the name {name} is taken by a Job of another owner")
         return job
 
     async def _keep_logs(self, observed: Observed, number: int, *, insist: bool) -> Observed:
@@ -153,6 +175,7 @@ class Actor:
         readings = [self._read_or_say(self._kube.read_log(namespace, name, CONTAINER)) for name in pods]
         listings = [self._read_or_say(self._events(namespace, *each)) for each in about]
         texts = await asyncio.gather(*readings, *listings)
+        texts = [redact(text) for text in texts]
         logs = {f"{name}.log": text for name, text in zip(pods, texts, strict=False)}
         return {**logs, "events.jsonl": "".join(texts[len(pods) :])}
 
@@ -174,8 +197,10 @@ class Actor:
     async def _register(self, observed: Observed) -> Observed:
         try:
             registration, facts = await self._mlflow.register(observed)
-        except (ModelMissingError, RunGoneError) as error:
-            return replace(observed, refusal=str(error))
+        except Exception as error:
+            if not (isinstance(error, ModelMissingError | RunGoneError) or is_permanent(error)):
+                raise
+            return replace(observed, refusal=redact(error))
         return replace(observed, registration=registration, run=facts)
 
     async def _end_run(self, observed: Observed, status: Any, *, insist: bool) -> Observed:

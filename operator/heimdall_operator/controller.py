@@ -19,6 +19,7 @@ from heimdall_operator import metrics
 from heimdall_operator.act import Actor
 from heimdall_operator.decide import CreateJob, Decision, decide
 from heimdall_operator.events import Event, events_between
+from heimdall_operator.failures import shorten
 from heimdall_operator.kube import ConflictError, Kube
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import LOST_POD_S, Observed, observe
@@ -60,6 +61,9 @@ class Controller:
         self._public_url = public_url
         self._namespaces: list[str | None] = list(namespaces) or [None]
         self._lost_pod_s = lost_pod_s
+        self._followed_since: datetime | None = None
+        self._troubles: dict[Key, str] = {}
+        """Why Jobs could not be created at the last try: only to be told, and to bound the wait."""
         self._clock = clock
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
@@ -90,12 +94,14 @@ class Controller:
 
     async def refresh(self) -> None:
         """List everything and look at every run."""
+        # What the watches bring while the listing is under way is newer than the listing.
+        before = self.store.snapshot()
         resources, jobs, pods = [], [], []
         for namespace in self._namespaces:
             resources += await self._kube.list_training_runs(namespace)
             jobs += await self._kube.list_jobs(namespace)
             pods += await self._kube.list_pods(namespace)
-        self.store.replace(resources, jobs, pods)
+        self.store.replace(resources, jobs, pods, before)
         for key in self.store.known():
             self.queue.add(key)
         self._last_look = time.monotonic()
@@ -107,6 +113,7 @@ class Controller:
             try:
                 await self.read_progress()
             except Exception as error:  # noqa: BLE001 - MLflow away never stops a run from being watched
+                self._followed_since = None
                 metrics.ERRORS.labels("reading progress").inc()
                 log.warning("reading progress from MLflow failed; trying again", error=str(error))
 
@@ -115,6 +122,7 @@ class Controller:
         active = {key: item for key in self.store.known() if _is_active(item := self.store.get(key))}
         experiments = {_experiment(item) for item in active.values() if item is not None}
         facts = await self._mlflow.active_facts(experiments) if experiments else {}
+        self._followed_since = self._followed_since or self._clock()
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
         self._facts = facts
         for key, item in active.items():
@@ -173,7 +181,9 @@ class Controller:
             self.store.children("Job", key),
             self.store.children("Pod", key),
             self._facts.get((resource.get("status") or {}).get("runID", "")),
-            self._lost_pod_s,
+            lost_pod_s=self._lost_pod_s,
+            followed_since=self._followed_since,
+            trouble=self._troubles.get(key, ""),
         )
         for _ in range(STEP_LIMIT):
             decision = decide(observed, self._clock())
@@ -192,10 +202,13 @@ class Controller:
             try:
                 observed = await self._actor.act(action, observed)
                 if isinstance(action, CreateJob):
+                    self._troubles.pop(Key(observed.namespace, observed.name), None)
                     metrics.record_job(observed, datetime.now(UTC))
             except ConflictError:
                 raise
-            except Exception:
+            except Exception as error:
+                if isinstance(action, CreateJob):
+                    self._troubles[Key(observed.namespace, observed.name)] = shorten(str(error))
                 if decision.status != observed.status:
                     # What happened is kept, and people see what is waited for.
                     await self._write(decision.status, observed)

@@ -30,7 +30,7 @@ from heimdall_api.types import (
     TrainingRunStatus,
 )
 from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, shorten
-from heimdall_operator.observe import Observed, PodFacts
+from heimdall_operator.observe import JobFacts, Observed, PodFacts
 from heimdall_tracking.runs import FinalStatus, RunFacts
 
 ATTEMPTS_KEPT: Final = 10
@@ -44,6 +44,10 @@ PENDING_REPORT_S: Final = 5
 """A pod that waits for less is not worth a write."""
 POD_VANISHED_S: Final = 20
 """How long a Job may have ended before its pod's own account is given up."""
+KEEP_LOGS_LIMIT_S: Final = 600
+"""How long an attempt's end waits for MLflow to keep its log."""
+LINGER_S: Final = 60
+"""How long the pods of a finished run may take to end by themselves: a sidecar may not know that training is over."""
 DELETION_LIMIT_S: Final = 600
 """How long a deletion waits for MLflow before the run is left as it is."""
 
@@ -156,6 +160,8 @@ def decide(observed: Observed, now: datetime) -> Decision:
 def _open_run(observed: Observed, now: datetime) -> Decision:
     """The MLflow run comes before the Job, so that its ID is on the status before a GPU is taken."""
     waiting = _waiting(observed.status, observed, "TrackingUnavailable", "Waiting for MLflow to create the run.", now)
+    if observed.refusal:
+        return _fail(observed, Reason.INVALID_CONFIGURATION, observed.refusal, now)
     if observed.run is None:
         return Decision((EnsureRun(),), waiting)
     status = observed.status.model_copy(
@@ -204,7 +210,10 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
 
 
 def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
-    status = _waiting(observed.status, observed, "Pending", "The training pod is being created.", now)
+    message = "The training pod is being created."
+    if observed.trouble:
+        message = f"The attempt's Job could not be created yet: {observed.trouble}"
+    status = _waiting(observed.status, observed, "Pending", message, now)
     if _living(observed, now):
         # Two attempts never overlap, not even two Jobs of one attempt.
         return Decision((), status, POLL_S)
@@ -259,11 +268,12 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         return Outcome(reason=Reason.NODE_LOST, message=message, ended=now)
     if not observed.is_running:
         return _not_started(observed, spec, attempt, now)
-    if spec.stall_timeout_seconds is None:
+    # Silence counts only while it can be heard: MLflow away, or an operator that has just started, is no hang.
+    if spec.stall_timeout_seconds is None or observed.followed_since is None:
         return None
-    progress = observed.run.progress if observed.run else None
-    since = max(pod.running_since for pod in observed.attempt_pods if pod.running_since is not None)
-    moved = max(since, progress.time) if progress and progress.time else since
+    progress = observed.run.progress if observed.run else observed.status.progress
+    started = [pod.running_since for pod in observed.attempt_pods if pod.running_since is not None]
+    moved = max(*started, observed.followed_since, (progress and progress.time) or observed.followed_since)
     if _age(moved, now) < spec.stall_timeout_seconds:
         return None
     step = f"step {progress.step}" if progress else "its start"
@@ -284,7 +294,9 @@ def _living(observed: Observed, now: datetime) -> list[PodFacts]:
 
 
 def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
-    if observed.job is None or observed.job.suspended:
+    if observed.job is None:
+        return _no_job(observed, spec, attempt, now)
+    if observed.job.suspended:
         return None
     pod = _waiting_pod(observed)
     if pod is not None and pod.waiting_reason == "InvalidImageName":
@@ -300,6 +312,15 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         reason=reason,
         message=shorten(f"The pod did not start within spec.pendingDeadlineSeconds ({waited:.0f} s). {why}"),
     )
+
+
+def _no_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
+    """A Job that can't be created is not waited for without end either, once it was tried."""
+    waited = _age(attempt.start_time, now)
+    if not observed.trouble or waited < spec.pending_deadline_seconds:
+        return None
+    why = f"The Job could not be created within spec.pendingDeadlineSeconds ({waited:.0f} s): {observed.trouble}"
+    return Outcome(reason=Reason.POD_NOT_STARTED, message=shorten(why), ended=now)
 
 
 def _pending_since(observed: Observed, attempt: Attempt) -> datetime | None:
@@ -426,7 +447,8 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
 def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
     if _has_logs_to_keep(observed):
         # What was learned of the attempt is kept before what keeps it may go.
-        return Decision((KeepLogs(attempt.number),), _keeping(observed, now))
+        insist = _age(attempt.end_time, now) < KEEP_LOGS_LIMIT_S
+        return Decision((KeepLogs(attempt.number, insist=insist),), _keeping(observed, now))
     observed = replace(observed, status=_with_logs(observed))
     attempt = observed.status.attempts[-1]
     reason = Reason(attempt.reason or Reason.UNKNOWN)
@@ -548,11 +570,18 @@ def _stay_finished(observed: Observed, now: datetime) -> Decision:
     left = _until_expiry(observed, now)
     for job in observed.jobs:
         alive = job.finished is None and any(pod.attempt == job.attempt for pod in _living(observed, now))
-        if not job.deleting and (alive or (left is not None and left <= 0)):
+        if not job.deleting and (alive or _lingers(observed, job, now) or (left is not None and left <= 0)):
             actions.append(DeleteJob(job.name))
     if observed.has_finalizer:
         actions.append(RemoveFinalizer())
-    return Decision(tuple(actions), observed.status, left if left is not None and left > 0 else None)
+    due = [left] if left is not None and left > 0 else []
+    due += [POLL_S] if any(job.finished is None for job in observed.jobs) else []
+    return Decision(tuple(actions), observed.status, min(due, default=None))
+
+
+def _lingers(observed: Observed, job: JobFacts, now: datetime) -> bool:
+    """Whether a Job is not over although its trainer is: it still holds its GPUs."""
+    return job.finished is None and _age(observed.status.completion_time, now) > LINGER_S
 
 
 def _until_expiry(observed: Observed, now: datetime) -> float | None:

@@ -10,6 +10,7 @@ from typing import Final
 
 from heimdall_api.contract import MESSAGE_LIMIT, ExitCode, Reason
 from heimdall_operator.observe import PodFacts
+from heimdall_tracking.redact import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,8 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
         lost = pod.disruption in _LOST_NODE
         text = f"The node {pod.node} was lost" if lost else "Kubernetes took the pod's place for something else"
         return (Reason.NODE_LOST if lost else Reason.PREEMPTED), f"{text} ({pod.disruption})."
+    if pod.exit_code is None:
+        return Reason.UNKNOWN, f"The pod ended before its container ran. {pod.refusal}".strip()
     if pod.exit_code == ExitCode.SUCCESS:
         # Many trainers exit 0 on SIGTERM: while the pod was being deleted that is no sign of success.
         if pod.deleting:
@@ -142,9 +145,9 @@ def parse_last_words(text: str) -> tuple[Reason | None, str]:
     """
     try:
         data = json.loads(text)
-        return Reason(data["reason"]), str(data["message"])
+        return Reason(data["reason"]), redact(data["message"])
     except (ValueError, KeyError, TypeError):
-        return None, text.strip()
+        return None, redact(text.strip())
 
 
 def shorten(message: str) -> str:

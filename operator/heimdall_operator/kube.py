@@ -80,19 +80,21 @@ class Kube:
         return await self._call("POST", _path("/apis/batch/v1", namespace, "jobs"), job)
 
     async def create_service(self, namespace: str, service: dict[str, Any]) -> None:
-        """Create a Service; one of the same name counts as created.
+        """Create a Service.
 
         Raises:
+            ConflictError: Its name is taken.
             RefusedError: It is not valid.
         """
-        try:
-            await self._call("POST", _path("/api/v1", namespace, "services"), service)
-        except ConflictError:
-            return
+        await self._call("POST", _path("/api/v1", namespace, "services"), service)
+
+    async def get_service(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """A Service, or None where there is none."""
+        return await self._get(_path("/api/v1", namespace, "services", name))
 
     async def read_log(self, namespace: str, pod: str, container: str) -> str:
         """The end of a container's log."""
-        query = [("container", container), ("tailLines", str(LOG_LINES)), ("timestamps", "true")]
+        query = [("container", container), ("tailLines", str(LOG_LINES)), ("limitBytes", str(2 * LOG_BYTES))]
         text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)
         return text[-LOG_BYTES:].decode(errors="replace")
 
@@ -184,8 +186,8 @@ class Kube:
         if response.status == HTTP_NOT_FOUND and missing_ok:
             return b"{}"
         message = _message(text)
-        if response.status == HTTP_CONFLICT:
-            raise ConflictError(message)
+        if response.status == HTTP_CONFLICT or (response.status == HTTP_NOT_FOUND and method == "PATCH"):
+            raise ConflictError(message)  # changed, or gone
         if response.status in HTTP_REFUSED:
             raise RefusedError(message)
         raise ApiException(status=response.status, reason=message)

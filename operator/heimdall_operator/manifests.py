@@ -20,6 +20,7 @@ from heimdall_api.contract import (
     LABEL_MANAGED_BY,
     LABEL_QUEUE,
     LABEL_RUN,
+    LABEL_UID,
     MANAGED_BY,
     RUN_FILE,
     SCRATCH_DIR,
@@ -85,7 +86,12 @@ def build_job(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
     Returns:
         A batch/v1 Job as the API server takes it.
     """
-    labels = {LABEL_RUN: plan.name, LABEL_ATTEMPT: str(plan.attempt), LABEL_MANAGED_BY: MANAGED_BY}
+    labels = {
+        LABEL_RUN: plan.name,
+        LABEL_UID: plan.uid,
+        LABEL_ATTEMPT: str(plan.attempt),
+        LABEL_MANAGED_BY: MANAGED_BY,
+    }
     template = {
         "metadata": {"labels": labels, "annotations": {ANNOTATION_RUN_FILE: run_file(plan)}},
         "spec": _pod_spec(plan, defaults),
@@ -135,7 +141,7 @@ def build_service(*, name: str, namespace: str, uid: str) -> dict[str, Any]:
             "clusterIP": "None",
             # The rendezvous happens before anybody is ready.
             "publishNotReadyAddresses": True,
-            "selector": {LABEL_RUN: name},
+            "selector": {LABEL_UID: uid},
             "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT}],
         },
     }

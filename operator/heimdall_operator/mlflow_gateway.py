@@ -52,6 +52,7 @@ class MlflowGateway:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow")
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
+        self._registering: dict[str, asyncio.Lock] = {}
 
     def close(self) -> None:
         """Let the threads go; calls under way end by their own bounds."""
@@ -104,7 +105,9 @@ class MlflowGateway:
         assert spec.registration is not None  # noqa: S101
         assert observed.status.run_id is not None  # noqa: S101
         facts = await self._read(observed.status.run_id)
-        return await self._do(registry.register, facts, spec.registration), facts
+        # One at a time for each model: two promotions must not both beat the champion that the first of them replaces.
+        async with self._registering.setdefault(spec.registration.model, asyncio.Lock()):
+            return await self._do(registry.register, facts, spec.registration), facts
 
     async def keep_files(self, run_id: str, folder: str, files: Mapping[str, str]) -> str:
         """Keep small text files with a run; again, it overwrites them.

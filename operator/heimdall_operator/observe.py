@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_QUEUE, QUEUE_LABELS
+from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_QUEUE, LABEL_UID, QUEUE_LABELS
 from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
@@ -48,6 +48,8 @@ class PodFacts:
     finished: datetime | None = None
     worker: int = 0
     """Its place in a group of workers."""
+    refusal: str = ""
+    """Why its node did not take it."""
     disruption: str | None = None
     """Why Kubernetes ended it (reason of DisruptionTarget, or the pod's own): preemption, eviction, lost node."""
 
@@ -105,6 +107,10 @@ class Observed:
     """Pods of every attempt that still exist."""
     is_fresh: bool = False
     """Whether this look itself added the finalizer: before that nobody can have created an MLflow run."""
+    followed_since: datetime | None = None
+    """Since when progress could be read from MLflow without interruption; None while it can't."""
+    trouble: str = ""
+    """Why the attempt's Job could not be created at the last try."""
     run: RunFacts | None = None
     """What MLflow says; None while nobody asked."""
     registration: Registration | None = None
@@ -143,16 +149,21 @@ def observe(
     jobs: Iterable[Manifest] = (),
     pods: Iterable[Manifest] = (),
     run: RunFacts | None = None,
+    *,
     lost_pod_s: float = LOST_POD_S,
+    followed_since: datetime | None = None,
+    trouble: str = "",
 ) -> Observed:
     """Read what is known of one TrainingRun.
 
     Args:
         resource: The TrainingRun.
         jobs: Its Jobs: those of other owners are left out.
-        pods: Its pods.
+        pods: Its pods: those of an older TrainingRun of the same name are left out.
         run: What MLflow says of it, if somebody asked.
         lost_pod_s: See Observed.
+        followed_since: See Observed.
+        trouble: See Observed.
 
     Returns:
         The observation.
@@ -169,6 +180,8 @@ def observe(
         created=_time(metadata["creationTimestamp"]),
         deleted=_time_or_none(metadata.get("deletionTimestamp")),
         lost_pod_s=lost_pod_s,
+        followed_since=followed_since,
+        trouble=trouble,
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
         queue_labels=tuple(
             (name, value) for name, value in (metadata.get("labels") or {}).items() if name in QUEUE_LABELS
@@ -177,7 +190,7 @@ def observe(
         spec_error=error,
         status=status,
         jobs=tuple(job_facts(job) for job in jobs if owner_uid(job) == metadata["uid"]),
-        pods=tuple(pod_facts(pod) for pod in pods),
+        pods=tuple(pod_facts(pod) for pod in pods if _label(pod, LABEL_UID) == metadata["uid"]),
         run=run if run is not None and run.run_id == status.run_id else None,
     )
 
@@ -228,6 +241,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
         last_words=terminated.get("message", ""),
         finished=_time_or_none(terminated.get("finishedAt")),
         worker=int((metadata.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
+        refusal=": ".join(part for part in (status.get("reason"), status.get("message")) if part),
         disruption=_disruption(conditions, status),
     )
 
@@ -264,6 +278,11 @@ def _disruption(conditions: Mapping[str, Any], status: Mapping[str, Any]) -> str
 
 def _is_final(condition: Mapping[str, Any]) -> bool:
     return condition["type"] in {"Complete", "Failed"} and condition["status"] == "True"
+
+
+def _label(manifest: Manifest, name: str) -> str | None:
+    label: str | None = (manifest["metadata"].get("labels") or {}).get(name)
+    return label
 
 
 def _attempt(metadata: Mapping[str, Any]) -> int:

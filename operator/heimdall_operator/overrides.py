@@ -18,6 +18,8 @@ from heimdall_api.contract import (
     ENV_TERMINATION_MESSAGE,
     GROUP,
     LABEL_MANAGED_BY,
+    RUN_FILE,
+    SCRATCH_DIR,
 )
 from heimdall_operator.observe import CONTAINER
 
@@ -41,6 +43,7 @@ ADDED_TO: Final = frozenset({"envFrom"})
 
 _ISOLATION: Final = "it would break the pod's isolation: remove it"
 _CONTRACT: Final = "the operator needs it as it is: remove it"
+_HOST_SECURITY: Final = ("seLinuxOptions", "appArmorProfile", "windowsOptions")
 _HOST: Final = ("hostNetwork", "hostPID", "hostIPC")
 _OWN_POD_FIELDS: Final = (
     "restartPolicy",
@@ -60,6 +63,15 @@ _SAFE_VOLUMES: Final = frozenset(
         *("image",),
     }
 )
+_KEPT: Final = frozenset(
+    {
+        *("metadata", "spec", "labels", "annotations", "securityContext", "containers", "volumes", "resources"),
+        *("env", "envFrom", "volumeMounts", "limits", "requests", "runAsNonRoot", "seccompProfile", "capabilities"),
+        *("allowPrivilegeEscalation", "readOnlyRootFilesystem", "automountServiceAccountToken", "name", "valueFrom"),
+    }
+)
+"""What null must not remove from the operator's template."""
+_OWN_MOUNTS: Final = frozenset({RUN_FILE.rsplit("/", 1)[0], SCRATCH_DIR, "/dev/shm"})  # noqa: S108 - the pod's own
 _TOP: Final = frozenset({"metadata", "spec"})
 
 
@@ -94,11 +106,9 @@ def _merge_named(old: Sequence[Any], new: Sequence[Any], keys: tuple[str, ...]) 
         place = next((index for index, known in enumerate(items) if _same(known, item, keys)), None)
         if place is None:
             items.append(copy.deepcopy(item))
-        elif item.get("$patch") == "delete":
-            del items[place]
         else:
             items[place] = merge(items[place], item)
-    return [item for item in items if not (isinstance(item, Mapping) and "$patch" in item)]
+    return items
 
 
 def _same(one: Any, other: Any, keys: tuple[str, ...]) -> bool:
@@ -120,7 +130,7 @@ def refusals(overrides: Mapping[str, Any]) -> list[str]:
         Sentences that name the field and the remedy; empty where there is nothing to object to.
     """
     found: list[str] = [f"{FIELD}.{name} is unknown: use metadata and spec" for name in sorted(set(overrides) - _TOP)]
-    found += _shapes(overrides, FIELD)
+    found += _shapes(overrides, FIELD) + _removals(overrides, FIELD)
     if found:
         return found
     found += _metadata(overrides.get("metadata") or {})
@@ -159,6 +169,23 @@ def _shapes(value: Any, path: str) -> list[str]:
     return found
 
 
+def _removals(value: Any, path: str) -> list[str]:
+    """What takes parts of the operator's template away: null where it has something, and the directives of patches."""
+    if isinstance(value, list):
+        return [line for item in value for line in _removals(item, path)]
+    if not isinstance(value, Mapping):
+        return []
+    found: list[str] = []
+    for name, child in value.items():
+        if name.startswith("$"):
+            found.append(f"{path}.{name}: directives of patches are not taken: remove it")
+        elif child is None and name in _KEPT:
+            found.append(f"{path}.{name}: null would remove what the pod needs: remove it")
+        elif name not in ("labels", "annotations", "nodeSelector"):
+            found += _removals(child, f"{path}.{name}")
+    return found
+
+
 def _metadata(metadata: Mapping[str, Any]) -> list[str]:
     path = f"{FIELD}.metadata"
     found = [
@@ -175,7 +202,7 @@ def _metadata(metadata: Mapping[str, Any]) -> list[str]:
 
 def _pod_security(context: Mapping[str, Any]) -> list[str]:
     path = f"{FIELD}.spec.securityContext"
-    return _user(context, path) + _refuse(context, path, ("sysctls", "seLinuxOptions"), _ISOLATION)
+    return _user(context, path) + _refuse(context, path, ("sysctls", *_HOST_SECURITY), _ISOLATION)
 
 
 def _user(context: Mapping[str, Any], path: str) -> list[str]:
@@ -207,7 +234,7 @@ def _container(container: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _container_security(context: Mapping[str, Any], path: str) -> list[str]:
-    found = _user(context, path) + _refuse(context, path, ("procMount", "seLinuxOptions"), _ISOLATION)
+    found = _user(context, path) + _refuse(context, path, ("procMount", *_HOST_SECURITY), _ISOLATION)
     found += _refuse(
         context, path, ("privileged", "allowPrivilegeEscalation"), _ISOLATION, unless=lambda value: value is False
     )
@@ -219,12 +246,12 @@ def _container_security(context: Mapping[str, Any], path: str) -> list[str]:
 
 def _trainer(container: Mapping[str, Any], path: str) -> list[str]:
     """What of the training container is the operator's own."""
-    if container.get("$patch"):
-        return [f"{path}: the training container can't be removed"]
     remedies = {"image": "set spec.image instead"}
     found = [f"{path}.{name}: {remedies.get(name, _CONTRACT)}" for name in _OWN_CONTAINER_FIELDS if name in container]
     names = [variable["name"] for variable in container.get("env") or []]
     found += [f"{path}.env[{name}]: {_CONTRACT}" for name in names if name in _OWN_ENV]
+    mounts = [mount["mountPath"] for mount in container.get("volumeMounts") or []]
+    found += [f"{path}.volumeMounts[{place}]: {_CONTRACT}" for place in mounts if place in _OWN_MOUNTS]
     return found + [
         f"{path}.resources.{kind}.{name}: set spec.resources instead"
         for kind, amounts in (container.get("resources") or {}).items()

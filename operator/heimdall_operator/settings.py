@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -41,6 +42,15 @@ class OperatorSettings(BaseSettings):
     """A pod that has not ended this long after its grace period counts as lost with its node."""
     request_timeout_seconds: float = Field(default=30, gt=0)
     """Bound of one request to the API server."""
+
+    @field_validator("tracking_uri", "tracking_public_url")
+    @classmethod
+    def _hold_no_password(cls, value: str) -> str:
+        if "@" in urlsplit(value).netloc:
+            raise ValueError(
+                "must hold no user and no password (links show it): set MLFLOW_TRACKING_USERNAME and …_PASSWORD"
+            )
+        return value
 
     @cached_property
     def namespace_list(self) -> list[str]:

@@ -24,6 +24,10 @@ class Key(NamedTuple):
         return f"{self.namespace}/{self.name}"
 
 
+Name = tuple[str, Key, str]
+"""Kind, TrainingRun and name of something that is known."""
+
+
 class Store:
     """A cache: it may be behind the API server, never ahead. Every write is conditional on what was seen here."""
 
@@ -93,21 +97,46 @@ class Store:
                 self._children[kind].pop(key, None)
         return key
 
-    def replace(self, resources: Iterable[Manifest], jobs: Iterable[Manifest], pods: Iterable[Manifest]) -> None:
-        """Take over a fresh listing: what was missed by the watches is mended."""
+    def snapshot(self) -> frozenset[Name]:
+        """What is known now: a listing that begins now may say that it is gone."""
+        children = (
+            (kind, key, name)
+            for kind, by_run in self._children.items()
+            for key, named in by_run.items()
+            for name in named
+        )
+        return frozenset({*(("TrainingRun", key, key.name) for key in self._resources), *children})
+
+    def replace(
+        self,
+        resources: Iterable[Manifest],
+        jobs: Iterable[Manifest],
+        pods: Iterable[Manifest],
+        before: frozenset[Name],
+    ) -> None:
+        """Take over a fresh listing: what was missed by the watches is mended.
+
+        Args:
+            resources: Every TrainingRun.
+            jobs: Every Job of ours.
+            pods: Every pod of ours.
+            before: What was known when the listing began.
+        """
         fresh = {Key(item["metadata"]["namespace"], item["metadata"]["name"]): item for item in resources}
-        for key in set(self._resources) - fresh.keys():
-            self.drop(key)
+        for kind, key, _ in before:
+            if kind == "TrainingRun" and key not in fresh:
+                self.drop(key)
         for item in fresh.values():
             self.put(item)
-        self._replace_children("Job", jobs)
-        self._replace_children("Pod", pods)
+        self._replace_children("Job", jobs, before)
+        self._replace_children("Pod", pods, before)
 
-    def _replace_children(self, kind: ChildKind, fresh: Iterable[Manifest]) -> None:
+    def _replace_children(self, kind: ChildKind, fresh: Iterable[Manifest], before: frozenset[Name]) -> None:
         listed = {(run_of(item), item["metadata"]["name"]): item for item in fresh}
         known = [child for children in list(self._children[kind].values()) for child in children.values()]
         for child in known:
-            if (run_of(child), child["metadata"]["name"]) not in listed:
+            key, name = run_of(child), child["metadata"]["name"]
+            if (key, name) not in listed and (kind, key, name) in before:
                 self.drop_child(kind, child)
         for child in listed.values():
             self.put_child(kind, child)

@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 1.0
+FORWARD_POLL_S = 0.2
 COMMAND_TIMEOUT_S = 300
 
 T = TypeVar("T")
@@ -145,24 +147,33 @@ def condition(resource_status: dict[str, Any], kind: str) -> dict[str, Any]:
 
 @contextmanager
 def port_forward(cluster: Cluster, target: str, port: int) -> Iterator[int]:
-    """A local port that leads to a Service or pod; the process is ended afterwards."""
+    """A local port that leads to a Service or pod, also to the one that replaces it; ended afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         local = probe.getsockname()[1]
     command = ["kubectl", "-n", cluster.namespace, "port-forward", target, f"{local}:{port}"]
-    with subprocess.Popen(command, env=cluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.is_set():
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            with subprocess.Popen(command, env=cluster.env, **quiet) as process:
+                while process.poll() is None and not over.wait(FORWARD_POLL_S):
+                    pass
+                process.terminate()
+
+    def connected() -> bool:
         try:
+            with socket.create_connection(("127.0.0.1", local), timeout=1):
+                return True
+        except OSError:
+            return False
 
-            def connected() -> bool:
-                assert process.poll() is None, f"{shlex.join(command)} ended"
-                try:
-                    with socket.create_connection(("127.0.0.1", local), timeout=1):
-                        return True
-                except OSError:
-                    return False
-
-            wait_for(connected, what=f"a connection to {target}", timeout_s=60, every_s=0.2)
-            yield local
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        wait_for(connected, what=f"a connection to {target}", timeout_s=60, every_s=0.2)
+        yield local
+    finally:
+        over.set()
+        keeper.join()

@@ -54,18 +54,24 @@ def cluster() -> Iterator[dict[str, str]]:
         [sys.executable, "hack/cluster", "status"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     was_up = "cluster: up" in status.stdout
-    hack("hack/cluster", "up")
+    before = links()
     try:
+        hack("hack/cluster", "up")
         hack("hack/images", "build", *SMALL)
         hack("hack/cluster", "load", *SMALL_IMAGES)
         yield cluster_environment()
     finally:
         if not was_up and not os.environ.get("HEIMDALL_KEEP_CLUSTER"):
             hack("hack/cluster", "down")
-            assert left_behind() == []
+            assert left_behind(before) == []
 
 
-def left_behind() -> list[str]:
+def links() -> set[str]:
+    """Network links that a Docker engine makes."""
+    return {link.name for link in NET.iterdir() if link.name.startswith(("docker", "br-", "veth"))}
+
+
+def left_behind(before: set[str]) -> list[str]:
     """What `down` should have taken away of an engine of our own: processes, mounts, links, firewall rules, sockets."""
     sys.path.insert(0, str(ROOT / "hack/cluster"))
     from heimdall_cluster import engine
@@ -74,7 +80,7 @@ def left_behind() -> list[str]:
         return []  # the engine was there before: it stays
     left = [f"process {pid}" for pid in engine._descendants_of_ours()]
     left += [f"mount {mount}" for mount in engine._our_mounts()]
-    left += [f"link {link.name}" for link in NET.iterdir() if link.name.startswith(("docker", "br-", "veth"))]
+    left += [f"link {name}" for name in links() - before]
     left += [f"chain {name}" for name in engine._docker_chains()]
     return left + [str(path) for path in (engine.RUN, engine.BEFORE) if path.exists()]
 
@@ -311,9 +317,21 @@ def signal_container(release: Cluster, job: str, signal: str, pod: str = "") -> 
     """Send a signal to the first process of a Job's pod, from its node: within the container it would be ignored."""
     pods = release.list("pods", f"batch.kubernetes.io/job-name={job}")
     chosen = next(item for item in pods if pod in ("", item["metadata"]["name"]))
-    container = chosen["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
+    _signal(release, chosen, signal)
+
+
+def kill_operator(release: Cluster) -> None:
+    """`kill -9` of the operator's process, from its node."""
+    pods = release.list("pods", "app.kubernetes.io/component=operator")
+    running = [pod for pod in pods if pod["status"]["phase"] == "Running" and pod["status"].get("containerStatuses")]
+    for pod in running:
+        _signal(release, pod, "KILL")
+
+
+def _signal(release: Cluster, pod: dict[str, Any], signal: str) -> None:
+    container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     script = f"kill -{signal} $(crictl inspect --output go-template --template '{{{{.info.pid}}}}' {container})"
-    release.run("docker", "exec", chosen["spec"]["nodeName"], "sh", "-c", script)
+    release.run("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
 
 
 def wait_for_step(release: Cluster, mlflow: Mlflow, run_id: str, step: int, timeout_s: float) -> int:

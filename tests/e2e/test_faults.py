@@ -101,15 +101,16 @@ def node_away(release: Cluster, away: str, back: str) -> Iterator[None]:
         release.kubectl("wait", "--for=condition=Ready", f"node/{GPU_NODE}", "--timeout=180s")
 
 
-@pytest.mark.parametrize(("away", "back"), [("stop", "start"), ("pause", "unpause")])
+@pytest.mark.parametrize("how", [("stop", "start"), ("pause", "unpause")], ids=lambda how: how[0])
 def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
-    release: Cluster, mlflow: Mlflow, name: str, away: str, back: str
+    release: Cluster, mlflow: Mlflow, trainer: None, name: str, how: tuple[str, str]
 ) -> None:
+    del trainer  # its image must not be on its way to the node that goes
     release.apply(contract_run(name, spec=on_the_cpu(retries={"limit": 0}), steps=400, stepSeconds=0.2))
     run_id = running_at(release, mlflow, name, 10)
     assert release.status(name)["attempts"][0]["node"] == GPU_NODE
 
-    with node_away(release, away, back):
+    with node_away(release, *how):
         second = wait_for(
             lambda: (
                 (status := release.status(name)).get("attempt") == 2

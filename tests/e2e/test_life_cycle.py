@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import CrashingOperator, Mlflow, contract_run, wait_for_step
+from tests.e2e.conftest import CrashingOperator, Mlflow, contract_run, kill_operator, wait_for_step
 
 LIFE_S = 120.0
 
@@ -59,7 +59,7 @@ def test_an_operator_killed_while_the_pod_works(release: Cluster, mlflow: Mlflow
     release.apply(contract_run(name, steps=60, stepSeconds=0.3))
     release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
 
-    release.kubectl("delete", "pods", "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
+    kill_operator(release)
 
     release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
     check_whole(release, mlflow, name)
@@ -97,7 +97,7 @@ def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlfl
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
     suspended = release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
     assert condition(suspended, "Suspended")["status"] == "True"
-    assert release.list("pods", f"training.heimdall.dev/run={name}") == []
+    wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=60)
 
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
     done = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
@@ -187,3 +187,17 @@ def test_the_same_manifest_applied_again_changes_nothing(release: Cluster, name:
 
     assert json.dumps(release.training_run(name)["status"], sort_keys=True) == before
     assert release.training_run(name)["metadata"]["generation"] == 1
+
+
+def test_a_run_that_is_deleted_and_applied_again_is_a_new_one(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    """As somebody does who corrects a mistake: nothing of the old one's pods may be taken for the new one's."""
+    release.apply(contract_run(name, fail="configuration"))
+    first = release.wait_for_phase(name, "Failed", timeout_s=LIFE_S)
+
+    release.kubectl("delete", "trainingrun", name, "--timeout=60s")
+    release.apply(contract_run(name, steps=3))
+
+    second = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
+    assert second["phase"] == "Succeeded", release.explain(name)
+    assert second["runID"] != first["runID"]
+    assert mlflow.client.get_run(first["runID"]).info.status == "FAILED"

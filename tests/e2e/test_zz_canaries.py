@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 import pytest
 
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import Cluster, condition, port_forward
 from tests.e2e.conftest import Mlflow, contract_run
+from tests.e2e.test_localizer import example
 
 SNAPSHOTS = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots"
 LOGS = "/var/log/pods"
@@ -17,12 +19,22 @@ GREP_FOUND, GREP_NOTHING = 0, 1
 
 
 @pytest.fixture(scope="module")
-def passwords(release: Cluster, mlflow: Mlflow, canaries: dict[str, str]) -> dict[str, str]:
-    """The canaries, after a TrainingRun went its way and another failed."""
+def passwords(release: Cluster, recordings: None, canaries: dict[str, str]) -> dict[str, str]:
+    """The canaries, after a TrainingRun went its way, another failed, and a third could not use what it was given."""
     for name, args in {"canary-well": {"steps": 3}, "canary-ill": {"fail": "user"}}.items():
         release.apply(contract_run(name, **args))
         release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=120)
-    return canaries
+    wrong = f"canary{secrets.token_hex(16)}"
+    url = f"postgresql://heimdall_reader:{wrong}@heimdall-database:5432/heimdall"
+    release.kubectl("create", "secret", "generic", "canary-wrong", f"--from-literal=HEIMDALL_DATABASE_URL={url}")
+    run = example("canary-wrong", epochs=1)
+    # Not PGPASSWORD, which is right: the address itself holds a password, and it is wrong.
+    trainer = {"name": "trainer", "envFrom": [{"secretRef": {"name": "canary-wrong"}}]}
+    run["spec"] |= {"podTemplate": {"spec": {"containers": [trainer]}}, "retries": {"limit": 0}}
+    release.apply(run)
+    status = release.wait_for_phase("canary-wrong", "Failed", "Succeeded", timeout_s=300)
+    assert "heimdall-database" in condition(status, "Failed")["message"], "it says which database refused"
+    return {**canaries, "a wrong one": wrong}
 
 
 def found_in(text: str, passwords: dict[str, str]) -> list[str]:
@@ -63,3 +75,25 @@ def test_no_password_is_in_what_mlflow_keeps(mlflow: Mlflow, passwords: dict[str
     assert len(runs) >= 2
     text = json.dumps([{**run.data.params, **run.data.tags, "name": run.info.run_name} for run in runs])
     assert found_in(text, passwords) == []
+
+
+def test_no_password_is_in_any_artifact_that_is_text(
+    release: Cluster, canaries: dict[str, str], passwords: dict[str, str]
+) -> None:
+    """Logs and events of attempts, as they lie in the bucket."""
+    import boto3
+
+    with port_forward(release, "svc/heimdall-object-store", 9000) as port:
+        store = boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{port}",
+            aws_access_key_id="heimdall-root",
+            aws_secret_access_key=canaries["object-store/root-password"],
+            region_name="us-east-1",
+        )
+        pages = store.get_paginator("list_objects_v2").paginate(Bucket="mlflow")
+        keys = [item["Key"] for page in pages for item in page.get("Contents", ()) if "/attempts/" in item["Key"]]
+        assert any(key.endswith(".log") for key in keys)
+        for key in keys:
+            text = store.get_object(Bucket="mlflow", Key=key)["Body"].read().decode(errors="replace")
+            assert found_in(text, passwords) == [], key

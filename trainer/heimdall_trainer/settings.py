@@ -43,7 +43,7 @@ class DataSettings(BaseSettings):
     """File with the certificate authorities of a private endpoint."""
     s3_path_style: bool = True
     """Address buckets by path: private endpoints rarely have a host name per bucket."""
-    cache_dir: Path = Path("~/.cache/heimdall")
+    cache_dir: Path = Path("~/.cache/heimdall-trainer")
     """Folder of cached features and downloaded weights."""
     weights_url: str = ""
     """Folder or `s3://BUCKET/PREFIX` holding pretrained weights as `BACKBONE.safetensors` or `BACKBONE.pth`.

@@ -18,9 +18,9 @@ from heimdall_cluster.paths import BIN, CACHE, KUBECONFIG, LOCK
 from heimdall_cluster.steps import ClusterError, say, step
 
 LOCK_TIMEOUT_S: Final = 1800
-DISK_NEEDED_GB: Final = 30
+DISK_NEEDED_GB: Final = 55
 DISK_NEEDED_WARM_GB: Final = 8
-MEMORY_NEEDED_GB: Final = 6
+MEMORY_NEEDED_GB: Final = 8
 
 
 def main() -> None:
@@ -67,6 +67,7 @@ def _up(_: argparse.Namespace) -> None:
     parts.ensure(["kind", "helm"])
     if kind.is_healthy():
         say("the cluster is up")
+        kind.simulate_gpus()
     else:
         kind.create()
         parts.ensure(["minio", "mc", "kubeconform"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import stat
@@ -20,7 +21,8 @@ from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_unti
 START_TIMEOUT_S: Final = 60
 STOP_TIMEOUT_S: Final = 60
 CAP_SYS_RESOURCE: Final = 24
-BRIDGES: Final = ("docker0",)
+BRIDGE: Final = re.compile(r"docker0|br-[0-9a-f]{12}")
+"""Links that Docker's engine makes."""
 RUNC_WRAPPER: Final = '''#!/usr/bin/python3 -S
 """runc without CAP_SYS_RESOURCE, which this host does not have: privileged containers ask for it all the same."""
 import json, os, sys
@@ -165,9 +167,10 @@ def has_capability(number: int) -> bool:
 
 def _host_state() -> dict[str, object]:
     return {
-        "links": [name for name in BRIDGES if Path("/sys/class/net", name).exists()],
+        "links": sorted(_bridges()),
         "ip_forward": Path("/proc/sys/net/ipv4/ip_forward").read_text().strip(),
         "chains": sorted(_docker_chains()),
+        "forward": _forward_policy(),
     }
 
 
@@ -267,9 +270,9 @@ def _descendants_of_ours() -> Iterator[int]:
 
 
 def _our_mounts() -> list[str]:
-    ours = (str(DATA_ROOT), str(RUN))
+    ours = (f"{DATA_ROOT}/", f"{RUN}/")
     points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return [point for point in points if point.startswith(ours)]
+    return [point for point in points if f"{point}/".startswith(ours)]
 
 
 def _restore_host(before: dict[str, object]) -> None:
@@ -277,16 +280,29 @@ def _restore_host(before: dict[str, object]) -> None:
     chains = before["chains"]
     assert isinstance(links, list)
     assert isinstance(chains, list)
-    for name in BRIDGES:
-        if name not in links and Path("/sys/class/net", name).exists():
-            read(["ip", "link", "delete", name])
+    for name in _bridges() - set(links):
+        read(["ip", "link", "delete", name])
     if not chains:
-        remove_firewall_rules()
+        remove_firewall_rules(policy=str(before.get("forward", "ACCEPT")))
     Path("/proc/sys/net/ipv4/ip_forward").write_text(str(before["ip_forward"]))
 
 
-def remove_firewall_rules() -> None:
-    """Remove Docker's chains, and the rules that lead to them or name its bridges."""
+def _bridges() -> set[str]:
+    return {link.name for link in Path("/sys/class/net").iterdir() if BRIDGE.fullmatch(link.name)}
+
+
+def _forward_policy() -> str:
+    """What the host does with packets between its links that no rule speaks of."""
+    listing = (read(["iptables", "-S", "FORWARD"]) or "").split()
+    return listing[2] if listing[:2] == ["-P", "FORWARD"] else "ACCEPT"
+
+
+def remove_firewall_rules(*, policy: str) -> None:
+    """Remove Docker's chains, and the rules that lead to them or name its bridges.
+
+    Args:
+        policy: The forward chain's policy before.
+    """
     for tool in ("iptables", "ip6tables"):
         for table in ("filter", "nat", "raw", "mangle"):
             listing = (read([tool, "-t", table, "-S"]) or "").splitlines()
@@ -297,13 +313,13 @@ def remove_firewall_rules() -> None:
                 if rule.startswith("-N DOCKER"):
                     read([tool, "-t", table, "-X", rule.split()[1]])
         # Docker's engine makes the forward chain refuse what it does not know.
-        read([tool, "-P", "FORWARD", "ACCEPT"])
+        read([tool, "-P", "FORWARD", policy])
 
 
 def is_docker_rule(rule: str) -> bool:
     """Whether a rule (as `iptables -S` prints it) is one of Docker's."""
     words = rule.split()
-    return any(word == "docker0" or word.startswith(("DOCKER", "br-")) for word in words[1:])
+    return any(word.startswith("DOCKER") or BRIDGE.fullmatch(word) for word in words[1:])
 
 
 def _docker_chains() -> set[str]:

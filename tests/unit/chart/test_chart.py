@@ -218,7 +218,7 @@ def test_the_operator_has_the_rights_it_needs_and_no_others(rendered: Rendered) 
         "jobs": {*seen, "create", "delete"},
         "pods": {"list", "watch"},
         "pods/log": {"get"},
-        "services": {"create"},
+        "services": {"get", "create"},
         "events": {"list", "create"},
     }
 

@@ -60,7 +60,7 @@ def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
     monkeypatch.setattr(os, "sysconf", lambda name: 2**12 if name == "SC_PAGE_SIZE" else 2**18)
 
-    with pytest.raises(steps.ClusterError, match="6 GB of memory are needed, this machine has 1"):
+    with pytest.raises(steps.ClusterError, match="8 GB of memory are needed, this machine has 1"):
         cli.check_machine()
 
 
@@ -191,6 +191,7 @@ def test_names_are_made_whole(name: str, whole: str) -> None:
         ("-A FORWARD -i br-0123456789ab -j ACCEPT", True),
         ("-A INPUT -p tcp --dport 22 -j ACCEPT", False),
         ("-A INPUT -i bridge0 -j ACCEPT", False),
+        ("-A FORWARD -i br-lan -j ACCEPT", False),
     ],
 )
 def test_only_dockers_own_firewall_rules_are_removed(rule: str, is_docker: bool) -> None:

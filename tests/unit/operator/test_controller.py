@@ -258,6 +258,7 @@ def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> 
         await look(world)
         for _ in ("its end is asked for", "its pod is gone"):
             operator = controller(world, clock=lambda: later)
+            operator._followed_since = NOW
             await operator.refresh()
             await operator.look(KEY)
 

@@ -24,6 +24,7 @@ from heimdall_operator.decide import (
     RemoveFinalizer,
     decide,
 )
+from heimdall_operator.failures import judge_pod
 from heimdall_operator.observe import LOST_POD_S, Observed
 from tests.unit.operator.builders import (
     NOW,
@@ -304,7 +305,12 @@ def test_the_active_deadline_ends_the_run() -> None:
 def test_a_hang_is_noticed_by_steps_that_stop() -> None:
     moving = run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(5)))
     still = run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(25)))
-    seen = observed(spec=spec(stallTimeoutSeconds=20), jobs=(job(),), pods=(pod(running_since=ago(40)),))
+    seen = observed(
+        spec=spec(stallTimeoutSeconds=20),
+        jobs=(job(),),
+        pods=(pod(running_since=ago(40)),),
+        followed_since=ago(40),
+    )
 
     assert decide(replace(seen, run=moving), NOW).status.attempts[-1].reason is None
     assert withdrawn(replace(seen, run=still)).status.attempts[-1].reason == "Stalled"
@@ -462,3 +468,77 @@ def test_the_completion_is_estimated_at_the_pace_of_the_attempt() -> None:
     estimated = decide(seen, NOW).status.progress
     assert estimated is not None
     assert estimated.estimated_completion_time == ago(-50)
+
+
+STILL = {"spec": spec(stallTimeoutSeconds=20), "jobs": (job(),), "pods": (pod(running_since=ago(500)),)}
+
+
+@pytest.mark.parametrize("since", [None, ago(5)], ids=["MLflow is away", "it has only just come back"])
+def test_silence_that_nobody_could_hear_is_no_hang(since: Any) -> None:
+    assert decide(observed(**STILL, followed_since=since), NOW).status.attempts[-1].reason is None
+
+
+def test_an_operator_that_has_just_started_takes_nothing_for_hung() -> None:
+    moved = Progress(epoch=0, epochs=1, step=3, time=ago(400))
+    known = status(attempt(running_time=ago(500)), phase="Running")
+    first = decide(observed(**STILL, status=known, followed_since=ago(1), run=run(progress=moved)), NOW)
+
+    assert first.status.attempts[-1].reason is None
+
+
+def test_a_job_that_can_not_be_created_says_why_and_is_not_waited_for_for_ever() -> None:
+    seen = observed(run=run(), trouble="exceeded quota: team")
+    waiting = decide(seen, NOW)
+    assert waiting.actions == (CreateJob(1),)
+    assert "exceeded quota: team" in condition_of(waiting.status, "Complete").message
+
+    late = settled(replace(seen, spec=spec(pendingDeadlineSeconds=30)))
+    assert condition(late, "Failed") == ("True", "PodNotStarted")
+    assert "exceeded quota: team" in condition_of(late, "Failed").message
+
+
+def test_a_job_is_tried_once_even_if_the_operator_was_away_for_long() -> None:
+    seen = observed(run=run(), spec=spec(pendingDeadlineSeconds=30), status=status(attempt(start_time=ago(9000))))
+
+    assert decide(seen, NOW).actions == (CreateJob(1),)
+
+
+def test_a_run_that_mlflow_refuses_fails() -> None:
+    refused = settled(observed(status=NEW, refusal="MLflow refuses the run: bad tag"))
+
+    assert condition(refused, "Failed") == ("True", "InvalidConfiguration")
+
+
+def test_a_log_is_not_waited_for_for_ever() -> None:
+    old = status(attempt(reason="Completed", end_time=ago(601)))
+
+    assert decide(observed(logs=None, status=old, jobs=(job(),), pods=(ended_pod(0),)), NOW).actions == (
+        KeepLogs(1, insist=False),
+    )
+
+
+def test_a_sidecar_does_not_keep_the_gpu_of_a_finished_run() -> None:
+    done = status(phase="Succeeded", completion_time=ago(61))
+    seen = observed(status=done, jobs=(job(),), pods=(pod(exit_code=0),), has_finalizer=False)
+
+    assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
+    soon = decide(replace(seen, status=status(phase="Succeeded", completion_time=ago(5))), NOW)
+    assert soon.actions == ()
+    assert soon.look_again_s is not None
+
+
+def test_a_pod_that_its_node_refused_says_so() -> None:
+    refused = pod(phase="Failed", running_since=None, refusal="OutOfcpu: Node didn't have enough resource: cpu")
+    judged = judge_pod(refused)
+
+    assert judged is not None
+    assert "OutOfcpu: Node didn't have enough resource" in judged.message
+
+
+def test_a_password_in_last_words_does_not_reach_the_status() -> None:
+    words = "could not connect to postgresql://reader:hunter2@db/heimdall"
+    judged = judge_pod(ended_pod(1, last_words=words))
+
+    assert judged is not None
+    assert "hunter2" not in judged.message
+    assert "db/heimdall" in judged.message

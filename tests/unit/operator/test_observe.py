@@ -104,3 +104,16 @@ def test_an_unreadable_spec_names_its_field() -> None:
 @given(st.text())
 def test_any_last_words_are_read(text: str) -> None:
     parse_last_words(text)
+
+
+def test_a_pod_of_an_older_run_of_the_same_name_is_not_ours() -> None:
+    resource = {
+        "metadata": {"name": "run", "namespace": "team", "uid": "new", "creationTimestamp": STAMP},
+        "status": {"attempt": 1},
+    }
+    pods = [raw_pod(phase="Failed", containerStatuses=terminated(exitCode=78)) for _ in ("old", "new")]
+    for pod, uid in zip(pods, ("old", "new"), strict=True):
+        pod["metadata"]["labels"]["training.heimdall.dev/uid"] = uid
+
+    assert [pod.name for pod in observe(resource, pods=pods[:1]).pods] == []
+    assert len(observe(resource, pods=pods).pods) == 1

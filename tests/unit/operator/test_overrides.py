@@ -47,11 +47,10 @@ def test_env_from_is_added_to() -> None:
     ]
 
 
-def test_null_removes_and_patch_delete_removes_an_item() -> None:
-    merged = merge(TEMPLATE, {"metadata": {"labels": None}, **trainer(env=[{"name": "A", "$patch": "delete"}])})
+def test_null_removes() -> None:
+    merged = merge({"spec": {"a": 1, "b": 2}}, {"spec": {"a": None}})
 
-    assert "labels" not in merged["metadata"]
-    assert [item["name"] for item in merged["spec"]["containers"][0]["env"]] == ["B"]
+    assert merged == {"spec": {"b": 2}}
 
 
 def test_other_lists_are_replaced() -> None:
@@ -79,11 +78,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "root": ({"spec": {"securityContext": {"runAsUser": 0}}}, "securityContext.runAsUser: 0 is root"),
     "root by the container": (trainer(securityContext={"runAsNonRoot": False}), "runAsNonRoot: it would break"),
-    "root by null": (trainer(securityContext={"runAsNonRoot": None}), "runAsNonRoot: it would break"),
+    "root by null": (trainer(securityContext={"runAsNonRoot": None}), "runAsNonRoot: null would remove"),
+    "no security context": ({"spec": {"securityContext": None}}, "spec.securityContext: null would remove"),
+    "no security context of the container": (trainer(securityContext=None), "securityContext: null would remove"),
+    "no labels": ({"metadata": {"labels": None}}, "metadata.labels: null would remove"),
+    "no environment": (trainer(env=None), ".env: null would remove"),
+    "another AppArmor profile": (
+        trainer(securityContext={"appArmorProfile": {"type": "Unconfined"}}),
+        "appArmorProfile",
+    ),
+    "a mount of ours": (
+        trainer(volumeMounts=[{"name": "x", "mountPath": "/scratch"}]),
+        "volumeMounts[/scratch]: the operator needs",
+    ),
     "privileges": (trainer(securityContext={"privileged": True}), "securityContext.privileged: it would break"),
     "more privileges": (trainer(securityContext={"allowPrivilegeEscalation": True}), "allowPrivilegeEscalation"),
     "capabilities": (trainer(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), "capabilities: it would"),
-    "capabilities by null": (trainer(securityContext={"capabilities": None}), "capabilities: it would"),
+    "capabilities by null": (trainer(securityContext={"capabilities": None}), "capabilities: null would remove"),
     "no seccomp": ({"spec": {"securityContext": {"seccompProfile": {"type": "Unconfined"}}}}, "seccompProfile"),
     "another restart policy": ({"spec": {"restartPolicy": "Always"}}, "restartPolicy: the operator needs it"),
     "the image": (trainer(image="mine"), "containers[trainer].image: set spec.image instead"),
@@ -101,7 +112,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown part": ({"sepc": {}}, "spec.podTemplate.sepc is unknown: use metadata and spec"),
     "a list that is none": ({"spec": {"containers": {"name": "trainer"}}}, "must be a list of objects with name"),
     "an object that is none": ({"spec": []}, "spec.podTemplate.spec must be an object"),
-    "no trainer": (trainer(**{"$patch": "delete"}), "the training container can't be removed"),
+    "no trainer": (trainer(**{"$patch": "delete"}), "$patch: directives of patches are not taken"),
 }
 
 
