@@ -21,6 +21,8 @@ from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_unti
 START_TIMEOUT_S: Final = 60
 STOP_TIMEOUT_S: Final = 60
 CAP_SYS_RESOURCE: Final = 24
+HAIRPIN: Final = re.compile(r"-A POSTROUTING -s (\S+)/32 -d \1/32 -p \w+ .*-j MASQUERADE$")
+"""By this rule a container reaches a port of its own that is published."""
 BRIDGE: Final = re.compile(r"docker0|br-[0-9a-f]{12}")
 """Links that Docker's engine makes."""
 RUNC_WRAPPER: Final = '''#!/usr/bin/python3 -S
@@ -319,6 +321,8 @@ def remove_firewall_rules(*, policy: str) -> None:
 def is_docker_rule(rule: str) -> bool:
     """Whether a rule (as `iptables -S` prints it) is one of Docker's."""
     words = rule.split()
+    if HAIRPIN.match(rule):
+        return True
     return any(word.startswith("DOCKER") or BRIDGE.fullmatch(word) for word in words[1:])
 
 

@@ -192,6 +192,8 @@ def test_names_are_made_whole(name: str, whole: str) -> None:
         ("-A INPUT -p tcp --dport 22 -j ACCEPT", False),
         ("-A INPUT -i bridge0 -j ACCEPT", False),
         ("-A FORWARD -i br-lan -j ACCEPT", False),
+        ("-A POSTROUTING -s 172.18.0.4/32 -d 172.18.0.4/32 -p tcp -m tcp --dport 6443 -j MASQUERADE", True),
+        ("-A POSTROUTING -s 10.0.0.0/8 -o eth0 -j MASQUERADE", False),
     ],
 )
 def test_only_dockers_own_firewall_rules_are_removed(rule: str, is_docker: bool) -> None:
