@@ -29,6 +29,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no epochs": ({"training": {"epochs": 0}}, "spec.training.epochs in body should be greater than or equal to 1"),
     "an unknown loss": ({"training": {"loss": "l7"}}, 'supported values: "gaussian", "huber", "quantile"'),
     "a misspelt field": ({"trainings": {}}, 'unknown field "spec.trainings"'),
+    "an alias that MLflow keeps to itself": (
+        {"registration": {"model": "m", "aliases": ["latest"]}},
+        "neither latest nor like v7 (MLflow's own)",
+    ),
+    "a tag that MLflow refuses": ({"tracking": {"tags": {"team@x": "rf"}}}, "names must be letters, digits"),
+    "data args without module": ({"data": {"args": {"a": 1}}}, "args are the arguments of module: set module too"),
+    "memory that does not grow": ({"retries": {"memoryGrowth": {"max": "1Gi", "factor": 1}}}, "greater than 1"),
     "a model name with a slash": ({"registration": {"model": "a/b"}}, "must not contain '/' or ':'"),
 }
 
@@ -64,6 +71,9 @@ def test_what_defines_the_training_is_immutable(release: Cluster, name: str) -> 
         {"model": {"args": {"steps": 2}}},
         {"resources": {"memory": "1Gi"}},
         {"registration": None},
+        {"data": {"validationFraction": 0.3}},
+        {"tracking": {"runName": "another"}},
+        {"podTemplate": {"spec": {"nodeSelector": {"a": "b"}}}},
         {"image": "other"},
     ]
     for change in changes:

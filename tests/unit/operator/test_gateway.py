@@ -1,0 +1,86 @@
+"""The operator's conversation with MLflow: what is refused for good, and promotions that wait for each other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+from heimdall_operator.mlflow_gateway import MlflowGateway
+from heimdall_tracking import registry, runs
+from heimdall_tracking.registry import Registration
+from tests.unit.operator.builders import UID, observed, run, spec
+from tests.unit.operator.fakes import KEY, World, controller
+
+
+@pytest.fixture
+def overlaps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many registrations were under way at the beginning of each."""
+    under_way: list[int] = []
+    now = 0
+    lock = threading.Lock()
+
+    def register(client: Any, facts: Any, wanted: Any) -> Registration:
+        nonlocal now
+        with lock:
+            now += 1
+            under_way.append(now)
+        # Long enough for another one to begin beside it, if it could.
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return Registration(name=wanted.model, version="1", message="Registered.")
+
+    monkeypatch.setattr(registry, "register", register)
+    monkeypatch.setattr(runs, "read_facts", lambda client, run_id: run())
+    return under_way
+
+
+async def register_at_once(*models: str) -> None:
+    gateway = MlflowGateway("http://127.0.0.1:9")
+    try:
+        await asyncio.gather(
+            *(gateway.register(observed(spec=spec(registration={"model": model}), run=run())) for model in models)
+        )
+    finally:
+        gateway.close()
+
+
+def test_registrations_of_one_model_wait_for_each_other(overlaps: list[int]) -> None:
+    asyncio.run(register_at_once("localizer", "localizer", "localizer"))
+
+    assert overlaps == [1, 1, 1]
+
+
+def test_registrations_of_different_models_do_not(overlaps: list[int]) -> None:
+    asyncio.run(register_at_once("one", "other"))
+
+    assert overlaps == [1, 2]
+
+
+def test_a_run_that_mlflow_refuses_for_good_fails_with_its_words() -> None:
+    world = World()
+    world.apply({"tracking": {"tags": {"team@x": "rf"}}})
+
+    async def scenario() -> None:
+        operator = controller(world)
+        await operator.refresh()
+
+        async def refuse(observed: Any) -> Any:
+            raise MlflowException("Invalid tag name: 'team@x'", INVALID_PARAMETER_VALUE)
+
+        operator._mlflow.ensure_run = refuse  # type: ignore[method-assign]
+        await operator.look(KEY)
+
+    asyncio.run(scenario())
+
+    assert world.run is not None
+    failed = next(item for item in world.run["status"]["conditions"] if item["type"] == "Failed")
+    assert (failed["status"], failed["reason"]) == ("True", "InvalidConfiguration")
+    assert "Invalid tag name: 'team@x'" in failed["message"]
+    assert UID not in world.mlflow_runs
