@@ -11,7 +11,7 @@ from typing import Any, Final
 import structlog
 
 from heimdall_api.contract import ATTEMPTS_DIR, FINALIZER, KIND
-from heimdall_operator.decide import (
+from heimdall_operator.actions import (
     Action,
     AddFinalizer,
     CreateJob,
@@ -22,8 +22,8 @@ from heimdall_operator.decide import (
     OpenAttempt,
     RegisterModel,
     RemoveFinalizer,
-    job_name,
 )
+from heimdall_operator.decide import job_name
 from heimdall_operator.kube import ConflictError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
 from heimdall_operator.mlflow_gateway import MlflowGateway, RunGoneError

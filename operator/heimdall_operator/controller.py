@@ -17,7 +17,8 @@ from heimdall_api.contract import API_VERSION, KIND, MANAGED_BY
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator import metrics
 from heimdall_operator.act import Actor
-from heimdall_operator.decide import CreateJob, Decision, decide
+from heimdall_operator.actions import CreateJob
+from heimdall_operator.decide import Decision, decide
 from heimdall_operator.events import Event, events_between
 from heimdall_operator.failures import shorten
 from heimdall_operator.kube import ConflictError, Kube

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import Final, Literal
 
@@ -22,16 +22,24 @@ from heimdall_api.contract import LABEL_QUEUE, Reason
 from heimdall_api.quantity import parse_quantity
 from heimdall_api.types import (
     Attempt,
-    BestMetricStatus,
-    CheckpointStatus,
-    Condition,
-    ProgressStatus,
     TrainingRunSpec,
     TrainingRunStatus,
 )
+from heimdall_operator.actions import (
+    Action,
+    AddFinalizer,
+    CreateJob,
+    DeleteJob,
+    EndRun,
+    EnsureRun,
+    KeepLogs,
+    OpenAttempt,
+    RegisterModel,
+    RemoveFinalizer,
+)
 from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, shorten
 from heimdall_operator.observe import JobFacts, Observed, PodFacts
-from heimdall_tracking.runs import FinalStatus, RunFacts
+from heimdall_operator.statuses import ConditionValue, age_s, waiting, with_conditions, with_facts
 
 ATTEMPTS_KEPT: Final = 10
 """How many attempts a status lists."""
@@ -50,70 +58,6 @@ LINGER_S: Final = 60
 """How long the pods of a finished run may take to end by themselves: a sidecar may not know that training is over."""
 DELETION_LIMIT_S: Final = 600
 """How long a deletion waits for MLflow before the run is left as it is."""
-
-
-@dataclass(frozen=True)
-class AddFinalizer:
-    """Keep the resource until its MLflow run was ended."""
-
-
-@dataclass(frozen=True)
-class RemoveFinalizer:
-    """Let the resource go."""
-
-
-@dataclass(frozen=True)
-class EnsureRun:
-    """Find the MLflow run by the resource's UID, or create it."""
-
-
-@dataclass(frozen=True)
-class OpenAttempt:
-    """Make an attempt the MLflow run's newest, which fences every older one."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class CreateJob:
-    """Create the attempt's Job."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class KeepLogs:
-    """Keep the newest attempt's log and events with the MLflow run."""
-
-    number: int
-    insist: bool = True
-    """Whether it is tried again while MLflow is away: not where a GPU waits to be freed."""
-
-
-@dataclass(frozen=True)
-class DeleteJob:
-    """Delete the attempt's Job; its pods get their grace period to make a checkpoint."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class RegisterModel:
-    """Register the run's model, or find the version that was registered."""
-
-
-@dataclass(frozen=True)
-class EndRun:
-    """End the MLflow run."""
-
-    status: FinalStatus
-    insist: bool = True
-    """Whether it is tried again while MLflow is away: not where a deletion has waited for long enough."""
-
-
-Action = (
-    AddFinalizer | RemoveFinalizer | EnsureRun | OpenAttempt | CreateJob | KeepLogs | DeleteJob | RegisterModel | EndRun
-)
 
 
 @dataclass(frozen=True)
@@ -159,16 +103,16 @@ def decide(observed: Observed, now: datetime) -> Decision:
 
 def _open_run(observed: Observed, now: datetime) -> Decision:
     """The MLflow run comes before the Job, so that its ID is on the status before a GPU is taken."""
-    waiting = _waiting(observed.status, observed, "TrackingUnavailable", "Waiting for MLflow to create the run.", now)
+    unopened = waiting(observed.status, observed, "TrackingUnavailable", "Waiting for MLflow to create the run.", now)
     if observed.refusal:
         return _fail(observed, Reason.INVALID_CONFIGURATION, observed.refusal, now)
     if observed.run is None:
-        return Decision((EnsureRun(),), waiting)
+        return Decision((EnsureRun(),), unopened)
     status = observed.status.model_copy(
         update={"run_id": observed.run.run_id, "start_time": observed.status.start_time or now}
     )
     status = _next_attempt(status, observed.name, now)
-    return Decision((), _waiting(status, observed, "Pending", "The training pod is being created.", now))
+    return Decision((), waiting(status, observed, "Pending", "The training pod is being created.", now))
 
 
 def _next_attempt(status: TrainingRunStatus, name: str, now: datetime, memory: str | None = None) -> TrainingRunStatus:
@@ -213,7 +157,7 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
     message = "The training pod is being created."
     if observed.trouble:
         message = f"The attempt's Job could not be created yet: {observed.trouble}"
-    status = _waiting(observed.status, observed, "Pending", message, now)
+    status = waiting(observed.status, observed, "Pending", message, now)
     if _living(observed, now):
         # Two attempts never overlap, not even two Jobs of one attempt.
         return Decision((), status, POLL_S)
@@ -231,7 +175,7 @@ def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: d
         return Outcome(reason=Reason.INVALID_CONFIGURATION, message=observed.refusal, ended=now)
     if spec.suspend:
         return Outcome(reason=Reason.SUSPENDED, message="Suspended by spec.suspend.")
-    if spec.active_deadline_seconds and _age(observed.status.start_time, now) >= spec.active_deadline_seconds:
+    if spec.active_deadline_seconds and age_s(observed.status.start_time, now) >= spec.active_deadline_seconds:
         return Outcome(
             reason=Reason.DEADLINE_EXCEEDED,
             message=f"The run took longer than spec.activeDeadlineSeconds ({spec.active_deadline_seconds} s).",
@@ -252,7 +196,7 @@ def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
     job = observed.job
     if job is None or (job.finished is None and not job.deleting):
         return None
-    if job.finished is not None and _age(job.finished, now) < POD_VANISHED_S:
+    if job.finished is not None and age_s(job.finished, now) < POD_VANISHED_S:
         return None
     if job.succeeded:
         return Outcome(reason=Reason.COMPLETED, message="Training finished.", ended=job.finished)
@@ -274,7 +218,7 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     progress = observed.run.progress if observed.run else observed.status.progress
     started = [pod.running_since for pod in observed.attempt_pods if pod.running_since is not None]
     moved = max(*started, observed.followed_since, (progress and progress.time) or observed.followed_since)
-    if _age(moved, now) < spec.stall_timeout_seconds:
+    if age_s(moved, now) < spec.stall_timeout_seconds:
         return None
     step = f"step {progress.step}" if progress else "its start"
     return Outcome(
@@ -285,7 +229,7 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
 
 def _is_lost(observed: Observed, pod: PodFacts, now: datetime) -> bool:
     """Whether a deleted pod took so long to end that its node must be gone; the next attempt's number fences it."""
-    return pod.alive and _age(pod.deleting, now) > observed.lost_pod_s
+    return pod.alive and age_s(pod.deleting, now) > observed.lost_pod_s
 
 
 def _living(observed: Observed, now: datetime) -> list[PodFacts]:
@@ -304,7 +248,7 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
             reason=Reason.IMAGE_PULL,
             message=f"spec.image is no valid image name: {pod.waiting_message}. Correct it in a new TrainingRun.",
         )
-    waited = _age(_pending_since(observed, attempt), now)
+    waited = age_s(_pending_since(observed, attempt), now)
     if waited < spec.pending_deadline_seconds:
         return None
     reason, why = _waiting_for(pod)
@@ -316,7 +260,7 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
 
 def _no_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
     """A Job that can't be created is not waited for without end either, once it was tried."""
-    waited = _age(attempt.start_time, now)
+    waited = age_s(attempt.start_time, now)
     if not observed.trouble or waited < spec.pending_deadline_seconds:
         return None
     why = f"The Job could not be created within spec.pendingDeadlineSeconds ({waited:.0f} s): {observed.trouble}"
@@ -353,20 +297,20 @@ def _waiting_for(pod: PodFacts | None) -> tuple[Reason, str]:
 
 def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
     """The attempt goes on: tell how far it is, and look again when something is due."""
-    status = _with_facts(_with_admission(observed, now), observed.run)
+    status = with_facts(_with_admission(observed, now), observed.run)
     due = _until_deadline(observed, spec, now)
     if observed.job is not None and observed.job.suspended:
         return Decision((), _queued(status, observed, now))
     if not observed.is_running or _evicted(observed):
-        waited = _age(_pending_since(observed, status.attempts[-1]), now)
+        waited = age_s(_pending_since(observed, status.attempts[-1]), now)
         if waited < PENDING_REPORT_S and status.conditions == observed.status.conditions:
             return Decision((), observed.status, PENDING_REPORT_S - waited + 1)
         reason, why = _waiting_for(_waiting_pod(observed))
-        return Decision((), _waiting(status, observed, str(reason), why, now), due)
+        return Decision((), waiting(status, observed, str(reason), why, now), due)
     attempt = status.attempts[-1].model_copy(update=_place(observed))
     status = status.model_copy(update={"attempts": [*status.attempts[:-1], attempt], "phase": "Running"})
     message = f"Attempt {attempt.number} is training."
-    status = _with_conditions(status, observed, now, Complete=(False, "Running", message), Suspended=None)
+    status = with_conditions(status, observed, now, Complete=(False, "Running", message), Suspended=None)
     return Decision((), status, due)
 
 
@@ -393,17 +337,17 @@ def _with_admission(observed: Observed, now: datetime) -> TrainingRunStatus:
         )
     else:
         value = (False, "Queued", f"Job {job.name} waits for queue {queue} to admit it.")
-    return _with_conditions(observed.status, observed, now, Admitted=value)
+    return with_conditions(observed.status, observed, now, Admitted=value)
 
 
 def _queued(status: TrainingRunStatus, observed: Observed, now: datetime) -> TrainingRunStatus:
     admission = next(condition for condition in status.conditions if condition.type == "Admitted")
-    return _waiting(status, observed, admission.reason, admission.message, now)
+    return waiting(status, observed, admission.reason, admission.message, now)
 
 
 def _record(observed: Observed, outcome: Outcome) -> TrainingRunStatus:
     """Write an outcome into the newest attempt: ended where its pod has, otherwise ending."""
-    status = _with_facts(observed.status, observed.run)
+    status = with_facts(observed.status, observed.run)
     attempt = status.attempts[-1].model_copy(
         update={
             "reason": str(outcome.reason),
@@ -423,7 +367,7 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
     """The attempt must end: its Job is deleted, and its pods get their grace period."""
     message = f"Attempt {attempt.number} is being ended: {attempt.message}"
     observed = replace(observed, status=_with_logs(observed))
-    status = _with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
+    status = with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
     if observed.job is not None and not observed.job.deleting:
         if _has_logs_to_keep(observed):
             return Decision((KeepLogs(attempt.number, insist=False),), status)
@@ -447,7 +391,7 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
 def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
     if _has_logs_to_keep(observed):
         # What was learned of the attempt is kept before what keeps it may go.
-        insist = _age(attempt.end_time, now) < KEEP_LOGS_LIMIT_S
+        insist = age_s(attempt.end_time, now) < KEEP_LOGS_LIMIT_S
         return Decision((KeepLogs(attempt.number, insist=insist),), _keeping(observed, now))
     observed = replace(observed, status=_with_logs(observed))
     attempt = observed.status.attempts[-1]
@@ -470,7 +414,7 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
 
 def _keeping(observed: Observed, now: datetime) -> TrainingRunStatus:
     message = "The attempt has ended; waiting for MLflow to keep its log."
-    return _waiting(observed.status, observed, "KeepingLogs", message, now)
+    return waiting(observed.status, observed, "KeepingLogs", message, now)
 
 
 def _has_logs_to_keep(observed: Observed) -> bool:
@@ -509,13 +453,13 @@ def _retry(observed: Observed, attempt: Attempt, memory: str | None, now: dateti
     delay = 0.0
     if reason not in FREE and observed.status.failures:
         delay = min(RETRY_DELAY_S * 2.0 ** (observed.status.failures - 1), RETRY_DELAY_LIMIT_S)
-    left = delay - _age(attempt.end_time, now)
+    left = delay - age_s(attempt.end_time, now)
     message = f"Attempt {attempt.number} ended ({reason}); the next one goes on from the last checkpoint."
     if left > 0:
-        return Decision((), _waiting(observed.status, observed, "Retrying", message, now), left)
+        return Decision((), waiting(observed.status, observed, "Retrying", message, now), left)
     status = _next_attempt(observed.status, observed.name, now, memory)
     # Kept with the attempt that has ended; the next one has nothing to keep yet.
-    return Decision((), _waiting(status, observed, "Retrying", message, now))
+    return Decision((), waiting(status, observed, "Retrying", message, now))
 
 
 def _succeed(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
@@ -525,10 +469,10 @@ def _succeed(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
         if observed.refusal:
             return _fail(observed, Reason.USER_ERROR, observed.refusal, now)
         message = "Training finished; waiting for MLflow to register the model."
-        return Decision((RegisterModel(),), _waiting(status, observed, "Registering", message, now))
+        return Decision((RegisterModel(),), waiting(status, observed, "Registering", message, now))
     if observed.run is None or observed.run.status != "FINISHED":
         message = "Training finished; waiting for MLflow to end the run."
-        return Decision((EndRun("FINISHED"),), _waiting(status, observed, "EndingRun", message, now))
+        return Decision((EndRun("FINISHED"),), waiting(status, observed, "EndingRun", message, now))
     done = "Training finished."
     conditions: dict[str, ConditionValue] = {"Suspended": None}
     if observed.registration is not None:
@@ -542,19 +486,19 @@ def _succeed(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
             }
         )
     conditions["Complete"] = (True, "Completed", done)
-    status = _finish(_with_facts(status, observed.run), "Succeeded", now)
-    return Decision((), _with_conditions(status, observed, now, **conditions))
+    status = _finish(with_facts(status, observed.run), "Succeeded", now)
+    return Decision((), with_conditions(status, observed, now, **conditions))
 
 
 def _fail(observed: Observed, reason: Reason, message: str, now: datetime) -> Decision:
     status = observed.status
     if status.run_id is not None and (observed.run is None or observed.run.status != "FAILED"):
-        waiting = f"{message} Waiting for MLflow to end the run."
-        return Decision((EndRun("FAILED"),), _waiting(status, observed, str(reason), waiting, now))
-    status = _finish(_with_facts(status, observed.run), "Failed", now)
+        words = f"{message} Waiting for MLflow to end the run."
+        return Decision((EndRun("FAILED"),), waiting(status, observed, str(reason), words, now))
+    status = _finish(with_facts(status, observed.run), "Failed", now)
     return Decision(
         (),
-        _with_conditions(
+        with_conditions(
             status, observed, now, Failed=(True, str(reason), message), Complete=(False, str(reason), message)
         ),
     )
@@ -581,7 +525,7 @@ def _stay_finished(observed: Observed, now: datetime) -> Decision:
 
 def _lingers(observed: Observed, job: JobFacts, now: datetime) -> bool:
     """Whether a Job is not over although its trainer is: it still holds its GPUs."""
-    return job.finished is None and _age(observed.status.completion_time, now) > LINGER_S
+    return job.finished is None and age_s(observed.status.completion_time, now) > LINGER_S
 
 
 def _until_expiry(observed: Observed, now: datetime) -> float | None:
@@ -589,7 +533,7 @@ def _until_expiry(observed: Observed, now: datetime) -> float | None:
     ttl = observed.spec.ttl_seconds_after_finished if observed.spec is not None else None
     if ttl is None or not observed.jobs or observed.status.completion_time is None:
         return None
-    return ttl - _age(observed.status.completion_time, now)
+    return ttl - age_s(observed.status.completion_time, now)
 
 
 # --- suspension and deletion -------------------------------------------------------------------------------------
@@ -598,7 +542,7 @@ def _until_expiry(observed: Observed, now: datetime) -> float | None:
 def _suspended(observed: Observed, now: datetime) -> TrainingRunStatus:
     status = observed.status.model_copy(update={"phase": "Suspended"})
     message = "Suspended by spec.suspend; set it to false to go on."
-    return _with_conditions(
+    return with_conditions(
         status, observed, now, Suspended=(True, "Suspended", message), Complete=(False, "Suspended", message)
     )
 
@@ -607,7 +551,7 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
     """Ended in this order: pods (they may make a last checkpoint), MLflow run, resource."""
     if not observed.has_finalizer:
         return Decision((), observed.status)
-    overdue = _age(deleted, now) > DELETION_LIMIT_S
+    overdue = age_s(deleted, now) > DELETION_LIMIT_S
     if observed.job is not None and not observed.job.deleting:
         return Decision((DeleteJob(observed.job.name),), observed.status)
     if _living(observed, now) and not overdue:
@@ -619,113 +563,17 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
     return Decision((EndRun("KILLED", insist=not overdue),), observed.status)
 
 
-# --- the parts of a status ---------------------------------------------------------------------------------------
-
-ConditionValue = tuple[bool, str, str] | None
-"""Status, reason, message; None takes an existing condition back (status False)."""
-
-
-def _waiting(
-    status: TrainingRunStatus, observed: Observed, reason: str, message: str, now: datetime
-) -> TrainingRunStatus:
-    """Pending: nothing trains, and the condition says what is waited for."""
-    status = status.model_copy(update={"phase": "Pending"})
-    return _with_conditions(status, observed, now, Complete=(False, reason, shorten(message)), Suspended=None)
-
-
-def _with_conditions(
-    status: TrainingRunStatus, observed: Observed, now: datetime, **values: ConditionValue
-) -> TrainingRunStatus:
-    conditions = {condition.type: condition for condition in status.conditions}
-    for kind, value in values.items():
-        old = conditions.get(kind)
-        if value is None and (old is None or old.status == "False"):
-            continue
-        wanted = value or (False, "Resumed", "Training goes on.")
-        conditions[kind] = _condition(kind, wanted, old, observed.generation, now)
-    return status.model_copy(
-        update={"conditions": list(conditions.values()), "observed_generation": observed.generation}
-    )
-
-
-def _condition(
-    kind: str, value: tuple[bool, str, str], old: Condition | None, generation: int, now: datetime
-) -> Condition:
-    truth, reason, message = value
-    state: Literal["True", "False"] = "True" if truth else "False"
-    return Condition(
-        type=kind,
-        status=state,
-        reason=reason,
-        message=message,
-        last_transition_time=old.last_transition_time if old is not None and old.status == state else now,
-        observed_generation=generation,
-    )
-
-
-def _with_facts(status: TrainingRunStatus, run: RunFacts | None) -> TrainingRunStatus:
-    """What MLflow says of progress, best metric and checkpoint, where it was asked."""
-    if run is None:
-        return status
-    update: dict[str, object] = {}
-    if run.progress is not None:
-        update["progress"] = ProgressStatus(
-            epoch=run.progress.epoch,
-            epochs=run.progress.epochs,
-            step=run.progress.step,
-            percent=_percent(run),
-            time=run.progress.time,
-            estimated_completion_time=_estimate(status, run),
-        )
-    if run.best is not None:
-        update["best_metric"] = BestMetricStatus(name=run.best.name, value=f"{run.best.value:.6g}")
-    if run.last_checkpoint is not None:
-        checkpoint = run.last_checkpoint
-        update["last_checkpoint"] = CheckpointStatus(
-            step=checkpoint.step, uri=f"runs:/{run.run_id}/{checkpoint.path}", time=checkpoint.time
-        )
-    return status.model_copy(update=update)
-
-
-def _estimate(status: TrainingRunStatus, run: RunFacts) -> datetime | None:
-    """When training ends at the pace of the attempt under way; None where the pace is not known."""
-    progress = run.progress
-    since = status.attempts[-1].running_time if status.attempts else None
-    if progress is None or progress.time is None or progress.steps is None or since is None:
-        return None
-    done, left = progress.step - progress.first_step, progress.steps - progress.step
-    if done <= 0 or left <= 0 or progress.time <= since:
-        return None
-    estimate = progress.time + (progress.time - since) * (left / done)
-    return estimate.replace(microsecond=0)
-
-
-def _percent(run: RunFacts) -> int:
-    progress = run.progress
-    if progress is None:
-        return 0
-    if run.status == "FINISHED":
-        return 100
-    share = progress.step / progress.steps if progress.steps else progress.epoch / max(progress.epochs, 1)
-    return max(0, min(99, int(100 * share)))
-
-
 def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) -> float | None:
     """Seconds until the next deadline that no event announces."""
     left: list[float] = []
     running = observed.is_running
     if not running:
-        waited = _age(_pending_since(observed, observed.status.attempts[-1]), now)
+        waited = age_s(_pending_since(observed, observed.status.attempts[-1]), now)
         left.append(spec.pending_deadline_seconds - waited)
     if spec.active_deadline_seconds is not None:
-        left.append(spec.active_deadline_seconds - _age(observed.status.start_time, now))
+        left.append(spec.active_deadline_seconds - age_s(observed.status.start_time, now))
     if running and spec.stall_timeout_seconds is not None:
         left.append(min(spec.stall_timeout_seconds / 4, 60))
     if observed.job is not None and observed.job.finished is not None:
         left.append(POLL_S)
     return max(1.0, min(left)) if left else None
-
-
-def _age(since: datetime | None, now: datetime) -> float:
-    """Seconds since a time; 0 where it is not known."""
-    return (now - since) / timedelta(seconds=1) if since is not None else 0.0
