@@ -10,9 +10,8 @@ TESTS = Path(__file__).parent
 GROUPS = {"e2e": "cluster", "chaos": "cluster", "integration": "servers"}
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        group = GROUPS.get(item.path.relative_to(TESTS).parts[0])
-        if group is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """As each item is made: xdist reads the groups before a conftest's turn to change the list of them."""
+    group = GROUPS.get(item.path.relative_to(TESTS).parts[0])
+    if group is not None:
+        item.add_marker(pytest.mark.xdist_group(group))
