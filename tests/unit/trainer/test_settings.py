@@ -32,7 +32,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_any_settings_a_laptop_is_served() -> None:
     settings = load_data_settings()
     assert settings.database_url.get_secret_value() == "sqlite:///heimdall.db"
-    assert settings.cache_dir == Path.home() / ".cache/heimdall"
+    assert settings.cache_dir == Path.home() / ".cache/heimdall-trainer"
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
