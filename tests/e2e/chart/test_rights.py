@@ -24,7 +24,8 @@ ALLOWED = [("create", "jobs"), ("patch", "trainingruns/status"), ("get", "pods/l
 
 def can_i(release: Cluster, verb: str, resource: str) -> str:
     account = f"system:serviceaccount:{release.namespace}:heimdall-operator"
-    ask = ("kubectl", "-n", release.namespace, "auth", "can-i", verb, resource, f"--as={account}")
+    kind, _, part = resource.partition("/")
+    ask = ("kubectl", "-n", release.namespace, "auth", "can-i", verb, kind, f"--subresource={part}", f"--as={account}")
     return release.run(*ask, check=False).stdout.strip()
 
 
