@@ -106,7 +106,7 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
     release: Cluster, mlflow: Mlflow, trainer: None, name: str, how: tuple[str, str]
 ) -> None:
     del trainer  # its image must not be on its way to the node that goes
-    release.apply(contract_run(name, spec=on_the_cpu(retries={"limit": 0}), steps=400, stepSeconds=0.2))
+    release.apply(contract_run(name, spec=on_the_cpu(retries={"limit": 0}), steps=120, stepSeconds=0.2))
     run_id = running_at(release, mlflow, name, 10)
     assert release.status(name)["attempts"][0]["node"] == GPU_NODE
 
@@ -131,7 +131,7 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
     assert all("attempt-2" in item["path"] for item in json.loads(tags["heimdall.checkpoints"]))
     assert len(mlflow.versions_of("steps", run_id)) == 1
     history = mlflow.client.get_metric_history(run_id, "train/loss")
-    assert {item.step for item in history} == set(range(400))
+    assert {item.step for item in history} == set(range(120))
 
 
 def test_a_stopped_process_is_taken_for_hung(release: Cluster, mlflow: Mlflow, name: str) -> None:
