@@ -93,17 +93,11 @@ def namespace(cluster: Cluster) -> Iterator[None]:
     try:
         yield
     finally:
-        # Finalizers of runs that never ended would keep the namespace.
-        subprocess.run(
-            f"kubectl -n {NAMESPACE} get trainingruns -o name"
-            f" | xargs -r -P4 -n50 kubectl -n {NAMESPACE} patch --type=merge"
-            """ -p '{"metadata":{"finalizers":null}}'""",
-            shell=True,
-            env=cluster.env,
-            check=False,
-            stdout=subprocess.DEVNULL,
-            timeout=STEP_TIMEOUT_S,
-        )
+        # Finalizers of runs that a failure left behind would keep the namespace.
+        for item in cluster.list("trainingruns"):
+            if item["metadata"].get("finalizers"):
+                patch = '{"metadata": {"finalizers": null}}'
+                cluster.kubectl("patch", "trainingrun", item["metadata"]["name"], "--type=merge", "-p", patch)
         cluster.run("kubectl", "delete", "namespace", NAMESPACE, "--wait=false")
         if not had_crd:
             cluster.run("kubectl", "delete", "crd", f"{PLURAL}.{GROUP}", "--wait=false")
