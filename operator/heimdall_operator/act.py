@@ -30,7 +30,7 @@ from heimdall_operator.mlflow_gateway import MlflowGateway, RunGoneError
 from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store
-from heimdall_tracking.errors import is_permanent
+from heimdall_tracking.errors import is_permanent, is_refusal
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import ModelMissingError
 
@@ -100,7 +100,7 @@ class Actor:
         try:
             return replace(observed, run=await self._mlflow.ensure_run(observed))
         except Exception as error:
-            if not is_permanent(error):
+            if not is_refusal(error):
                 raise
             return replace(observed, refusal=f"MLflow refuses the run: {redact(error)}")
 
@@ -198,7 +198,7 @@ class Actor:
         try:
             registration, facts = await self._mlflow.register(observed)
         except Exception as error:
-            if not (isinstance(error, ModelMissingError | RunGoneError) or is_permanent(error)):
+            if not (isinstance(error, ModelMissingError | RunGoneError) or is_refusal(error)):
                 raise
             return replace(observed, refusal=redact(error))
         return replace(observed, registration=registration, run=facts)

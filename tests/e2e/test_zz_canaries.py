@@ -15,7 +15,7 @@ from tests.e2e.test_localizer import example
 SNAPSHOTS = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots"
 LOGS = "/var/log/pods"
 KINDS = "trainingruns,jobs,pods,configmaps,deployments,statefulsets,services,events.events.k8s.io"
-GREP_FOUND, GREP_NOTHING = 0, 1
+GREP_NOTHING = 1
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,11 @@ class TrackingError(Exception):
     """Something can't be tracked; the message says why and what to do."""
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether MLflow refuses what it was given: nothing that happens meanwhile makes it take the same again."""
+    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
+
+
 def is_permanent(error: BaseException) -> bool:
     """Whether the same call would fail again however long one waits."""
     if isinstance(error, TrackingError):

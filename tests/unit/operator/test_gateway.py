@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_tracking import registry, runs
@@ -84,3 +84,28 @@ def test_a_run_that_mlflow_refuses_for_good_fails_with_its_words() -> None:
     assert (failed["status"], failed["reason"]) == ("True", "InvalidConfiguration")
     assert "Invalid tag name: 'team@x'" in failed["message"]
     assert UID not in world.mlflow_runs
+
+
+def test_what_may_come_right_is_no_refusal() -> None:
+    """As when somebody deletes the experiment in the same moment: the next look makes it anew."""
+    world = World()
+    world.apply({})
+
+    async def scenario() -> None:
+        operator = controller(world)
+        await operator.refresh()
+        original = operator._mlflow.ensure_run
+
+        async def gone(observed: Any) -> Any:
+            raise MlflowException("No such experiment", RESOURCE_DOES_NOT_EXIST)
+
+        operator._mlflow.ensure_run = gone  # type: ignore[method-assign]
+        with pytest.raises(MlflowException):
+            await operator.look(KEY)
+        operator._mlflow.ensure_run = original  # type: ignore[method-assign]
+        await operator.look(KEY)
+
+    asyncio.run(scenario())
+
+    assert world.run is not None
+    assert world.run["status"]["runID"] == "r1"
