@@ -47,7 +47,7 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/pytest -q -n 2 tests/unit
 	@# Servers that go away are mostly waited for: meanwhile the cluster's tests run.
 	@mkdir -p build; $(BIN)/pytest --durations=10 tests/integration > build/integration.log 2>&1 & integration=$$!; \
-	cluster=0; $(BIN)/pytest --durations=25 tests/e2e tests/chaos || cluster=$$?; \
+	cluster=0; $(BIN)/pytest --durations=25 tests/e2e || cluster=$$?; \
 	servers=0; wait $$integration || servers=$$?; cat build/integration.log; exit $$((cluster + servers))
 
 .PHONY: e2e
@@ -56,7 +56,7 @@ e2e: venv needs ## The tests on a real cluster alone
 
 .PHONY: chaos
 chaos: venv needs ## Kill the operator at random for five minutes, take away what it stands on, check everything
-	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 $(BIN)/pytest -s tests/chaos
+	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 $(BIN)/pytest -s tests/e2e/chaos
 
 .PHONY: fuzz
 fuzz: venv needs ## 1,000 generated specs: each refused, failed with a reason, or trained

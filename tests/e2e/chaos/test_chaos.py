@@ -16,12 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pytest
-
 from tests.e2e.cluster import ROOT, Cluster, wait_for
 from tests.e2e.conftest import Mlflow, contract_run, kill_operator
-
-pytestmark = pytest.mark.e2e
 
 KILLS_S = float(os.environ.get("HEIMDALL_CHAOS_S", "40"))
 """How long the operator is killed again and again."""
