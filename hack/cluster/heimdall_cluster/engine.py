@@ -283,6 +283,9 @@ def _restore_host(before: dict[str, object]) -> None:
     assert isinstance(links, list)
     assert isinstance(chains, list)
     for name in _bridges() - set(links):
+        # What a killed container had plugged in goes with its bridge.
+        for port in Path(f"/sys/class/net/{name}/brif").glob("*"):
+            read(["ip", "link", "delete", port.name])
         read(["ip", "link", "delete", name])
     if not chains:
         remove_firewall_rules(policy=str(before.get("forward", "ACCEPT")))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from heimdall_cluster import engine, images, parts
+from heimdall_cluster import engine, images, parts, stores
 from heimdall_cluster.paths import HERE, KUBECONFIG, LOGS
 from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_until
 
@@ -26,12 +26,13 @@ DELETE_TIMEOUT_S: Final = 120
 KUBE_ROUTER_MANIFEST: Final = HERE / "kube-router.yaml"
 
 
-def config(*, own_cni: bool, cgroup_v1: bool) -> dict[str, Any]:
+def config(*, own_cni: bool, cgroup_v1: bool, kept: Sequence[Path] = ()) -> dict[str, Any]:
     """Kind's configuration.
 
     Args:
         own_cni: Whether we bring the pod network (kube-router), because kind's can't be pulled.
         cgroup_v1: Whether the host has cgroup v1, which a kubelet refuses unless told otherwise.
+        kept: Folder of each worker's image store, where they are kept.
 
     Returns:
         A kind.x-k8s.io/v1alpha4 Cluster.
@@ -43,6 +44,8 @@ def config(*, own_cni: bool, cgroup_v1: bool) -> dict[str, Any]:
         "networking": {"apiServerAddress": "127.0.0.1"},
         "nodes": [{"role": "control-plane"}, {"role": "worker"}, {"role": "worker"}],
     }
+    for node, store in zip(document["nodes"][1:], kept, strict=False):
+        node["extraMounts"] = [{"hostPath": str(store), "containerPath": stores.CONTAINERD}]
     if own_cni:
         document["networking"]["disableDefaultCNI"] = True
     # A node that is gone is noticed in seconds: tests take nodes away.
@@ -105,11 +108,24 @@ def create() -> None:
         delete()
     node_image = images.ensure_node()
     parts.ensure(["kind"])
+    had_stores = stores.exist()
+    try:
+        _create(node_image)
+    except ClusterError as error:
+        if not had_stores:
+            raise
+        say(f"  {error}; once more, without what earlier clusters kept")
+        delete()
+        stores.drop()
+        _create(node_image)
+
+
+def _create(node_image: str | None) -> None:
     own_cni = node_image is not None
+    kept = list(stores.ensure(node_image, WORKERS).values()) if node_image and engine.environment() else []
+    cgroup_v1 = not Path("/sys/fs/cgroup/cgroup.controllers").exists()
     file = KUBECONFIG.with_name("kind.json")
-    file.write_text(
-        json.dumps(config(own_cni=own_cni, cgroup_v1=not Path("/sys/fs/cgroup/cgroup.controllers").exists()))
-    )
+    file.write_text(json.dumps(config(own_cni=own_cni, cgroup_v1=cgroup_v1, kept=kept)))
     with step("creating the cluster with kind"):
         command = [parts.path_of("kind"), "create", "cluster", "--config", file, "--kubeconfig", KUBECONFIG]
         image = ["--image", node_image] if node_image else []

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from heimdall_cluster import cli, engine, images, kind, parts, steps
+from heimdall_cluster import cli, engine, images, kind, parts, steps, stores
 
 
 def patches(document: dict[str, object]) -> list[dict[str, object]]:
@@ -38,6 +38,65 @@ def test_an_own_network_and_cgroup_v1_are_told_to_kind() -> None:
 
     assert document["networking"]["disableDefaultCNI"] is True
     assert any(patch.get("failCgroupV1") is False for patch in patches(document))
+
+
+def test_each_worker_has_an_image_store_that_outlives_the_cluster() -> None:
+    document = kind.config(own_cni=True, cgroup_v1=False, kept=[Path("/kept/one"), Path("/kept/two")])
+
+    mounts = [node.get("extraMounts", []) for node in document["nodes"]]
+    assert mounts == [
+        [],
+        [{"hostPath": "/kept/one", "containerPath": "/var/lib/containerd"}],
+        [{"hostPath": "/kept/two", "containerPath": "/var/lib/containerd"}],
+    ]
+
+
+def test_a_store_begins_anew_with_another_node_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seeded: list[str] = []
+    image_ids = {"node:1": "sha256:1", "node:2": "sha256:2"}
+
+    def run(command: list[object], **_: object) -> None:
+        seeded.append(str(command[command.index("--volume") + 1]))
+
+    monkeypatch.setattr(stores, "STORES", tmp_path)
+    monkeypatch.setattr(stores, "run", run)
+    monkeypatch.setattr(stores, "read", lambda command, **_: image_ids[command[-1]])
+    monkeypatch.setattr(engine, "docker", lambda: "docker")
+    monkeypatch.setattr(engine, "environment", dict)
+
+    stores.ensure("node:1", ("one",))
+    (tmp_path / "one" / "image").touch()
+    kept = stores.ensure("node:1", ("one",))
+    assert (kept["one"] / "image").exists()
+    assert len(seeded) == 1
+
+    fresh = stores.ensure("node:2", ("one",))
+    assert not (fresh["one"] / "image").exists()
+    assert len(seeded) == 2
+
+
+def test_a_cluster_that_does_not_come_up_with_kept_images_is_made_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    did: list[str] = []
+
+    def create(_: str | None) -> None:
+        did.append("create")
+        if len(did) == 1:
+            raise steps.ClusterError("the nodes are not Ready")
+
+    monkeypatch.setattr(stores, "STORES", tmp_path)
+    monkeypatch.setattr(kind, "exists", lambda: False)
+    monkeypatch.setattr(kind, "_create", create)
+    monkeypatch.setattr(kind, "delete", lambda: did.append("delete"))
+    monkeypatch.setattr(images, "ensure_node", lambda: "node:1")
+    monkeypatch.setattr(parts, "ensure", lambda _: None)
+    monkeypatch.setattr(kind, "simulate_gpus", lambda: None)
+
+    kind.create()
+
+    assert did == ["create", "delete", "create"]
+    assert not stores.exist()
 
 
 def test_two_gpus_are_simulated_by_an_extended_resource() -> None:
