@@ -244,71 +244,86 @@ def contract_run(name: str, *, spec: dict[str, Any] | None = None, **args: Any) 
 
 
 @dataclass
-class CrashingOperator:
-    """The operator, made to die right after an action, once."""
+class DyingOperator:
+    """The operator, which dies right after each of its actions and writes about one run, and is started again."""
 
     release: Cluster
 
-    def arm(self, action: str) -> None:
-        """From now on the operator dies right after the first action of this name."""
-        patch = {
-            "spec": {
-                "template": {
-                    "spec": {
-                        "containers": [
-                            {
-                                "name": "operator",
-                                "command": ["python3", "/crash/crash.py", action],
-                                "volumeMounts": [
-                                    {"name": "crash", "mountPath": "/crash"},
-                                    {"name": "crashed", "mountPath": "/crashed"},
-                                ],
-                            }
-                        ],
-                        "volumes": [
-                            {"name": "crash", "configMap": {"name": "crash"}},
-                            {"name": "crashed", "emptyDir": {}},
-                        ],
-                    }
-                }
-            }
+    def arm(self, name: str) -> None:
+        """From now on the operator dies at everything that it does for the first time about a TrainingRun.
+
+        Args:
+            name: The TrainingRun.
+        """
+        container = {
+            "name": "operator",
+            "command": ["python3", "/dying/dying.py", name],
+            "volumeMounts": [{"name": "dying", "mountPath": "/dying"}, {"name": "died", "mountPath": "/died"}],
         }
+        volumes = [{"name": "dying", "configMap": {"name": "dying"}}, {"name": "died", "emptyDir": {}}]
+        patch = {"spec": {"template": {"spec": {"containers": [container], "volumes": volumes}}}}
         self.release.kubectl("patch", "deployment", "heimdall-operator", "-p", json.dumps(patch))
         self.release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
 
-    def restarts(self) -> int:
-        pods = self.release.list("pods", "app.kubernetes.io/component=operator")
-        return max(
-            (item["restartCount"] for pod in pods for item in pod["status"].get("containerStatuses", [])), default=0
-        )
+    def deaths(self) -> list[str]:
+        """After what it died, in order."""
+        return self.release.kubectl("exec", "deployment/heimdall-operator", "--", "cat", "/died/points").splitlines()
 
 
-CRASH = '''
-"""The operator, which dies (as by kill -9: no handler, no clean-up) right after one action, once per pod."""
-import os, pathlib, sys
-from heimdall_operator import act
-from heimdall_operator.main import main
+DYING = '''
+"""The operator in a process that dies (as by kill -9: no handler, no clean-up), and is started again at once."""
+import os, pathlib, signal, subprocess, sys
 
-wanted, marker = sys.argv[1], pathlib.Path("/crashed/done")
-original = act.Actor.act
+POINTS = pathlib.Path("/died/points")
+KILLED = 137
+name = sys.argv[1]
 
-async def crashing(self, action, observed):
-    result = await original(self, action, observed)
-    if type(action).__name__ == wanted and not marker.exists():
-        marker.touch()
-        os._exit(137)
-    return result
+def supervise():
+    while True:
+        child = subprocess.Popen([sys.executable, __file__, name, "operator"])
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        code = child.wait()
+        if code != KILLED:
+            sys.exit(code)
 
-act.Actor.act = crashing
-sys.argv = ["heimdall-operator"]
-main()
+def operate():
+    from heimdall_operator import act, kube
+    from heimdall_operator.main import main
+
+    known = set(POINTS.read_text().splitlines()) if POINTS.exists() else set()
+
+    def die_once(point):
+        if point not in known:
+            with POINTS.open("a") as file:
+                file.write(f"{point}\\n")
+            os._exit(KILLED)
+
+    do, write = act.Actor.act, kube.Kube.patch_status
+
+    async def acting(self, action, observed):
+        result = await do(self, action, observed)
+        if observed.name == name:
+            die_once(str(action))
+        return result
+
+    async def writing(self, namespace, of, status, version):
+        result = await write(self, namespace, of, status, version)
+        if of == name:
+            die_once("status: " + " ".join(sorted(status)))
+        return result
+
+    act.Actor.act, kube.Kube.patch_status = acting, writing
+    sys.argv = ["heimdall-operator"]
+    main()
+
+operate() if "operator" in sys.argv else supervise()
 '''
 
 
 @pytest.fixture
-def crashing(release: Cluster) -> Iterator[CrashingOperator]:
-    release.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "crash"}, "data": {"crash.py": CRASH}})
-    yield CrashingOperator(release)
+def dying(release: Cluster) -> Iterator[DyingOperator]:
+    release.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "dying"}, "data": {"dying.py": DYING}})
+    yield DyingOperator(release)
     release.kubectl("rollout", "undo", "deployment/heimdall-operator")
     release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
 

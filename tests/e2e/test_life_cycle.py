@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from heimdall_operator.actions import Action
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import CrashingOperator, Mlflow, contract_run, kill_operator, wait_for_step
+from tests.e2e.conftest import DyingOperator, Mlflow, contract_run, kill_operator, wait_for_step
 
 LIFE_S = 120.0
 
@@ -42,17 +43,31 @@ def test_a_life_from_apply_to_version(release: Cluster, mlflow: Mlflow, name: st
     assert {"RunCreated", "AttemptStarted", "Training", "AttemptCompleted", "ModelRegistered", "Completed"} <= reasons
 
 
-@pytest.mark.parametrize("action", ["EnsureRun", "CreateJob", "RegisterModel", "EndRun"])
-def test_an_operator_killed_right_after(
-    release: Cluster, mlflow: Mlflow, crashing: CrashingOperator, name: str, action: str
+def test_an_operator_that_dies_after_everything_that_it_does(
+    release: Cluster, mlflow: Mlflow, dying: DyingOperator, name: str
 ) -> None:
-    crashing.arm(action)
-    release.apply(contract_run(name, steps=10))
+    """One life with a lost attempt and a suspension: the operator is killed between every two of its actions."""
+    dying.arm(name)
+    release.apply(contract_run(name, steps=60, stepSeconds=0.3, fail="crash", failAt=10, failAttempt=1))
+    second = wait_for(
+        lambda: (status := release.status(name)).get("attempt") == 2 and status["phase"] == "Running" and status,
+        what="the second attempt",
+        timeout_s=LIFE_S,
+        tell=lambda: release.explain(name),
+    )
+    wait_for_step(release, mlflow, second["runID"], 15, LIFE_S)
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
 
     release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
 
-    assert crashing.restarts() == 1, "it did die"
-    check_whole(release, mlflow, name)
+    status = check_whole(release, mlflow, name, attempts=2)
+    assert [item["reason"] for item in status["attempts"]] == ["Unknown", "Suspended", "Completed"]
+    deaths = dying.deaths()
+    print(f"{len(deaths)} deaths: {'; '.join(deaths)}")
+    actions = {kind.__name__ for kind in get_args(Action)}
+    assert {death.split("(")[0] for death in deaths if not death.startswith("status")} == actions
 
 
 def test_an_operator_killed_while_the_pod_works(release: Cluster, mlflow: Mlflow, name: str) -> None:
@@ -119,6 +134,7 @@ class Failure:
 FAILURES = {
     "an exception": Failure("UserError", "ValueError: the loss became NaN", {"fail": "user"}),
     "a configuration error": Failure("InvalidConfiguration", "remove it", {"fail": "configuration"}),
+    "memory of the GPU": Failure("CudaOutOfMemory", "use a smaller batch", {"fail": "cuda"}),
     "memory": Failure("HostOutOfMemory", "spec.resources.memory", {"fail": "memory"}),
     "a wrong image": Failure(
         "ImagePull",
