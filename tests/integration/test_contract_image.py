@@ -34,7 +34,7 @@ from heimdall_api.contract import (
 )
 from heimdall_tracking.runs import find_model, read_facts
 
-SCRIPT = Path(__file__).resolve().parents[3] / "images/contract/train.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "images/contract/train.py"
 TIMEOUT_S = 120
 
 # MLflow's own use of SQLAlchemy, not ours.
