@@ -27,6 +27,7 @@ from heimdall_api.contract import API_VERSION, GROUP, KIND, LABEL_RUN, PLURAL, T
 from heimdall_api.types import TrainingRunSpec
 from heimdall_operator.kube import Kube
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job
+from tests.bench import cpu
 from tests.bench.report import Figure, at_least, at_most, percentile, publish
 from tests.e2e.cluster import ROOT, Cluster, cluster_environment, hack
 from tests.integration.servers import Minio, Mlflow, Postgres, free_port
@@ -126,6 +127,7 @@ async def measure(cluster: Cluster, tracking_uri: str, arguments: argparse.Names
         at_least("throughput / slower bare part", together.rate / slower, "ratio", 0.8),
         Figure("writes up to a waiting pod, without Events", together.writes, "per run"),
         Figure("Events up to a waiting pod", together.events, "per run"),
+        *(Figure(f"processor time of {part}", ms, "ms/run") for part, ms in together.cpu_ms.items()),
         Figure(f"memory with {arguments.runs} active runs", together.memory_mib, "MiB"),
         at_most(f"memory with {arguments.finished} finished runs", finished["memory_mib"], "MiB", 300),
         at_most(f"restart with {arguments.finished} finished runs until whole", finished["seconds"], "s", 30),
@@ -278,6 +280,8 @@ class Together:
     writes: float
     events: float
     memory_mib: float
+    cpu_ms: dict[str, float]
+    """Processor time of each part until the last Job was there, per run."""
 
 
 async def all_at_once(kube: Kube, tracking_uri: str, count: int) -> Together:
@@ -290,10 +294,12 @@ async def all_at_once(kube: Kube, tracking_uri: str, count: int) -> Together:
             await kube._call("POST", path(), resource(name))
 
         before = metric(process.metrics(), "heimdall_api_writes_total")
+        used = cpu.snapshot()
         began = time.perf_counter()
         await gathered([lambda i=i: create(f"run-{i}") for i in range(count)])
         await until(lambda: len(seen.seen) >= count, f"{count} Jobs")
         rate = count / (max(seen.seen.values()) - began)
+        used = cpu.snapshot() - used
         await asyncio.to_thread(process.wait_idle)
         text = process.metrics()
         memory = process.memory_mib()
@@ -307,6 +313,7 @@ async def all_at_once(kube: Kube, tracking_uri: str, count: int) -> Together:
         writes=(total - events) / count,
         events=events / count,
         memory_mib=memory,
+        cpu_ms={part: seconds * 1000 / count for part, seconds in used.most_common()},
     )
 
 
