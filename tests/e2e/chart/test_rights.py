@@ -22,11 +22,12 @@ FORBIDDEN = [
 ALLOWED = [("create", "jobs"), ("patch", "trainingruns/status"), ("get", "pods/log"), ("create", "services")]
 
 
-def can_i(release: Cluster, verb: str, resource: str) -> str:
-    account = f"system:serviceaccount:{release.namespace}:heimdall-operator"
+def can_i(where: Cluster, verb: str, resource: str, *, account_of: Cluster | None = None) -> str:
+    """Whether a release's operator may do something in a namespace: yes or no."""
+    account = f"system:serviceaccount:{(account_of or where).namespace}:heimdall-operator"
     kind, _, part = resource.partition("/")
-    ask = ("kubectl", "-n", release.namespace, "auth", "can-i", verb, kind, f"--subresource={part}", f"--as={account}")
-    return release.run(*ask, check=False).stdout.strip()
+    ask = ("kubectl", "-n", where.namespace, "auth", "can-i", verb, kind, f"--subresource={part}", f"--as={account}")
+    return where.run(*ask, check=False).stdout.strip()
 
 
 @pytest.mark.parametrize(("verb", "resource"), FORBIDDEN)
