@@ -48,7 +48,7 @@ RETRY_DELAY_LIMIT_S: Final = 300
 MEBIBYTE: Final = 2**20
 POLL_S: Final = 5
 """How soon to look again where no event may tell of a change."""
-PENDING_REPORT_S: Final = 5
+PENDING_REPORT_S: Final = 10
 """A pod that waits for less is not worth a write."""
 POD_VANISHED_S: Final = 20
 """How long a Job may have ended before its pod's own account is given up."""
