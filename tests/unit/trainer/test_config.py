@@ -169,3 +169,17 @@ def test_the_train_command_without_file_and_flags_has_the_defaults(trained: list
 def test_the_validate_command_says_that_a_file_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
     call("validate", "-f", str(written(yaml.safe_dump(RUN))))
     assert capsys.readouterr().out == "file.yaml: locate is valid\n"
+
+
+def test_the_validate_command_refuses_what_the_api_server_would() -> None:
+    spec = {"model": {"backbone": "resnet50", "module": "a:B"}}
+    file = written(yaml.safe_dump({**RUN, "metadata": {"name": "Locate!"}, "spec": spec}))
+    with pytest.raises(ConfigurationError, match=r"spec\.model: set either backbone .* or module"):
+        call("validate", "-f", str(file))
+    with pytest.raises(ConfigurationError, match=r"^metadata\.name becomes the name of Jobs and Pods"):
+        call("validate", "-f", str(written(yaml.safe_dump({**RUN, "metadata": {"name": "Locate!"}}))))
+
+
+@pytest.mark.parametrize(("file", "name"), [("My_Config v2.yaml", "my-config-v2"), ("2026.yaml", "run")])
+def test_a_bare_spec_is_named_after_its_file(file: str, name: str) -> None:
+    assert load_training_config(written(yaml.safe_dump(SPEC), file)).metadata.name == name

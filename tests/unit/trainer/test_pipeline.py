@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -467,7 +468,7 @@ def test_what_can_not_work_exits_78_and_names_the_field(
     localizer: dict[str, Any],
     request: pytest.FixtureRequest,
 ) -> None:
-    code, message, run = run_locally(spec, request.node.callspec.id.replace("'", ""))
+    code, message, run = run_locally(spec, re.sub(r"[^a-z0-9]+", "-", request.node.callspec.id))
     assert code == ExitCode.CONFIGURATION
     assert message.reason is Reason.INVALID_CONFIGURATION
     assert words in message.message
@@ -475,7 +476,7 @@ def test_what_can_not_work_exits_78_and_names_the_field(
 
 
 def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: Any) -> None:
-    code, message, run = run_locally({"training": {"epoch": 3}}, "no field")
+    code, message, run = run_locally({"training": {"epoch": 3}}, "no-field")
     assert code == ExitCode.CONFIGURATION
     assert "spec.training.epoch: Extra inputs" in message.message
     assert run is None
