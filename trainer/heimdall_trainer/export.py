@@ -71,6 +71,7 @@ class _Interface:
     outputs: tuple[str, ...]
     dynamic_axes: tuple[Mapping[int, str], ...]
     notes: Mapping[str, str]
+    tolerance: Tolerance
 
 
 class _Localizer(nn.Module):
@@ -112,10 +113,11 @@ def export_localizer(net: nn.Module, file: Path) -> Exported:
             "position": "metres east and north of the same origin",
             "sigma": "standard deviations of the position in metres",
         },
+        tolerance=LOCALIZER_TOLERANCE,
     )
     # Lengths above 1: torch.export takes an axis of length 1 for one that always is.
     example = _scene(2, 3)
-    return _export(_Localizer(net), example, [_scene(*size) for size in SIZES], interface, LOCALIZER_TOLERANCE, file)
+    return _export(_Localizer(net), example, [_scene(*size) for size in SIZES], interface, file)
 
 
 def export_module(module: Any, file: Path) -> Exported:
@@ -144,8 +146,8 @@ def export_module(module: Any, file: Path) -> Exported:
     with _evaluated(module):
         outputs = _named(module(*example))
     axes: Mapping[int, str] = {0: "batch"} if batched else {}
-    interface = _Interface(names, tuple(outputs), (axes,) * len(names), {})
-    return _export(module, example, batches, interface, MODULE_TOLERANCE, file)
+    interface = _Interface(names, tuple(outputs), (axes,) * len(names), {}, MODULE_TOLERANCE)
+    return _export(module, example, batches, interface, file)
 
 
 def check_exportable(module: Any) -> None:
@@ -162,7 +164,6 @@ def _export(
     example: Sequence[Tensor],
     batches: Sequence[Sequence[Tensor]],
     interface: _Interface,
-    tolerance: Tolerance,
     file: Path,
 ) -> Exported:
     size = sum(each.numel() * each.element_size() for each in module.state_dict().values())
@@ -172,7 +173,7 @@ def _export(
     try:
         with _evaluated(module):
             _write(module, example, interface, part)
-            differences = _verify(module, batches, interface, tolerance, part)
+            differences = _verify(module, batches, interface, part)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -208,7 +209,6 @@ def _verify(
     module: nn.Module,
     batches: Sequence[Sequence[Tensor]],
     interface: _Interface,
-    tolerance: Tolerance,
     file: Path,
 ) -> dict[str, float]:
     """Compare every output on every batch; the largest differences."""
@@ -224,11 +224,11 @@ def _verify(
                     f"its output {name} has the shape {tuple(found[name].shape)} in ONNX, {tuple(right.shape)} in "
                     f"PyTorch, on {shapes}"
                 )
-            difference, share = tolerance.excess(found[name], right)
+            difference, share = interface.tolerance.excess(found[name], right)
             if share > 1:
                 raise ExportError(
                     f"its output {name} differs by {difference:.6g} between ONNX and PyTorch on {shapes}: more than "
-                    f"{tolerance.absolute:g} + {tolerance.relative:g} · |{name}|"
+                    f"{interface.tolerance.absolute:g} + {interface.tolerance.relative:g} · |{name}|"
                 )
             largest[name] = max(largest[name], difference)
     return largest

@@ -11,6 +11,7 @@ import yaml
 
 from heimdall_api.types import TrainingRun
 from heimdall_trainer import cli
+from heimdall_trainer.commands import training
 from heimdall_trainer.config import load_training_config, override, parse
 from heimdall_trainer.errors import ConfigurationError
 
@@ -124,8 +125,7 @@ def test_a_flag_that_can_not_be_used_is_named() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainingRun, Path]]:
     """What the command line would train, and where."""
     calls: list[tuple[TrainingRun, Path]] = []
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
-    monkeypatch.setattr(cli, "_train_locally", lambda run, output_dir: calls.append((run, output_dir)))
+    monkeypatch.setattr(training, "_train_locally", lambda run, output_dir: calls.append((run, output_dir)))
     return calls
 
 
