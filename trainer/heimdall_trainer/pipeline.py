@@ -19,6 +19,7 @@ from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import UndeliveredError
 from heimdall_trainer.imports import construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
+from heimdall_trainer.results import Results
 from heimdall_trainer.settings import load_data_settings
 
 if TYPE_CHECKING:
@@ -63,11 +64,12 @@ class TrainingPipeline:
             fenced=fenced,
         )
         self._attempt = attempt
+        self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training)
         self._checkpointing = Checkpointing(self._publisher, self.spec.training, output_dir / "checkpoints", attempt)
 
     def train(self) -> dict[str, float]:
-        """Train, test, and log the model.
+        """Train, test, and leave in the run what was asked for.
 
         Returns:
             The last value of every metric.
@@ -82,6 +84,8 @@ class TrainingPipeline:
         self._checkpointing.watch_sigterm()
         (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.setup_model()
+        if group.is_first():
+            self._results.check(self.module, rehearse=not self._publisher.listed)
         self.setup_data_loaders()
         trainer = self._make_trainer()
         self._log_parameters(trainer)
@@ -89,10 +93,9 @@ class TrainingPipeline:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         metrics |= self._test(trainer)
         if group.is_first():
+            self._deliver()  # loss curves are drawn of what has arrived
+            self._results.publish(self.module, self.data, self._publisher.check_fence)
             self._deliver()
-            if self.spec.registration is not None:
-                self._publisher.check_fence()
-                self._log_model()
         self.close()
         return metrics
 
@@ -247,20 +250,9 @@ class TrainingPipeline:
 
     def _deliver(self) -> None:
         if not self.tracker.flush(DELIVERY_TIMEOUT_S):
-            raise UndeliveredError(f"metrics could not be delivered to MLflow within {DELIVERY_TIMEOUT_S} s")
-
-    def _log_model(self) -> str:
-        from heimdall_trainer import modelling
-
-        batch = self._example_batch()
-        if self.spec.model.module is None:
-            example = {name: batch[name][:1].numpy() for name in ("spectrograms", "receivers")}
-            return modelling.log_localizer(self.tracker, self.module.net, example)
-        return modelling.log_module(self.tracker, self.module, _single_array(batch))
-
-    def _example_batch(self) -> Any:
-        source = self.data if self.data is not None else self.module
-        return next(iter(source.train_dataloader()))
+            raise UndeliveredError(
+                f"metrics or artifacts could not be delivered to MLflow within {DELIVERY_TIMEOUT_S} s"
+            )
 
 
 def _seed(seed: int) -> None:
@@ -272,11 +264,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _single_array(batch: Any) -> Any:
-    """A batch's input as a numpy array of one row, or None where it is no single tensor."""
-    import torch
-
-    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    return first[:1].numpy() if isinstance(first, torch.Tensor) else None

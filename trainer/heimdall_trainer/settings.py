@@ -46,7 +46,7 @@ class DataSettings(BaseSettings):
     cache_dir: Path = Path("~/.cache/heimdall-trainer")
     """Folder of cached features and downloaded weights."""
     weights_url: str = ""
-    """Folder or `s3://BUCKET/PREFIX` holding pretrained weights as `BACKBONE.safetensors` or `BACKBONE.pth`.
+    """`file:` and a folder, or `s3://BUCKET[/PREFIX]`: weights as `BACKBONE.safetensors` or `BACKBONE.pth`.
 
     Empty: the library's own, from the Internet."""
     skip_limit: float = Field(default=0.05, ge=0, le=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from heimdall_api.contract import (
     ENV_MLFLOW_RUN_ID,
     ENV_TERMINATION_MESSAGE,
     ENV_TRACKING_URI,
+    ONNX_FILE,
+    PLOTS_DIR,
     TAG_BEST,
     TAG_PROGRESS,
     BestMetric,
@@ -37,6 +40,7 @@ from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
 from heimdall_trainer import callbacks, cli, pipeline
 from heimdall_trainer.config import parse
+from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.pipeline import TrainingPipeline
 from heimdall_trainer.settings import DataSettings
@@ -114,7 +118,6 @@ def _bounded() -> Iterator[None]:
 def _process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a training changes in its process is put back."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -156,7 +159,7 @@ def trained(bench: Bench, recorded: DataSettings) -> Trained:
         for name, value in variables(recorded).items():
             patch.setenv(name, value)
         run_id = bench.new_run()
-        metrics = bench.train({**LOCALIZER, "registration": {"model": "tiny"}}, run_id)
+        metrics = bench.train({**LOCALIZER, "registration": {"model": "tiny"}, "export": {"onnx": True}}, run_id)
     return Trained(bench.client.get_run(run_id), metrics)
 
 
@@ -372,6 +375,42 @@ def pod(bench: Bench) -> Iterator[Pod]:
     process.wait()
 
 
+def test_the_model_is_there_as_onnx_in_the_run_and_with_the_model_and_says_the_same(
+    trained: Trained, bench: Bench
+) -> None:
+    artifacts = Path(bench.client.download_artifacts(trained.run.info.run_id, ONNX_FILE))
+    location = model_of(bench, trained.run.info.run_id).artifact_location
+    beside = Path(location.removeprefix("file://")) / ONNX_FILE
+    assert beside.read_bytes() == artifacts.read_bytes()
+    model = load_model(location)
+    found = open_onnx(beside)({name: torch.as_tensor(value) for name, value in model.input_example.items()})
+    served = model.predict(model.input_example)
+    for name in ("position", "sigma"):
+        assert found[name].numpy() == pytest.approx(served[name], abs=0.1)
+
+
+def test_plots_of_the_test_split_are_artifacts_of_the_run(trained: Trained, bench: Bench) -> None:
+    files = {Path(item.path).name for item in bench.client.list_artifacts(trained.run.info.run_id, PLOTS_DIR)}
+    assert files == {"error_map.png", "calibration.png", "loss.png"}
+    for name in files:
+        file = bench.client.download_artifacts(trained.run.info.run_id, f"{PLOTS_DIR}/{name}")
+        assert Path(file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_model_and_checkpoint_tell_the_sessions_of_their_training(trained: Trained, bench: Bench) -> None:
+    run_id = trained.run.info.run_id
+    known = load_model(model_of(bench, run_id).artifact_location).metadata.metadata["sessions"]
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    file = bench.client.download_artifacts(run_id, facts.checkpoints[0].path)
+    held = torch.load(file, map_location="cpu", weights_only=False)
+    assert held["HeimdallDataModule"] == {"sessions": known}
+    assert f"[{', '.join(known['test'])}]" == trained.run.data.params["dataset.test_sessions"]
+    assert sorted(session for side in known.values() for session in side) == sorted(
+        f"generated-7-{number:03}" for number in range(5)
+    )
+
+
 # --- a user's own modules ------------------------------------------------------------------------------------------
 
 
@@ -384,6 +423,15 @@ def test_any_lightning_module_with_its_own_data_is_trained_and_logged(bench: Ben
     model = load_model(model_of(bench, run_id).artifact_location)
     assert model.metadata.signature is not None
     assert model.predict(model.input_example).shape == (1, 1)
+
+
+def test_a_module_with_an_example_is_there_as_onnx(bench: Bench) -> None:
+    run_id = bench.new_run()
+    bench.train(user_spec("LineWithExample", export={"onnx": True}), run_id)
+    file = Path(bench.client.download_artifacts(run_id, ONNX_FILE))
+    found = open_onnx(file)({"x": torch.tensor([[0.5], [1.0], [-1.0]])})["output"]
+    assert found.shape == (3, 1)
+    assert not bench.client.list_artifacts(run_id, PLOTS_DIR)
 
 
 def test_a_data_module_of_one_s_own_is_used_for_training_validation_and_test(bench: Bench) -> None:
@@ -448,6 +496,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"module": f"{MODULES}:Line", "args": {"width": 3}}},
         "spec.model.args does not fit Line(lr: 'float' = 0.1) -> 'None': got an unexpected keyword argument 'width'",
     ),
+    "a module without an example": (
+        {"model": {"module": f"{MODULES}:Line"}, "export": {"onnx": True}},
+        "spec.export.onnx: Line has no example input: set example_input_array to what its forward takes",
+    ),
     "an argument that its data does not take": (
         {"model": {"module": f"{MODULES}:Line"}, "data": {"module": f"{MODULES}:Points", "args": {"size": 3}}},
         "spec.data.args does not fit Points(batch_size",
@@ -467,7 +519,7 @@ def test_what_can_not_work_exits_78_and_names_the_field(
     localizer: dict[str, Any],
     request: pytest.FixtureRequest,
 ) -> None:
-    code, message, run = run_locally(spec, request.node.callspec.id.replace("'", ""))
+    code, message, run = run_locally(spec, re.sub(r"[^a-z0-9]+", "-", request.node.callspec.id))
     assert code == ExitCode.CONFIGURATION
     assert message.reason is Reason.INVALID_CONFIGURATION
     assert words in message.message
@@ -475,7 +527,7 @@ def test_what_can_not_work_exits_78_and_names_the_field(
 
 
 def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: Any) -> None:
-    code, message, run = run_locally({"training": {"epoch": 3}}, "no field")
+    code, message, run = run_locally({"training": {"epoch": 3}}, "no-field")
     assert code == ExitCode.CONFIGURATION
     assert "spec.training.epoch: Extra inputs" in message.message
     assert run is None

@@ -36,6 +36,14 @@ class Line(pl.LightningModule):
         return points()
 
 
+class LineWithExample(Line):
+    """The same, which can be exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(1, 1)
+
+
 class LineWithoutData(Line):
     """The same, for a LightningDataModule; it validates and tests."""
 
