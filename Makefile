@@ -79,5 +79,6 @@ lock: venv ## Resolve requirements/*.txt anew
 	PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock
 
 .PHONY: generate
-generate: venv ## Write what is generated from the types: the CRD
+generate: venv ## Write what is generated: the CRD from the types, README and schema of the chart from its values
 	$(BIN)/python -m heimdall_api.crd
+	$(BIN)/python hack/chart
