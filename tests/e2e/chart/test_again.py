@@ -1,4 +1,4 @@
-"""A release of its own, with generated passwords: upgraded, rolled back, removed, and installed again on what it left."""
+"""A release of its own with generated passwords: upgraded, rolled back, removed, installed again on what it left."""
 
 from __future__ import annotations
 
