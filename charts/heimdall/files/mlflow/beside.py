@@ -60,9 +60,12 @@ def ready() -> None:
         login = f"heimdall-operator:{os.environ['OPERATOR_PASSWORD']}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     port = int(os.environ.get("PROBE_PORT", "5000"))
-    connection = http.client.HTTPConnection("localhost", port, timeout=PROBE_TIMEOUT_S)
-    connection.request("GET", "/api/2.0/mlflow/experiments/get?experiment_id=0", headers=headers)
-    answer = connection.getresponse()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PROBE_TIMEOUT_S)
+    try:
+        connection.request("GET", "/api/2.0/mlflow/experiments/get?experiment_id=0", headers=headers)
+        answer = connection.getresponse()
+    except OSError as error:
+        sys.exit(f"MLflow does not answer: {error}")
     if answer.status != http.client.OK:
         sys.exit(f"MLflow answers {answer.status}")
 
