@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from heimdall_api.types import PromotionSpec, RegistrationSpec
 from heimdall_tracking import MLflowTracker, TrackingSettings, registry, runs
+from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 from tests.integration.servers import ROOT, Minio, Mlflow, Postgres
 
@@ -40,6 +41,7 @@ class SecuredMlflow(Mlflow):
         super().__init__(folder, postgres, minio)
         self.passwords = {user: secrets.token_hex(16) for user in USERS}
         self._secret_key = secrets.token_hex(16)
+        self.folder = folder
         self._ini = folder / "basic_auth.ini"
         ini = (FILES / "basic_auth.ini").read_text()
         # The password is in the environment there, as it is in the chart.
@@ -230,6 +232,39 @@ def test_readiness_asks_the_database_and_logs_in(secured: SecuredMlflow, postgre
     wrong = secured.beside("ready", OPERATOR_PASSWORD="wrong-password")
     assert wrong.returncode != 0
     assert "MLflow answers 401" in wrong.stderr
+
+
+def test_a_database_that_is_away_is_no_wrong_password(secured: SecuredMlflow, postgres: Postgres, name: str) -> None:
+    """What the operator repeats, and a trainer waits out, must not look like a refusal."""
+    client = secured.client()
+    with secured.as_user(operator):
+        run_id = client.create_run(ensure_experiment(client, name)).info.run_id
+        postgres.stop()
+        try:
+            with pytest.raises(MlflowException) as caught:
+                client.get_run(run_id)
+        finally:
+            postgres.start()
+        assert not is_permanent(caught.value), caught.value
+        assert client.get_run(run_id).info.run_id == run_id
+
+
+def test_helm_test_sees_a_server_that_works_and_lets_nobody_in(secured: SecuredMlflow) -> None:
+    own = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(secured.folder),
+        "TRACKING_URI": secured.url,
+        "NEEDS_LOGIN": "true",
+        "MLFLOW_TRACKING_USERNAME": operator,
+        "MLFLOW_TRACKING_PASSWORD": secured.passwords[operator],
+        "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    }
+    script = (FILES.parent / "test.py").read_text()
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "keeps artifacts in the object store" in done.stdout
+    assert "lets nobody in without a password" in done.stdout
 
 
 def test_the_server_waits_for_the_schema_and_the_users(secured: SecuredMlflow, postgres: Postgres) -> None:

@@ -2,14 +2,16 @@
 
 import os
 import tempfile
+import urllib.error
+import urllib.request
 import uuid
+from http import HTTPStatus
 from pathlib import Path
 
 # A pod that was just made may be refused for seconds, until the network has heard of it.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 URI = os.environ["TRACKING_URI"]
 EXPERIMENT = "heimdall-helm-test"
@@ -30,11 +32,11 @@ finally:
     client.delete_run(run)
 
 if os.environ.get("NEEDS_LOGIN"):
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        del os.environ[name]
     try:
-        client.get_run(run)
-    except MlflowException:
+        urllib.request.urlopen(f"{URI}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=30)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.UNAUTHORIZED:
+            raise
         print("MLflow lets nobody in without a password")
     else:
         raise SystemExit("MLflow answered somebody who gave no password")
