@@ -43,7 +43,7 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@$(PYTHON) hack/cluster parts helm
+	@$(PYTHON) hack/cluster parts helm promtool
 	$(BIN)/pytest -q -n 2 tests/unit
 	@# Servers that go away are mostly waited for: meanwhile the cluster's tests run.
 	@mkdir -p build; $(BIN)/pytest --durations=10 tests/integration > build/integration.log 2>&1 & integration=$$!; \
@@ -79,5 +79,6 @@ lock: venv ## Resolve requirements/*.txt anew
 	PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock
 
 .PHONY: generate
-generate: venv ## Write what is generated from the types: the CRD
+generate: venv ## Write what is generated: the CRD from the types, README and schema of the chart from its values
 	$(BIN)/python -m heimdall_api.crd
+	$(BIN)/python hack/chart

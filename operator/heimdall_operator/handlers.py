@@ -146,6 +146,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         secret=settings.trainer_secret,
         tracking_uri=settings.tracking_uri,
         grace_period_s=settings.grace_period_seconds,
+        ca=settings.ca_bundle,
     )
     controller = Controller(
         kube=kube,

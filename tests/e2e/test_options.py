@@ -128,7 +128,8 @@ def test_jobs_and_pods_go_when_their_time_is_over_and_logs_stay(release: Cluster
 
 def read_artifact(mlflow: Mlflow, run_id: str, path: str) -> str:
     """The text of an artifact, through the server (its own addresses lead into the cluster)."""
-    answer = requests.get(f"{mlflow.url}/get-artifact", params={"run_uuid": run_id, "path": path}, timeout=30)
+    wanted = {"run_uuid": run_id, "path": path}
+    answer = requests.get(f"{mlflow.url}/get-artifact", params=wanted, auth=mlflow.login, timeout=30)
     answer.raise_for_status()
     return answer.text
 
