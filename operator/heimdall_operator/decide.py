@@ -520,7 +520,9 @@ def _stay_finished(observed: Observed, now: datetime) -> Decision:
         actions.append(RemoveFinalizer())
     due = [left] if left is not None and left > 0 else []
     due += [POLL_S] if any(job.finished is None for job in observed.jobs) else []
-    return Decision(tuple(actions), observed.status, min(due, default=None))
+    # Who waits for a change to be seen (Flux does) would wait for ever.
+    status = observed.status.model_copy(update={"observed_generation": observed.generation})
+    return Decision(tuple(actions), status, min(due, default=None))
 
 
 def _lingers(observed: Observed, job: JobFacts, now: datetime) -> bool:

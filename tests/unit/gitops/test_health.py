@@ -28,8 +28,7 @@ EXPECTED = {
     "suspended": ("Suspended", "", "InProgress"),
     "resumed-and-not-yet-seen": ("Progressing", "Waiting for the operator", "InProgress"),
     "succeeded": ("Healthy", "", "Current"),
-    # Flux asks for the generation first, and the operator looks no more at the spec of what is finished.
-    "succeeded-and-changed": ("Healthy", "", "InProgress"),
+    "succeeded-and-changed": ("Healthy", "", "Current"),
     "failed": ("Degraded", "UserError: boom", "Failed"),
     "being-deleted": ("Progressing", "being deleted", "InProgress"),
 }
