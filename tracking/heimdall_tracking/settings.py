@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
@@ -56,6 +57,10 @@ class TrackingSettings(BaseSettings):
         validation_alias="MLFLOW_EXPERIMENT_NAME",
     )
     run_name_prefix: str = Field(default="rf-localization", validation_alias="HEIMDALL_RUN_NAME_PREFIX")
+    undelivered_dir: Path | None = Field(default=None, validation_alias="HEIMDALL_UNDELIVERED_DIR")
+    """Folder for what could not be delivered when a process had to end: one folder in it for each run.
+
+    By default the trainer's output folder, elsewhere the working directory."""
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():

@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("-f", "--file", required=True)
     validate.set_defaults(call=_validate)
 
+    deliver = commands.add_parser("deliver", help="deliver what a training had to leave while MLflow was away")
+    deliver.add_argument("folder", type=Path, help="the folder that it named")
+    deliver.set_defaults(call=_deliver)
+
     data = commands.add_parser("data", help="recordings").add_subparsers(dest="what", required=True, metavar="WHAT")
     generate = data.add_parser("generate", help="make recordings and write them to database and store")
     generate.add_argument("--sessions", type=int, default=12)
@@ -148,7 +152,7 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
             assert found is not None  # noqa: S101 - it was just trained
             registration = registry.register(tracker.client, found, run.spec.registration)
     except BaseException as error:
-        runs.end_run(tracker.client, run_id, "KILLED" if isinstance(error, TerminatedError) else "FAILED")
+        tracker.end_run_in_time("KILLED" if isinstance(error, TerminatedError) else "FAILED")
         raise
     runs.end_run(tracker.client, run_id, "FINISHED")
     for name, value in sorted(metrics.items()):
@@ -162,6 +166,18 @@ def _validate(arguments: argparse.Namespace) -> None:
 
     run = load_training_config(arguments.file)
     print(f"{arguments.file}: {run.metadata.name} is valid")
+
+
+def _deliver(arguments: argparse.Namespace) -> None:
+    from heimdall_tracking import TrackingError
+    from heimdall_tracking.deliver import deliver
+    from heimdall_trainer.errors import ConfigurationError
+
+    _configure_logging()
+    try:
+        print(deliver(arguments.folder))
+    except TrackingError as error:
+        raise ConfigurationError(str(error)) from None
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ VARIABLES = {
     "backend_store_uri": "MLFLOW_BACKEND_STORE_URI",
     "experiment_name": "MLFLOW_EXPERIMENT_NAME",
     "run_name_prefix": "HEIMDALL_RUN_NAME_PREFIX",
+    "undelivered_dir": "HEIMDALL_UNDELIVERED_DIR",
 }
 
 
