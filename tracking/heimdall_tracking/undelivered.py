@@ -143,9 +143,9 @@ class Kept:
             (len(entry.calls), "call for tags and parameters"),
             (len(entry.uploads), "artifact"),
             (len(entry.checkpoints), "checkpoint"),
-            (int(entry.status is not None), f"final status ({entry.status})"),
         ]
         named = [f"{count:,} {_plural(name, count)}" for count, name in counts if count]
+        named += [f"the end ({entry.status})"] if entry.status is not None else []
         what = f"{', '.join(named[:-1])} and {named[-1]}" if named[1:] else named[0] if named else "nothing"
         lost = f" ({self.lost_points:,} points are lost: {self.problem})" if self.problem else ""
         return (
@@ -375,4 +375,4 @@ def _reason(error: OSError) -> str:
 
 def _plural(name: str, count: int) -> str:
     head, space, rest = name.partition(" for ")
-    return name if count == 1 or name.startswith("final") else f"{head}s{space}{rest}"
+    return name if count == 1 else f"{head}s{space}{rest}"
