@@ -21,6 +21,7 @@ import structlog
 
 from heimdall_tracking.artifacts import Upload, Uploader
 from heimdall_tracking.calls import Call, LogParams, SetTag
+from heimdall_tracking.certificates import check_certificate
 from heimdall_tracking.errors import TrackingError, is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
@@ -90,11 +91,16 @@ class MLflowTracker:
 
     @property
     def client(self) -> MlflowClient:
-        """Client of tracking server and registry, made at first use; MLflow's global state is left alone."""
+        """Client of tracking server and registry, made at first use; MLflow's global state is left alone.
+
+        Raises:
+            SettingsError: The server's certificate can't be trusted.
+        """
         if self._given_client is None:
             from mlflow import MlflowClient
 
             self.settings.export()
+            check_certificate(self.settings)
             uri = self.settings.tracking_uri
             self._given_client = MlflowClient(uri, self.settings.registry_uri or uri)
         return self._given_client
