@@ -17,7 +17,8 @@ from tests.integration.conftest import Stack
 from tests.integration.servers import ROOT, wait_until
 from tests.integration.test_tracking import arrivals, content_of, train, upload
 
-TIMEOUT_S = 180
+TIMEOUT_S = 600
+"""Only so that a test that hangs ends: importing torch takes long on a busy machine."""
 POINTS = 30_000
 """So many that a delivery can be killed in the middle."""
 HEIMDALL_TRAIN = Path(sys.executable).parent / "heimdall-train"
@@ -106,7 +107,7 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
         text=True,
     )
     try:
-        run_id = when_steps_arrive(stack, name)
+        run_id = when_steps_arrive(stack, name, training)
         stack.mlflow.kill()
         (tmp_path / "go-on").touch()
         printed, _ = training.communicate(timeout=TIMEOUT_S)
@@ -136,11 +137,12 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
     assert not Path(command[2]).exists()
 
 
-def when_steps_arrive(stack: Stack, experiment: str) -> str:
+def when_steps_arrive(stack: Stack, experiment: str, training: subprocess.Popen[str]) -> str:
     """Wait for a training's first steps; the ID of its run."""
     client, found = stack.client(), list[str]()
 
     def some() -> bool:
+        assert training.poll() is None, training.communicate()[0]
         held = client.get_experiment_by_name(experiment)
         runs = client.search_runs([held.experiment_id]) if held else []
         found[:] = [run.info.run_id for run in runs if "train/loss" in run.data.metrics]

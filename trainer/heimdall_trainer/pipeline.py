@@ -17,7 +17,7 @@ from heimdall_trainer import group
 from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback, grace_period_s
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import UndeliveredError
-from heimdall_trainer.imports import construct, lightning_of, load_class
+from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
 from heimdall_trainer.settings import load_data_settings
 from heimdall_trainer.termination import TerminatedError
@@ -151,6 +151,7 @@ class TrainingPipeline:
         data, training = self.spec.data, self.spec.training
         if data.module is not None:
             self.data = construct(load_class(data.module, "spec.data.module"), data.args or {}, "spec.data.args")
+            check_data(self.module, self.data)
         elif self.spec.model.module is None:
             from heimdall_trainer.data.module import HeimdallDataModule
 
