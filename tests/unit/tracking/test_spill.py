@@ -99,8 +99,13 @@ def test_beyond_its_bound_nothing_is_written(tmp_path: Path) -> None:
     assert on_disk(tmp_path) == []
 
 
-def test_a_write_that_fails_half_way_leaves_no_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("can_cut", [True, False])
+def test_a_write_that_fails_half_way_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_cut: bool
+) -> None:
     spill = spill_in(tmp_path, file_bytes=10_000)
+    if not can_cut:
+        monkeypatch.setattr(spill, "_cut", lambda file: None)
     spill.append(points(range(10)))
     with full_disk(files(tmp_path)[0].stat().st_size + 30), pytest.raises(OSError):
         spill.append(points(range(10, 20)))
