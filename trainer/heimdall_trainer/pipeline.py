@@ -14,19 +14,24 @@ import structlog
 from heimdall_api.contract import TAG_BEST
 from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
 from heimdall_trainer import group
-from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
+from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback, grace_period_s
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import UndeliveredError
-from heimdall_trainer.imports import construct, lightning_of, load_class
+from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
 from heimdall_trainer.results import Results
 from heimdall_trainer.settings import load_data_settings
+from heimdall_trainer.termination import TerminatedError
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
 
 DELIVERY_TIMEOUT_S: Final = 600
 """How long the end waits for MLflow before it gives up."""
+FAILURE_TIMEOUT_S: Final = 30
+"""How long a training that failed waits for what it logged before it puts that away."""
+SIGTERM_SHARE: Final = 1 / 12
+"""The same after SIGTERM, as a share of the grace period: the last checkpoint has taken most of it."""
 log = structlog.get_logger()
 
 
@@ -63,6 +68,7 @@ class TrainingPipeline:
             mode=self.spec.training.early_stopping.mode,
             fenced=fenced,
         )
+        tracker.keep_undelivered_in(output_dir / "undelivered", attempt=attempt if fenced else None)
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training)
@@ -79,8 +85,24 @@ class TrainingPipeline:
             DataError: The recordings can't be trained on.
             FencedError: A newer attempt has taken over.
             TerminatedError: SIGTERM was received; a checkpoint was made.
-            UndeliveredError: MLflow was away for too long.
+            UndeliveredError: MLflow was away for too long; what it did not get is kept in the output folder.
         """
+        try:
+            metrics = self._train()
+        except UndeliveredError as error:
+            self.close()
+            kept = self.tracker.undelivered
+            if kept is None:
+                raise
+            raise UndeliveredError(f"{error}; {kept.sentence}") from None
+        except BaseException as error:
+            ends_soon = isinstance(error, TerminatedError)
+            self.close(SIGTERM_SHARE * grace_period_s() if ends_soon else FAILURE_TIMEOUT_S)
+            raise
+        self.close()
+        return metrics
+
+    def _train(self) -> dict[str, float]:
         self._checkpointing.watch_sigterm()
         (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.setup_model()
@@ -96,13 +118,13 @@ class TrainingPipeline:
             self._deliver()  # loss curves are drawn of what has arrived
             self._results.publish(self.module, self.data, self._publisher.check_fence)
             self._deliver()
-        self.close()
         return metrics
 
-    def close(self) -> None:
-        """Stop the background threads."""
-        self._publisher.close()
-        self.tracker.close(0)
+    def close(self, timeout_s: float = 0) -> None:
+        """Stop the background threads, after they had some time; what they could not deliver is kept on disk."""
+        for left in self._publisher.close():
+            self.tracker.leave_checkpoint(left)
+        self.tracker.close(timeout_s)
 
     def setup_model(self) -> Any:
         """The module: the localizer on its backbone, or the user's own."""
@@ -132,6 +154,7 @@ class TrainingPipeline:
         data, training = self.spec.data, self.spec.training
         if data.module is not None:
             self.data = construct(load_class(data.module, "spec.data.module"), data.args or {}, "spec.data.args")
+            check_data(self.module, self.data)
         elif self.spec.model.module is None:
             from heimdall_trainer.data.module import HeimdallDataModule
 

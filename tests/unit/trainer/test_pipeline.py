@@ -40,6 +40,7 @@ from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
 from heimdall_trainer import callbacks, cli, pipeline
 from heimdall_trainer.config import parse
+from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.pipeline import TrainingPipeline
@@ -442,6 +443,59 @@ def test_a_data_module_of_one_s_own_is_used_for_training_validation_and_test(ben
     assert metrics["test/loss"] == pytest.approx(metrics["val/loss"])
 
 
+OTHER = "tests.unit.trainer.lightning_modules"
+
+
+def test_a_module_and_its_data_of_the_other_lightning_package_are_trained_tested_and_logged(bench: Bench) -> None:
+    run_id = bench.new_run()
+    spec = {
+        "model": {"module": f"{OTHER}:Digits", "args": {"hidden": 8}},
+        "data": {"module": f"{OTHER}:Images", "args": {"count": 32}},
+        "training": {"epochs": 20, "checkpoints": {"keep": 1}},
+        "registration": {"model": "digits"},
+    }
+    metrics = bench.train(spec, run_id)
+    losses = bench.history(run_id, "train/loss")
+    assert [step for step, _ in losses] == list(range(40))
+    assert losses[-1][1] < losses[0][1] / 2
+    assert "val/loss" in metrics
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.last_checkpoint is not None
+    assert facts.last_checkpoint.step == 40
+    assert bench.client.get_run(run_id).data.params["module.hidden"] == "8"
+    model = load_model(model_of(bench, run_id).artifact_location)
+    assert model.predict(model.input_example).shape == (1, 4)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightning_s_own_example_is_trained_from_either_package(bench: Bench, package: str) -> None:
+    """Classes that know nothing of this project, and log nothing."""
+    run_id = bench.new_run()
+    demos = f"{package}.demos.boring_classes"
+    spec = {
+        "model": {"module": f"{demos}:BoringModel"},
+        "data": {"module": f"{demos}:BoringDataModule"},
+        "training": {"epochs": 1, "checkpoints": {"keep": 1}},
+    }
+    bench.train(spec, run_id)
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.progress is not None
+    assert facts.progress.step == 64
+    assert [item.step for item in facts.checkpoints] == [64]
+
+
+def test_a_module_of_one_package_with_data_of_the_other_is_refused_by_name(bench: Bench) -> None:
+    spec = {
+        "model": {"module": f"{OTHER}:Digits"},
+        "data": {"module": f"{MODULES}:Points"},
+        "training": {"epochs": 1},
+    }
+    with pytest.raises(ConfigurationError, match=r"spec\.data\.module Points is made for pytorch_lightning, .*Digits"):
+        bench.train(spec, bench.new_run())
+
+
 # --- the command, without an operator ------------------------------------------------------------------------------
 
 
@@ -490,6 +544,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a class that there is not": (
         {"model": {"module": f"{MODULES}:Nothing"}},
         f"{MODULES} has no class Nothing",
+    ),
+    "data that is no data module": (
+        {"model": {"module": f"{MODULES}:LineWithoutData"}, "data": {"module": f"{MODULES}:NoModule"}},
+        "spec.data.module NoModule is no LightningDataModule",
+    ),
+    "an argument that is missing": (
+        {"model": {"module": f"{MODULES}:Line"}, "data": {"module": f"{MODULES}:Demanding"}},
+        "spec.data.args does not fit Demanding(size: 'int') -> 'None': missing a required argument: 'size'",
     ),
     "a class that is no module": ({"model": {"module": f"{MODULES}:NoModule"}}, "NoModule is no LightningModule"),
     "an argument that it does not take": (

@@ -90,6 +90,13 @@ class Points(pl.LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
+class Demanding(Points):
+    """Data that can't be made without an argument."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+
+
 class NoModule:
     """Is no LightningModule."""
 

@@ -1,4 +1,4 @@
-"""`heimdall-train run`, `train` and `validate`: train a TrainingRun, on a cluster or without one; check it."""
+"""`heimdall-train run`, `train`, `validate`, `deliver`: train a TrainingRun, on a cluster or without one; check it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def add(commands: Any) -> None:
     validate = commands.add_parser("validate", help="check a TrainingRun without training it")
     validate.add_argument("-f", "--file", required=True)
     validate.set_defaults(call=_validate)
+
+    deliver = commands.add_parser("deliver", help="deliver what a training had to leave while MLflow was away")
+    deliver.add_argument("folder", type=Path, help="the folder that it named")
+    deliver.set_defaults(call=_deliver)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -120,7 +124,7 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
             assert found is not None  # noqa: S101 - it was just trained
             registration = registry.register(tracker.client, found, run.spec.registration)
     except BaseException as error:
-        runs.end_run(tracker.client, run_id, "KILLED" if isinstance(error, TerminatedError) else "FAILED")
+        tracker.end_run_in_time("KILLED" if isinstance(error, TerminatedError) else "FAILED")
         raise
     runs.end_run(tracker.client, run_id, "FINISHED")
     for name, value in sorted(metrics.items()):
@@ -134,3 +138,14 @@ def _validate(arguments: argparse.Namespace) -> None:
 
     run = load_training_config(arguments.file)
     print(f"{arguments.file}: {run.metadata.name} is valid")
+
+
+def _deliver(arguments: argparse.Namespace) -> None:
+    from heimdall_tracking import TrackingError
+    from heimdall_tracking.deliver import deliver
+    from heimdall_trainer.errors import ConfigurationError
+
+    try:
+        print(deliver(arguments.folder))
+    except TrackingError as error:
+        raise ConfigurationError(str(error)) from None
