@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 LOCAL_RUN_ID: Final = "HEIMDALL_LOCAL_RUN_ID"
 """Where a group's processes without an operator find the run that was made for them all."""
+LAST_METRICS_TIMEOUT_S: Final = 5
+"""How long a training that failed waits for its last metrics to arrive: they may tell why."""
 
 
 def add(commands: Any) -> None:
@@ -83,7 +85,10 @@ def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
     tracker = initialize_mlflow()
     tracker.attach(os.environ[ENV_MLFLOW_RUN_ID])
     attempt = int(os.environ.get(ENV_ATTEMPT, "1"))
-    TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True).train()
+    try:
+        TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True).train()
+    finally:
+        tracker.flush(LAST_METRICS_TIMEOUT_S)
 
 
 def _train_locally(run: TrainingRun, output_dir: Path) -> None:
@@ -120,6 +125,7 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
             assert found is not None  # noqa: S101 - it was just trained
             registration = registry.register(tracker.client, found, run.spec.registration)
     except BaseException as error:
+        tracker.flush(LAST_METRICS_TIMEOUT_S)
         runs.end_run(tracker.client, run_id, "KILLED" if isinstance(error, TerminatedError) else "FAILED")
         raise
     runs.end_run(tracker.client, run_id, "FINISHED")
