@@ -85,12 +85,10 @@ def error_map(predictions: Predictions, file: Path) -> Path:
         panel.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    left_out = len(set(predictions.sessions)) - len(sessions)
-    figure.suptitle(
-        f"Position error: median {_metres(np.quantile(predictions.errors_m, 0.5))}, "
-        f"90 % within {_metres(np.quantile(predictions.errors_m, 0.9))}, "
-        f"{len(predictions.truth)} transmissions" + (f" ({left_out} more sessions not shown)" if left_out else "")
-    )
+    if len(sessions) > 1:
+        left_out = len(set(predictions.sessions)) - len(sessions)
+        more = f"; {left_out} more sessions are not shown" if left_out else ""
+        figure.suptitle(f"All sessions: {_summary(predictions.errors_m)}{more}")
     return _save(figure, file)
 
 
@@ -164,8 +162,7 @@ def _session(panel: Any, predictions: Predictions, session: str) -> None:
     middle, reach = (low + high) / 2, 0.56 * max(1.0, float((high - low).max()))
     panel.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
     panel.set(aspect="equal", xlabel="east of the session's origin (m)", ylabel="north (m)")
-    median = np.quantile(np.linalg.norm(said - truth, axis=1), 0.5)
-    panel.set_title(f"{session}: median {_metres(median)}, {len(mine)} transmissions")
+    panel.set_title(f"{session}\n{_summary(predictions.errors_m[mine])}")
 
 
 def _by_step(history: Iterable[tuple[int, float]]) -> Any:
@@ -181,6 +178,11 @@ def _smoothed(values: Any) -> Any:
     index = np.arange(len(values))
     first, last = np.maximum(index - width, 0), np.minimum(index + width + 1, len(values))
     return (sums[last] - sums[first]) / (last - first)
+
+
+def _summary(errors_m: Any) -> str:
+    median, most = (_metres(np.quantile(errors_m, share)) for share in (0.5, 0.9))
+    return f"median error {median}, 90 % within {most}, {len(errors_m)} transmissions"
 
 
 def _metres(value: Any) -> str:

@@ -128,7 +128,7 @@ def test_people_are_told_in_metres_and_per_cent(call: Any, looked: Looked) -> No
     said = call("evaluate", "--model", looked.checkpoint, "--split", "validation")
     lines = said.splitlines()
     assert lines[0] == f"model:    {looked.checkpoint}"
-    assert lines[1] == "split:    validation, 1 sessions, 4 transmissions"
+    assert lines[1] == "split:    validation, sessions: 1, transmissions: 4"
     assert lines[2].startswith("error:    median ")
     assert lines[2].endswith(" m")
     assert "% within the 68 % ellipse" in lines[3]

@@ -75,7 +75,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps({**about, "sessions": list(done.sessions), "transmissions": count, **figures}))
         return
     print(f"model:    {arguments.model}")
-    print(f"split:    {arguments.split}, {len(done.sessions)} sessions, {count} transmissions")
+    print(f"split:    {arguments.split}, sessions: {len(done.sessions)}, transmissions: {count}")
     print(
         f"error:    median {figures['position_error_median_m']:.1f} m, "
         f"90 % within {figures['position_error_p90_m']:.1f} m"
