@@ -31,7 +31,7 @@ check: venv ## Lint, types, room boundaries and unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q -n 2 tests/unit
+	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit
 
 .PHONY: demo
 demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, its registered model
@@ -44,9 +44,9 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(PYTHON) hack/cluster parts helm promtool
-	$(BIN)/pytest -q -n 2 tests/unit
+	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit
 	@# Servers that go away are mostly waited for: meanwhile the cluster's tests run.
-	@mkdir -p build; $(BIN)/pytest --durations=10 tests/integration > build/integration.log 2>&1 & integration=$$!; \
+	@mkdir -p build; $(BIN)/pytest --durations=10 -m "integration or slow" tests/integration tests/unit > build/integration.log 2>&1 & integration=$$!; \
 	cluster=0; $(BIN)/pytest --durations=25 tests/e2e || cluster=$$?; \
 	servers=0; wait $$integration || servers=$$?; cat build/integration.log; exit $$((cluster + servers))
 

@@ -127,6 +127,7 @@ def test_what_is_left_is_told_in_one_sentence_with_the_command_and_delivered_by_
     assert not folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", range(12))
 def test_a_delivery_killed_at_any_step_and_begun_again_delivers_everything_once(
     killed_at: int,

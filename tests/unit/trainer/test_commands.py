@@ -151,6 +151,7 @@ def test_plots_are_drawn_with_the_run_s_losses_where_the_model_has_a_run(call: A
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_export_is_written_and_says_how_near_it_is(call: Any, looked: Looked) -> None:
     from heimdall_trainer.export import open_onnx
 

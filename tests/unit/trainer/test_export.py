@@ -16,6 +16,7 @@ from heimdall_trainer.model.net import LocalizationNet
 from tests.unit.trainer.test_net import SMALLEST, scene, step
 from tests.unit.trainer.user_modules import Line
 
+pytestmark = pytest.mark.slow
 FILE = Path("model.onnx")
 """In the test's own folder."""
 
