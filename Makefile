@@ -79,6 +79,7 @@ lock: venv ## Resolve requirements/*.txt anew
 	PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock
 
 .PHONY: generate
-generate: venv ## Write what is generated: the CRD from the types, README and schema of the chart from its values
+generate: venv ## Write what is generated: CRD and reference from the types, README and schema of the chart from its values
 	$(BIN)/python -m heimdall_api.crd
+	$(BIN)/python -m heimdall_api.reference
 	$(BIN)/python hack/chart
