@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from markdown import Extension
+from markdown.blockprocessors import build_block_parser
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -28,11 +29,12 @@ class _NarrowLists(Extension):
 
     def extendMarkdown(self, md: Any) -> None:  # noqa: N802 - the library's name
         md.tab_length = INDENT
+        md.parser = build_block_parser(md)  # the one that is there was made with the library's four
 
 
 def on_config(config: Any) -> Any:
-    """Have lists read as GitHub reads them."""
-    config.markdown_extensions.append(_NarrowLists())
+    """Have lists read as GitHub reads them; before other extensions add to the parser."""
+    config.markdown_extensions.insert(0, _NarrowLists())
     return config
 
 

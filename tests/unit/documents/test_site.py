@@ -90,7 +90,7 @@ def test_nothing_is_asked_of_other_servers_when_a_page_is_opened(site: Path) -> 
     assert styles == []
 
 
-def test_every_diagram_is_given_to_mermaid_and_every_block_is_closed(site: Path) -> None:
+def test_every_diagram_is_given_to_mermaid(site: Path) -> None:
     for document in (ROOT / "docs").rglob("*.md"):
         wanted = document.read_text().count("```mermaid")
         if not wanted:
@@ -104,8 +104,18 @@ def test_no_page_shows_markdown_that_was_not_understood(site: Path) -> None:
         text = re.sub(r"<(pre|code|script)\b.*?</\1>", "", path.read_text(), flags=re.DOTALL)
         body = re.sub(r"<[^>]+>", "", text)
         assert "```" not in body, path
+        assert re.findall(r"<code>(?:sh|yaml|python) ", path.read_text()) == [], f"{path}: a block begins beside text"
         assert "](" not in body, path
         assert re.findall(r"^\s*\|.*\|\s*$", body, re.MULTILINE) == [], path
+
+
+def test_what_belongs_to_an_item_of_a_list_stays_in_it(site: Path) -> None:
+    """GitHub asks for two or three blanks, the builder's parser for four."""
+    pages = {name: (site / f"{name}.html").read_text() for name in ("howto/own-model", "runbooks/HeimdallOperatorDown")}
+    articles = {name: text.partition("<article")[2].partition("</article>")[0] for name, text in pages.items()}
+
+    assert articles["howto/own-model"].count("<ol>") == 1
+    assert re.search(r"<ol>.*<ul>.*</ul>.*</ol>", articles["runbooks/HeimdallOperatorDown"], re.DOTALL)
 
 
 def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
