@@ -66,6 +66,11 @@ fuzz: venv needs ## 1,000 generated specs: each refused, failed with a reason, o
 bench-operator: venv needs ## The operator's latency and throughput next to the bare calls
 	$(BIN)/python -m tests.bench.operator
 
+.PHONY: docs
+docs: venv ## The documents as a site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
+
 .PHONY: needs
 needs: ## Tell what is missing on this machine, and how to get it
 	@$(PYTHON) hack/needs.py
@@ -79,6 +84,7 @@ lock: venv ## Resolve requirements/*.txt anew
 	PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock
 
 .PHONY: generate
-generate: venv ## Write what is generated: the CRD from the types, README and schema of the chart from its values
+generate: venv ## Write what is generated: CRD and reference from the types, README and schema of the chart from its values
 	$(BIN)/python -m heimdall_api.crd
+	$(BIN)/python -m heimdall_api.reference
 	$(BIN)/python hack/chart

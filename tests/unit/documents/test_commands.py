@@ -1,62 +1,265 @@
-"""What the documents tell people to type is there: targets, flags, files, links."""
+"""What the documents tell people to type is there: targets, flags, files, links, resources, values, fields."""
 
 from __future__ import annotations
 
+import itertools
 import re
-import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from heimdall_trainer.cli import _parser
+from heimdall_trainer.config import parse
+from tests.unit.documents.documents import (
+    CHART,
+    DOCUMENTS,
+    NOT_RUN,
+    ROOT,
+    Block,
+    Command,
+    blocks,
+    code_in_text,
+    commands,
+    commands_in_text,
+    is_field,
+    is_value,
+    values,
+)
 
-ROOT = Path(__file__).resolve().parents[3]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 TARGET = re.compile(r"^([a-z][a-z-]*):", re.MULTILINE)
 PLACE = re.compile(r"^(?:\./)?(?:manifests|charts|hack|images|tests|docs)/[\w./-]+$")
+PLACEHOLDER = re.compile(r"^[A-Z][A-Z-]*$|^NAME-aN$")
+VERBS = {
+    *("get", "describe", "apply", "wait", "create", "label", "delete", "patch", "logs", "exec", "rollout", "explain"),
+    *("port-forward", "top"),
+}
+KINDS = {
+    "configmap": {"configmap", "cm"},
+    "crd": {"crd"},
+    "deployment": {"deployment", "deployments", "deploy"},
+    "endpoints": {"endpoints"},
+    "job": {"job", "jobs"},
+    "localqueue": {"localqueue"},
+    "namespace": {"namespace", "ns"},
+    "node": {"node", "nodes"},
+    "pod": {"pod", "pods"},
+    "pvc": {"pvc"},
+    "secret": {"secret", "secrets"},
+    "service": {"service", "svc"},
+    "trainingrun": {"trainingrun", "trainingruns", "tr"},
+}
+WITH_VALUE = {"-n", "-l", "-o", "-f", "-p", "-c", "-U", "--namespace", "--timeout", "--patch-file", "--set"}
+"""Flags whose value is the next word."""
+HELM_FLAGS = {
+    *("-n", "-f", "--wait", "--create-namespace", "--reset-then-reuse-values", "--reuse-values", "--set", "--timeout"),
+}
+RUN_BY = {
+    # What a command begins with: where a test runs it, and words by which it is found there.
+    "make": ("Makefile", "test: venv needs"),
+    "heimdall-train data generate": ("tests/integration/test_data.py", '"data", *arguments'),
+    "heimdall-train run": ("tests/unit/documents/test_own_model.py", '["run", "-f"'),
+    "heimdall-train validate": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
+    "python3 hack/cluster env": ("tests/e2e/cluster.py", '"hack/cluster", "env"'),
+    "python3 hack/cluster down": ("tests/e2e/conftest.py", 'hack("hack/cluster", "down")'),
+    "python3 hack/images list": ("hack/demo/__main__.py", '"hack/images", "list"'),
+    "kubectl create namespace": ("tests/e2e/conftest.py", '"kubectl", "create", "namespace"'),
+    "kubectl label namespace": ("tests/e2e/conftest.py", '"kubectl", "label", "namespace"'),
+    "kubectl apply": ("hack/demo/__main__.py", '_kubectl("apply", "-f"'),
+    "kubectl wait": ("hack/demo/__main__.py", '"wait", "--for=condition=Complete"'),
+    "kubectl get trainingruns": ("tests/e2e/test_resource.py", '"get", "tr"'),
+    "kubectl get trainingrun": ("tests/e2e/cluster.py", '"get"'),
+    "kubectl describe trainingrun": ("hack/demo/__main__.py", '"describe", "trainingrun"'),
+    "kubectl explain": ("tests/e2e/test_resource.py", '"explain"'),
+    "kubectl get secret": ("tests/e2e/chart/test_again.py", '"get", "secret"'),
+    "helm install": ("tests/e2e/chart/test_again.py", 'install(again, "install")'),
+    "helm upgrade": ("tests/e2e/chart/test_again.py", 'install(again, "upgrade")'),
+    "helm test": ("tests/e2e/chart/test_again.py", 'helm("test"'),
+    "helm rollback": ("tests/e2e/chart/test_again.py", 'helm("rollback"'),
+}
+NOTHING_TO_RUN = {".", "export", "base64", "eval"}
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """Every command of every shell block, split as a shell splits it."""
-    found = []
-    for document in DOCUMENTS:
-        for block in BLOCK.findall(document.read_text()):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in re.split(r"&&|\|", line):
-                    words = shlex.split(part, comments=True)
-                    if words:
-                        found.append((f"{document.relative_to(ROOT)}: {line.strip()}", words))
+def typed(program: str, *, in_text: bool = False) -> list[object]:
+    found = [*commands(), *(commands_in_text(program) if in_text else [])]
+    return [pytest.param(item.words[1:], id=item.where) for item in found if item.words[0] == program]
+
+
+def plain(words: list[str]) -> list[str]:
+    """Words that are neither flags nor their values."""
+    found, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--":
+            break
+        elif word.startswith("-"):
+            skip = word in WITH_VALUE
+        else:
+            found.append(word)
     return found
 
 
-def typed(program: str) -> list[object]:
-    return [pytest.param(words[1:], id=where) for where, words in commands() if words[0] == program]
-
-
 def test_there_are_commands_to_check() -> None:
-    assert typed("make")
-    assert typed("heimdall-train")
+    for program in ("make", "heimdall-train", "kubectl", "helm"):
+        assert len(typed(program)) > 3, program
 
 
-@pytest.mark.parametrize("words", typed("make"))
+@pytest.mark.parametrize("words", typed("make", in_text=True))
 def test_a_target_is_there(words: list[str]) -> None:
     targets = set(TARGET.findall((ROOT / "Makefile").read_text()))
 
     assert {word for word in words if "=" not in word} <= targets
 
 
-@pytest.mark.parametrize("words", typed("heimdall-train"))
+@pytest.mark.parametrize("words", typed("heimdall-train", in_text=True))
 def test_the_trainer_takes_the_flags(words: list[str]) -> None:
-    assert _parser().parse_args(words).call
+    assert _parser().parse_args([word for word in words if word != "…"]).call
 
 
-@pytest.mark.parametrize(("where", "words"), [pytest.param(*item, id=item[0]) for item in commands()])
-def test_a_file_of_the_repository_is_there(where: str, words: list[str]) -> None:
-    places = [word.removeprefix("@") for word in words if PLACE.match(word)]
+@pytest.fixture(scope="module")
+def names() -> set[str]:
+    """Names of resources: the chart's, the examples', and those that a document itself tells to make."""
+    templates = "".join(path.read_text() for path in (CHART / "templates").rglob("*") if path.is_file())
+    found = {f"heimdall-{suffix}" for suffix in re.findall(r'printf "%s-([a-z-]+?)"', templates)}
+    found |= {values()["trainer"]["secretName"], values()["trainer"]["writerSecretName"]}
+    found |= {f"{name}-0" for name in found}
+    found |= {"heimdall", "argocd", "argocd-cm", "kubernetes", "trainingruns.training.heimdall.dev"}
+    manifests = [path.read_text() for path in (ROOT / "manifests/examples").glob("*.yaml")]
+    for text in [*manifests, *(block.text for block in blocks("yaml"))]:
+        found |= {item["metadata"]["name"] for item in yaml.safe_load_all(text) if item and "metadata" in item}
+    return found
+
+
+@pytest.mark.parametrize("words", typed("kubectl", in_text=True))
+def test_kubectl_is_asked_for_what_there_is(words: list[str], names: set[str]) -> None:
+    verb, *rest = plain(words)
+    assert verb in VERBS
+    if verb == "rollout":
+        rest = rest[1:]
+    if verb in ("logs", "exec", "port-forward", "top"):
+        rest = [word for word in rest[:1] if not word.isdigit()]
+    if verb == "create" and rest[0] == "secret":
+        rest = rest[:1]
+    kinds = {alias for aliases in KINDS.values() for alias in aliases}
+    for word in rest:
+        if "=" in word or word.endswith("-"):
+            continue  # a label
+        kind, _, name = word.rpartition("/")
+        if kind:
+            assert kind in kinds, word
+        if verb == "explain":
+            assert is_field(name.replace("trainingrun.", "")), word
+        elif not PLACEHOLDER.match(name):
+            assert name in kinds | names, word
+
+
+@pytest.mark.parametrize("words", typed("kubectl"))
+def test_a_selector_chooses_something(words: list[str]) -> None:
+    templates = "".join(path.read_text() for path in (CHART / "templates").rglob("*") if path.is_file())
+    for flag, selector in itertools.pairwise(words):
+        if flag == "-l":
+            label, _, value = selector.partition("=")
+            assert label in templates
+            assert label != "app.kubernetes.io/component" or f'"role" "{value}"' in templates
+
+
+@pytest.mark.parametrize("words", typed("helm", in_text=True))
+def test_helm_is_told_values_and_flags_that_there_are(words: list[str]) -> None:
+    verb, *rest = plain(words)
+    assert verb in {"install", "upgrade", "test", "rollback", "uninstall", "template", "package"}
+    assert {word for word in rest if not PLACE.match(word)} <= {"heimdall"}
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        if flag.startswith("-"):
+            assert flag in HELM_FLAGS
+        if flag == "--set":
+            assert is_value(value.partition("=")[0]), value
+
+
+@pytest.mark.parametrize("block", [pytest.param(item, id=item.where) for item in blocks("yaml")])
+def test_a_manifest_or_a_file_of_values_can_be_used(block: Block) -> None:
+    for document in yaml.safe_load_all(block.text):
+        if "kind" not in document:
+            assert [path for path in leaves(document) if not is_value(path)] == []
+        elif document["kind"] == "TrainingRun":
+            assert parse(document).metadata.name
+
+
+def leaves(part: Any, path: str = "") -> list[str]:
+    """Paths of a mapping's values."""
+    if not isinstance(part, dict) or not part:
+        return [path]
+    return [leaf for name, below in part.items() for leaf in leaves(below, f"{path}.{name}" if path else name)]
+
+
+def test_values_that_are_named_are_there() -> None:
+    roles = set(values())
+    named = {
+        code.rstrip(".")
+        for _, code in code_in_text()
+        if code.partition(".")[0] in roles and re.fullmatch(r"[a-zA-Z]+(\.[a-zA-Z]+)+", code)
+    }
+
+    assert len(named) > 30
+    assert {name for name in named if not is_value(name) and ".ROLE" not in name} == set()
+
+
+def test_fields_that_are_named_are_there() -> None:
+    named = {code for _, code in code_in_text() if re.fullmatch(r"(?:spec|status)(\.[a-zA-Z]+(\[\w*])?)+", code)}
+
+    assert len(named) > 20
+    assert {name for name in named if not is_field(name)} == set()
+
+
+def test_variables_that_are_named_are_read_by_something() -> None:
+    named = {name for _, code in code_in_text() for name in re.findall(r"HEIMDALL_[A-Z0-9_]*[A-Z0-9]", code)}
+    sources = [
+        path
+        for room in ("api", "tracking", "operator", "trainer", "tests", "hack")
+        for path in (ROOT / room).rglob("*.py")
+    ]
+    code = "\n".join(path.read_text() for path in sources if "unit/documents" not in str(path))
+    fields = {f"HEIMDALL_{name.upper()}" for name in re.findall(r"^    (\w+): ", code, re.MULTILINE)}
+
+    assert len(named) > 15
+    assert {name for name in named if name not in code and name not in fields} == set()
+
+
+def test_tests_that_are_named_are_there() -> None:
+    named = {code for _, code in code_in_text() if re.match(r"tests/.*\.py(::|$)", code)}
+
+    assert len(named) > 20
+    for code in named:
+        path, _, test = code.partition("::")
+        assert f"def {test}" in (ROOT / path).read_text(), code
+
+
+@pytest.mark.parametrize("command", [pytest.param(item, id=item.where) for item in commands()])
+def test_a_file_of_the_repository_is_there(command: Command) -> None:
+    places = [word.removeprefix("@") for word in command.words if PLACE.match(word)]
 
     assert [place for place in places if not (ROOT / place).exists()] == []
+
+
+@pytest.mark.parametrize("command", [pytest.param(item, id=item.where) for item in commands()])
+def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
+    """By a test or by `make demo`, which CI runs; with other names and options there."""
+    if command.is_marked or command.words[0] in NOTHING_TO_RUN:
+        return
+    start = " ".join([command.words[0], *plain(command.words[1:])])
+    found = [where for begin, where in RUN_BY.items() if f"{start} ".startswith(f"{begin} ")]
+    assert found, f"no test runs it: begin its block with `{NOT_RUN}: WHY`"
+    for file, words in found:
+        assert words in (ROOT / file).read_text(), f"{file} runs it no more"
+
+
+def test_a_mark_says_why() -> None:
+    marks = [block.text.splitlines()[0] for block in blocks("sh") if block.text.startswith(NOT_RUN)]
+
+    assert marks
+    assert [mark for mark in marks if not re.fullmatch(rf"{NOT_RUN}( in these words)?: .+", mark)] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
