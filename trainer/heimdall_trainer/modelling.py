@@ -24,7 +24,8 @@ def log_localizer(tracker: MLflowTracker, net: Any, example: dict[str, Any]) -> 
     Args:
         tracker: The run.
         net: The network.
-        example: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2) in metres, as numpy arrays.
+        example: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2 or, with arrivals, 4) in metres, as numpy
+            arrays.
 
     Returns:
         ID of the logged model.
@@ -39,7 +40,7 @@ def log_localizer(tracker: MLflowTracker, net: Any, example: dict[str, Any]) -> 
     def tensor(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(np.dtype("float32"), shape, name)
 
-    inputs = Schema([tensor("spectrograms", -1, -1, 3, 128, 32), tensor("receivers", -1, -1, 2)])
+    inputs = Schema([tensor("spectrograms", -1, -1, 3, 128, 32), tensor("receivers", -1, -1, net.receiver_values)])
     outputs = Schema([tensor("position", -1, 2), tensor("sigma", -1, 2)])
 
     def save(folder: str, model: Any) -> None:

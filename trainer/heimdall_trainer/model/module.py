@@ -34,6 +34,7 @@ class LocalizationModule(L.LightningModule):
         weight_decay: float = 1.0e-5,
         loss: str = "gaussian",
         weights: str | Path | None = None,
+        arrivals: bool = False,
     ) -> None:
         """Make the module.
 
@@ -45,14 +46,15 @@ class LocalizationModule(L.LightningModule):
             weight_decay: Of matrices; biases and normalisations have none.
             loss: gaussian, huber or quantile.
             weights: File with weights of the backbone, instead of the library's.
+            arrivals: Locate by times of arrival too.
 
         Raises:
             ConfigurationError: Backbone or loss are unknown.
         """
         super().__init__()
         self.save_hyperparameters()
-        self.net = LocalizationNet(backbone, pretrained, freeze_backbone, weights=weights)
-        self.example_input_array = (torch.zeros(1, 2, 3, 128, 32), torch.zeros(1, 2, 2))
+        self.net = LocalizationNet(backbone, pretrained, freeze_backbone, weights=weights, arrivals=arrivals)
+        self.example_input_array = (torch.zeros(1, 2, 3, 128, 32), torch.zeros(1, 2, self.net.receiver_values))
         self._loss = loss_by_name(loss)
         self._learning_rate = learning_rate
         self._weight_decay = weight_decay
