@@ -69,6 +69,7 @@ class HeimdallDataset(Dataset[Sample]):
         session_ids: Iterable[str] = (),
         *,
         augmentation: Augmentation | None = None,
+        arrivals: bool = False,
         seed: int = 0,
     ) -> HeimdallDataset:
         """The dataset of approved recording sessions.
@@ -77,6 +78,7 @@ class HeimdallDataset(Dataset[Sample]):
             settings: Database, store and cache.
             session_ids: Sessions; all approved ones if empty.
             augmentation: How samples are varied; not at all if None.
+            arrivals: Whether samples hold times of arrival.
             seed: Seed of the variations.
 
         Raises:
@@ -91,7 +93,8 @@ class HeimdallDataset(Dataset[Sample]):
             database.close()
         source = FeatureSource.open(settings)
         kept = keep_readable(transmissions, source, skip_limit=settings.skip_limit, threads=settings.read_threads)
-        return cls(kept, source, augmentation=augmentation, seed=seed)
+        times = ArrivalSource.open(settings) if arrivals else None
+        return cls(kept, source, augmentation=augmentation, arrivals=times, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that variations are drawn for."""
