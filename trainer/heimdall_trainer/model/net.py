@@ -17,6 +17,8 @@ POSITION_SCALE_M: Final = 1000.0
 """Metres that are 1 inside the network."""
 SIGMA_BOUNDS_M: Final = (1.0, 100_000.0)
 """Least and largest standard deviation."""
+SCALE_BOUNDS: Final = (0.1, 10.0)
+"""Least and largest factor that standard deviations are corrected by."""
 TYPICAL_SIGMA_M: Final = 500.0
 """Standard deviation before anything is learned."""
 SUGGESTIONS: Final = 5
@@ -85,6 +87,8 @@ class LocalizationNet(nn.Module):
         low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
         share = (math.log(TYPICAL_SIGMA_M) - low) / (high - low)
         nn.init.constant_(_last_bias(self.uncertainty_head), math.log(share / (1 - share)))
+        self.sigma_scale: Tensor
+        self.register_buffer("sigma_scale", torch.ones(()))
         if freeze_backbone:
             self.backbone.requires_grad_(requires_grad=False)
             self.backbone.eval()
@@ -95,6 +99,14 @@ class LocalizationNet(nn.Module):
         if self.frozen:
             self.backbone.eval()
         return self
+
+    def set_sigma_scale(self, scale: Tensor | float) -> None:
+        """Have standard deviations multiplied by a number in evaluation, fitted to data that was not trained on.
+
+        Args:
+            scale: The number; kept within SCALE_BOUNDS.
+        """
+        self.sigma_scale.copy_(torch.as_tensor(scale).clamp(*SCALE_BOUNDS))
 
     def forward(self, spectrograms: Tensor, receivers: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Locate transmissions.
@@ -156,6 +168,8 @@ class LocalizationNet(nn.Module):
         guess = (places * shares).sum(1) + self.position_head(pooled)
         low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
         sigma = torch.exp(low + (high - low) * torch.sigmoid(self.uncertainty_head(pooled)))
+        if not self.training:
+            sigma = (sigma * self.sigma_scale).clamp(*SIGMA_BOUNDS_M)
         return torch.cat([center + POSITION_SCALE_M * guess, sigma], dim=-1)
 
 
