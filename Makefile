@@ -66,6 +66,10 @@ fuzz: venv needs ## 1,000 generated specs: each refused, failed with a reason, o
 bench-operator: venv needs ## The operator's latency and throughput next to the bare calls
 	$(BIN)/python -m tests.bench.operator
 
+.PHONY: bench-science
+bench-science: venv ## What the localizer learns, next to classical estimators and the bound of the physics
+	$(BIN)/python -m tests.bench.science
+
 .PHONY: needs
 needs: ## Tell what is missing on this machine, and how to get it
 	@$(PYTHON) hack/needs.py

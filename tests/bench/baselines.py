@@ -7,7 +7,8 @@ and the area, which a network has to learn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from scipy.special import ndtr
 
-from heimdall_trainer.data.arrivals import Arrivals, Signal
+from heimdall_trainer.data.arrivals import LARGEST_OFFSET_HZ, Arrivals, Signal, pair_delay
 from heimdall_trainer.data.physics import SPEED_OF_LIGHT_M_S, log_distance_loss_db
 
 Points = NDArray[np.float64]
@@ -51,13 +52,16 @@ class Physics:
 
 
 def weighted_centroid(places_m: Points, power_dbm: Reals) -> Points:
-    """Mean of the receivers' places, weighted by received power in milliwatts (Blumenthal et al. 2007, g = 1)."""
+    """Mean of the receivers' places, weighted by received power in milliwatts.
+
+    Blumenthal et al. 2007; their degree g, by which weights fall with distance, is the path-loss exponent here.
+    """
     weights = 10 ** ((power_dbm - power_dbm.max()) / 10)
     centroid: Points = weights @ places_m / weights.sum()
     return centroid
 
 
-def gcc_phat(signal: Signal, reference: Signal, *, largest_delay: float, finer: int = 64) -> float:
+def gcc_phat(signal: Signal, reference: Signal, *, largest_delay: float, finer: int = 16) -> float:
     """Delay in samples at the peak of the cross-correlation whose spectrum has magnitude 1 (Knapp and Carter 1976).
 
     Args:
@@ -75,6 +79,32 @@ def gcc_phat(signal: Signal, reference: Signal, *, largest_delay: float, finer: 
         return float(delays[peak])
     left, middle, right = values[peak - 1 : peak + 2]
     return float(delays[peak] + 0.5 * (left - right) / (left - 2 * middle + right) / finer)
+
+
+def phat_arrivals(
+    signals: Sequence[Signal], places_m: Points, arrivals: Arrivals, *, sample_rate_hz: float
+) -> Arrivals:
+    """Arrivals by the phase transform, after the carriers' offsets were taken out; their deviations are taken over.
+
+    Args:
+        signals: What R receivers recorded, each of shape (samples,).
+        places_m: Receivers, shape (R, 2).
+        arrivals: The better estimate, whose deviations tell how good the signals are.
+        sample_rate_hz: Sampling rate in hertz.
+    """
+    reference = int(np.argmax(arrivals.snr))
+    times = np.zeros(len(signals))
+    for index, signal in enumerate(signals):
+        if index == reference:
+            continue
+        farthest_m = float(np.linalg.norm(places_m[index] - places_m[reference]))
+        largest = farthest_m / SPEED_OF_LIGHT_M_S * sample_rate_hz + 0.5
+        offset = pair_delay(
+            signal, signals[reference], largest_delay=largest, largest_offset=LARGEST_OFFSET_HZ / sample_rate_hz
+        ).offset
+        tuned = signal * np.exp(-2j * np.pi * offset * np.arange(signal.size))
+        times[index] = gcc_phat(tuned, signals[reference], largest_delay=largest) / sample_rate_hz
+    return replace(arrivals, times_s=times)
 
 
 def time_difference(places_m: Points, arrivals: Arrivals, radius_m: float) -> Points:
