@@ -18,7 +18,7 @@ $(STAMP): requirements/bootstrap.txt requirements/dev.txt $(ROOMS:%=%/pyproject.
 	@echo "→ development environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
-	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
+	@$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(ROOMS:%=-e ./%)
 	@touch $(STAMP)
 
@@ -31,7 +31,7 @@ check: venv ## Lint, types, room boundaries and unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q -n 2 tests/unit
+	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit
 
 .PHONY: demo
 demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, its registered model
@@ -43,10 +43,10 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@$(PYTHON) hack/cluster parts helm
-	$(BIN)/pytest -q -n 2 tests/unit
+	@$(PYTHON) hack/cluster parts helm promtool
+	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit
 	@# Servers that go away are mostly waited for: meanwhile the cluster's tests run.
-	@mkdir -p build; $(BIN)/pytest --durations=10 tests/integration > build/integration.log 2>&1 & integration=$$!; \
+	@mkdir -p build; $(BIN)/pytest --durations=10 -m "integration or slow" tests/integration tests/unit > build/integration.log 2>&1 & integration=$$!; \
 	cluster=0; $(BIN)/pytest --durations=25 tests/e2e || cluster=$$?; \
 	servers=0; wait $$integration || servers=$$?; cat build/integration.log; exit $$((cluster + servers))
 
@@ -83,5 +83,6 @@ lock: venv ## Resolve requirements/*.txt anew
 	PATH="$(CURDIR)/$(BIN):$$PATH" hack/lock
 
 .PHONY: generate
-generate: venv ## Write what is generated from the types: the CRD
+generate: venv ## Write what is generated: the CRD from the types, README and schema of the chart from its values
 	$(BIN)/python -m heimdall_api.crd
+	$(BIN)/python hack/chart

@@ -17,7 +17,7 @@ GO: Final = (1, 26)
 
 def main() -> None:
     """Say what is missing, one line each, and fail if anything is."""
-    missing = [line for line in (_python(), _engine(), _kubernetes(), _postgresql(), _room()) if line]
+    missing = [line for line in (_python(), _engine(), _kubernetes(), _postgresql(), _redis(), _room()) if line]
     if missing:
         sys.exit("Missing on this machine:\n" + "\n".join(f"- {line}" for line in missing))
 
@@ -53,6 +53,15 @@ def _postgresql() -> str | None:
     if os.geteuid() == 0 and Path("/etc/debian_version").exists():
         return None
     return "PostgreSQL's server programs, for make test (Debian: apt-get install postgresql)"
+
+
+def _redis() -> str | None:
+    """The integration tests start a server of their own; as root on Debian they install it."""
+    if shutil.which("redis-server") or shutil.which("redis-check-rdb"):
+        return None
+    if os.geteuid() == 0 and Path("/etc/debian_version").exists():
+        return None
+    return "Redis's server, for make test (Debian: apt-get install redis-tools)"
 
 
 def _room() -> str | None:

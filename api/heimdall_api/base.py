@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
 
@@ -12,3 +12,18 @@ class Model(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, serialize_by_alias=True, frozen=True, extra="forbid"
     )
+
+
+def explain(error: ValidationError, root: str = "") -> str:
+    """A validation error as a sentence that names each field.
+
+    Args:
+        error: What pydantic found.
+        root: Path of the value that was checked, such as `spec`; empty for a whole document.
+    """
+    problems = []
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
+        path = ".".join(str(part) for part in ((root,) if root else ()) + item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        problems.append(f"{path}: {message}" if path else message)
+    return "; ".join(problems)

@@ -77,6 +77,10 @@ ATTEMPTS_DIR: Final = "attempts"
 """Artifact folder of the run that keeps each attempt's log and events."""
 CHECKPOINT_DIR: Final = "checkpoints"
 """Artifact folder of the run that holds checkpoints."""
+ONNX_FILE: Final = "onnx/model.onnx"
+"""Where the model as ONNX lies, if spec.export.onnx asks for it: in the run's artifacts and in the logged model."""
+PLOTS_DIR: Final = "plots"
+"""Artifact folder of the run that holds the localizer's plots."""
 
 MESSAGE_LIMIT: Final = 1024
 """Longest message, in characters, that a termination message or a status carries."""

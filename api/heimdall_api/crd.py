@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from heimdall_api.contract import GROUP, KIND, PLURAL, VERSION
-from heimdall_api.types import NAME_LIMIT, TrainingRunSpec, TrainingRunStatus, cel
+from heimdall_api.rules import VALIDATIONS, cel
+from heimdall_api.types import NAME_RULE, TrainingRunSpec, TrainingRunStatus
 
 Schema = dict[str, Any]
 
@@ -42,11 +43,6 @@ COLUMNS: Final[list[Schema]] = [
     },
 ]
 
-_NAME_RULE: Final = cel(
-    f"self.metadata.name.size() <= {NAME_LIMIT} && self.metadata.name.matches('^[a-z]([a-z0-9-]*[a-z0-9])?$')",
-    f"metadata.name becomes the name of Jobs and Pods: use at most {NAME_LIMIT} lower-case letters, digits and "
-    "hyphens, beginning with a letter and ending with a letter or digit",
-)
 # Parts of pydantic's JSON schema that a structural schema must not or need not have.
 _DROPPED: Final = frozenset({"title", "$defs", "additionalProperties", "propertyNames", "discriminator", "const"})
 
@@ -66,9 +62,9 @@ def _resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:
     rest = {key: value for key, value in node.items() if key != "$ref"}
     merged = {**target, **rest}
     # A type's own rules and the rules of the field that has this type both count.
-    both = [*target.get("x-kubernetes-validations", []), *rest.get("x-kubernetes-validations", [])]
+    both = [*target.get(VALIDATIONS, []), *rest.get(VALIDATIONS, [])]
     if both:
-        merged["x-kubernetes-validations"] = both
+        merged[VALIDATIONS] = both
     return merged
 
 
@@ -165,7 +161,7 @@ def custom_resource_definition() -> Schema:
                                 "spec": spec,
                                 "status": status,
                             },
-                            "x-kubernetes-validations": [_NAME_RULE],
+                            VALIDATIONS: [cel(NAME_RULE.cel, NAME_RULE.message)],
                         }
                     },
                 }

@@ -1,19 +1,22 @@
 """The TrainingRun resource: spec and status as frozen pydantic models.
 
-Descriptions become the CRD's (`kubectl explain trainingrun.spec`), constraints its structural schema, and the rules
-under `x-kubernetes-validations` its CEL rules. `heimdall_api.crd` writes the CRD from these types.
+Descriptions become the CRD's (`kubectl explain trainingrun.spec`), constraints its structural schema, and rules its CEL
+rules. `heimdall_api.crd` writes the CRD from these types.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from heimdall_api.base import Model
 from heimdall_api.quantity import parse_quantity
+from heimdall_api.rules import Rule, RuledModel, cel, immutable, transitions
 
 DEFAULT_BACKBONE: Final = "convnext_tiny"
 DEFAULT_EXPERIMENT: Final = "heimdall-localization"
@@ -21,72 +24,68 @@ NAME_LIMIT: Final = 52
 """Longest name of a TrainingRun: `NAME-a123` and a pod's suffix must stay within 63 characters."""
 
 
-def cel(rule: str, message: str, **more: str) -> dict[str, str]:
-    """One CEL rule of the CRD."""
-    return {"rule": rule, "message": message, **more}
+def _is_quantity(value: int | str) -> bool:
+    try:
+        parse_quantity(value)
+    except ValueError:
+        return False
+    return True
 
 
-def rules(*items: dict[str, str]) -> dict[str, Any]:
-    """CEL rules as extra JSON schema of a field or a type."""
-    return {"x-kubernetes-validations": list(items)}
+def _matches(pattern: str) -> Callable[[str], bool]:
+    whole = re.compile(pattern)
+    return lambda value: whole.fullmatch(value) is not None
 
 
-def immutable(field: str) -> dict[str, str]:
-    """The rule that keeps a part of the spec from being changed."""
-    return cel("self == oldSelf", f"{field} can't be changed once the run exists: create a new TrainingRun instead")
-
-
-def _check_quantity(value: int | str) -> int | str:
-    parse_quantity(value)
-    return value
-
+_IMPORT_PATH: Final = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
+_TAG_NAME: Final = r"[A-Za-z0-9_./: -]+"
+_ALIAS: Final = r"[A-Za-z0-9_-]+"
+_NAME: Final = r"[a-z]([a-z0-9-]*[a-z0-9])?"
 
 Quantity = Annotated[
     int | str,
-    AfterValidator(_check_quantity),
-    Field(
-        json_schema_extra={
-            "x-kubernetes-int-or-string": True,
-            **rules(
-                cel(
-                    "type(self) == int ? self > 0 : isQuantity(self) && quantity(self).isGreaterThan(quantity('0'))",
-                    "must be a positive quantity such as 500m, 4 or 16Gi",
-                )
-            ),
-        },
+    Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
+    Rule(
+        "type(self) == int ? self > 0 : isQuantity(self) && quantity(self).isGreaterThan(quantity('0'))",
+        "must be a positive quantity such as 500m, 4 or 16Gi",
+        _is_quantity,
     ),
 ]
 ImportPath = Annotated[
     str,
-    Field(
-        max_length=253,
-        json_schema_extra=rules(
-            cel(
-                r"self.matches('^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$')",
-                "must be an import path of the form package.module:ClassName",
-            )
-        ),
+    Field(max_length=253),
+    Rule(
+        f"self.matches('^{_IMPORT_PATH}$')",
+        "must be an import path of the form package.module:ClassName",
+        _matches(_IMPORT_PATH),
     ),
 ]
 PodTemplate = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 Arguments = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+ARGS_WITH_MODULE: Final = Rule(
+    "has(self.module) || !has(self.args)",
+    "args are the arguments of module: set module too, or remove args",
+    lambda self: self.module is not None or self.args is None,
+)
+NAME_RULE: Final = Rule(
+    f"self.metadata.name.size() <= {NAME_LIMIT} && self.metadata.name.matches('^{_NAME}$')",
+    f"metadata.name becomes the name of Jobs and Pods: use at most {NAME_LIMIT} lower-case letters, digits and "
+    "hyphens, beginning with a letter and ending with a letter or digit",
+    lambda self: len(self.metadata.name) <= NAME_LIMIT and _matches(_NAME)(self.metadata.name),
+)
 
 
-class ModelSpec(Model):
+class ModelSpec(RuledModel):
     """What is trained: the localizer on a backbone, or any LightningModule by import path."""
 
-    model_config = ConfigDict(
-        protected_namespaces=(),
-        json_schema_extra=rules(
-            cel(
-                "!(has(self.module) && has(self.backbone))",
-                "set either backbone (the localizer on that backbone) or module (your own LightningModule), not both",
-            ),
-            cel(
-                "has(self.module) || !has(self.args)",
-                "args are the arguments of module: set module too, or remove args",
-            ),
+    model_config = ConfigDict(protected_namespaces=())
+    rules = (
+        Rule(
+            "!(has(self.module) && has(self.backbone))",
+            "set either backbone (the localizer on that backbone) or module (your own LightningModule), not both",
+            lambda self: self.module is None or self.backbone is None,
         ),
+        ARGS_WITH_MODULE,
     )
 
     backbone: str | None = Field(
@@ -114,20 +113,16 @@ class SessionSelection(Model):
     )
 
 
-class DataSpec(Model):
+class DataSpec(RuledModel):
     """What it is trained on: recording sessions, or any LightningDataModule by import path."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            cel(
-                "double(self.validationFraction) + double(self.testFraction) < 1.0",
-                "validationFraction and testFraction together must leave sessions to train on: keep their sum below 1",
-            ),
-            cel(
-                "has(self.module) || !has(self.args)",
-                "args are the arguments of module: set module too, or remove args",
-            ),
-        )
+    rules = (
+        Rule(
+            "double(self.validationFraction) + double(self.testFraction) < 1.0",
+            "validationFraction and testFraction together must leave sessions to train on: keep their sum below 1",
+            lambda self: self.validation_fraction + self.test_fraction < 1,
+        ),
+        ARGS_WITH_MODULE,
     )
 
     sessions: SessionSelection = Field(default_factory=SessionSelection, description="Recording sessions to use.")
@@ -216,6 +211,16 @@ class ResourcesSpec(Model):
     shared_memory: Quantity = Field(default="1Gi", description="Size of /dev/shm, which data loaders share batches in.")
 
 
+Tags = Annotated[
+    dict[Annotated[str, Field(max_length=250)], Annotated[str, Field(max_length=5000)]],
+    Rule(
+        f"self.all(name, name.matches('^{_TAG_NAME}$'))",
+        "names must be letters, digits, underscores, dots, slashes, colons, hyphens and spaces",
+        lambda self: all(map(_matches(_TAG_NAME), self)),
+    ),
+]
+
+
 class TrackingSpec(Model):
     """How the run appears in MLflow."""
 
@@ -230,30 +235,25 @@ class TrackingSpec(Model):
         max_length=250,
         description="Name of the MLflow run. Empty: the TrainingRun's namespace and name.",
     )
-    tags: dict[Annotated[str, Field(max_length=250)], Annotated[str, Field(max_length=5000)]] = Field(
-        default_factory=dict,
-        max_length=50,
-        description="Tags of the MLflow run.",
-        json_schema_extra=rules(
-            cel(
-                "self.all(name, name.matches('^[A-Za-z0-9_./: -]+$'))",
-                "names must be letters, digits, underscores, dots, slashes, colons, hyphens and spaces",
-            )
-        ),
-    )
+    tags: Tags = Field(default_factory=dict, max_length=50, description="Tags of the MLflow run.")
 
 
 Alias = Annotated[
     str,
-    Field(
-        min_length=1,
-        max_length=100,
-        json_schema_extra=rules(
-            cel(
-                "self.matches('^[A-Za-z0-9_-]+$') && self != 'latest' && !self.matches('^[vV][0-9]+$')",
-                "must be letters, digits, hyphens and underscores, and neither latest nor like v7 (MLflow's own)",
-            )
-        ),
+    Field(min_length=1, max_length=100),
+    Rule(
+        f"self.matches('^{_ALIAS}$') && self != 'latest' && !self.matches('^[vV][0-9]+$')",
+        "must be letters, digits, hyphens and underscores, and neither latest nor like v7 (MLflow's own)",
+        lambda self: _matches(_ALIAS)(self) and self != "latest" and not _matches("[vV][0-9]+")(self),
+    ),
+]
+ModelName = Annotated[
+    str,
+    Field(min_length=1, max_length=250),
+    Rule(
+        "!self.contains('/') && !self.contains(':')",
+        "must not contain '/' or ':'",
+        lambda self: "/" not in self and ":" not in self,
     ),
 ]
 
@@ -273,17 +273,22 @@ class PromotionSpec(Model):
 class RegistrationSpec(Model):
     """What becomes of the trained model in MLflow's registry."""
 
-    model: str = Field(
-        min_length=1,
-        max_length=250,
-        description="Registered model that a new version is made of; made when missing.",
-        json_schema_extra=rules(cel("!self.contains('/') && !self.contains(':')", "must not contain '/' or ':'")),
-    )
+    model: ModelName = Field(description="Registered model that a new version is made of; made when missing.")
     aliases: list[Alias] = Field(
         default_factory=list, max_length=20, description="Aliases that every new version takes over."
     )
     promotion: PromotionSpec | None = Field(
         default=None, description="An alias that a new version takes over only when it is better."
+    )
+
+
+class ExportSpec(Model):
+    """In which other forms the trained model is given out."""
+
+    onnx: bool = Field(
+        default=False,
+        description="Also export the trained model to ONNX, verified against PyTorch, as the run's artifact "
+        "onnx/model.onnx and with the registered model. A module of your own needs an example_input_array.",
     )
 
 
@@ -315,7 +320,7 @@ class TrainingRunSpec(Model):
     """What is trained, on what, how, with which resources, and what becomes of the model."""
 
     model_config = ConfigDict(
-        json_schema_extra=rules(
+        json_schema_extra=transitions(
             cel(
                 "has(self.registration) == has(oldSelf.registration)",
                 "registration can't be added or removed once the run exists: create a new TrainingRun instead",
@@ -335,35 +340,40 @@ class TrainingRunSpec(Model):
         default="",
         max_length=1024,
         description="Image of the training pod. Empty: the trainer image that the operator was installed with.",
-        json_schema_extra=rules(immutable("image")),
+        json_schema_extra=transitions(immutable("image")),
     )
     model: ModelSpec = Field(
-        default_factory=ModelSpec, description="What is trained.", json_schema_extra=rules(immutable("model"))
+        default_factory=ModelSpec, description="What is trained.", json_schema_extra=transitions(immutable("model"))
     )
     data: DataSpec = Field(
         default_factory=DataSpec,
         description="What it is trained on.",
-        json_schema_extra=rules(immutable("data")),
+        json_schema_extra=transitions(immutable("data")),
     )
     training: TrainingSpec = Field(
         default_factory=TrainingSpec,
         description="How it is trained.",
-        json_schema_extra=rules(immutable("training")),
+        json_schema_extra=transitions(immutable("training")),
     )
     resources: ResourcesSpec = Field(
         default_factory=ResourcesSpec,
         description="What the training pod is given.",
-        json_schema_extra=rules(immutable("resources")),
+        json_schema_extra=transitions(immutable("resources")),
     )
     tracking: TrackingSpec = Field(
         default_factory=TrackingSpec,
         description="How the run appears in MLflow.",
-        json_schema_extra=rules(immutable("tracking")),
+        json_schema_extra=transitions(immutable("tracking")),
     )
     registration: RegistrationSpec | None = Field(
         default=None,
         description="What becomes of the trained model in MLflow's registry. Without it nothing is registered.",
-        json_schema_extra=rules(immutable("registration")),
+        json_schema_extra=transitions(immutable("registration")),
+    )
+    export: ExportSpec = Field(
+        default_factory=ExportSpec,
+        description="In which other forms the trained model is given out.",
+        json_schema_extra=transitions(immutable("export")),
     )
     retries: RetriesSpec = Field(
         default_factory=RetriesSpec, description="When a failed attempt is followed by another."
@@ -399,7 +409,7 @@ class TrainingRunSpec(Model):
         description="Merged over the training pod's template as Kubernetes merges patches (strategic merge): "
         "nodeSelector, tolerations, priorityClassName, volumes, environment, labels … The container is named trainer. "
         "What would break the pod's isolation is refused.",
-        json_schema_extra=rules(immutable("podTemplate")),
+        json_schema_extra=transitions(immutable("podTemplate")),
     )
 
 
@@ -517,10 +527,11 @@ class Metadata(Model):
     uid: str = ""
 
 
-class TrainingRun(Model):
+class TrainingRun(RuledModel):
     """A TrainingRun as a file holds it and as a trainer is given it."""
 
     model_config = ConfigDict(alias_generator=to_camel, extra="ignore")
+    rules = (NAME_RULE,)
 
     api_version: Literal["training.heimdall.dev/v1alpha1"] = "training.heimdall.dev/v1alpha1"
     kind: Literal["TrainingRun"] = "TrainingRun"

@@ -48,7 +48,7 @@ RETRY_DELAY_LIMIT_S: Final = 300
 MEBIBYTE: Final = 2**20
 POLL_S: Final = 5
 """How soon to look again where no event may tell of a change."""
-PENDING_REPORT_S: Final = 5
+PENDING_REPORT_S: Final = 10
 """A pod that waits for less is not worth a write."""
 POD_VANISHED_S: Final = 20
 """How long a Job may have ended before its pod's own account is given up."""
@@ -520,7 +520,9 @@ def _stay_finished(observed: Observed, now: datetime) -> Decision:
         actions.append(RemoveFinalizer())
     due = [left] if left is not None and left > 0 else []
     due += [POLL_S] if any(job.finished is None for job in observed.jobs) else []
-    return Decision(tuple(actions), observed.status, min(due, default=None))
+    # Who waits for a change to be seen (Flux does) would wait for ever.
+    status = observed.status.model_copy(update={"observed_generation": observed.generation})
+    return Decision(tuple(actions), status, min(due, default=None))
 
 
 def _lingers(observed: Observed, job: JobFacts, now: datetime) -> bool:

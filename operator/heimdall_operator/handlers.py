@@ -31,6 +31,21 @@ LAST_EVENTS_TIMEOUT_S: Final = 5
 OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
 
 
+class NoDiffs(kopf.DiffBaseStorage):
+    """Keeps and compares nothing: kopf would copy every object of every event, for handlers that are not used."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        """What a change would be seen in."""
+        return cast("kopf.BodyEssence", {})
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        """What was kept."""
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Keep nothing."""
+
+
 class Handlers:
     """The operator's side of kopf's calls."""
 
@@ -65,8 +80,8 @@ class Handlers:
         body = cast("dict[str, Any]", event["object"])
         if event["type"] == "DELETED":
             self._controller.store.drop(Key(body["metadata"]["namespace"], body["metadata"]["name"]))
-        else:
-            self._controller.queue.add(self._controller.store.put(body))
+        elif (key := self._controller.store.put(body)) is not None:
+            self._controller.queue.add(key)
 
     async def job(self, event: kopf.RawEvent, **_: Any) -> None:
         """A Job of ours changed."""
@@ -117,6 +132,7 @@ def _tune(settings: kopf.OperatorSettings) -> None:
     # Events of the resource are written by the controller, one for each transition; kopf's log lines are no Events.
     settings.posting.enabled = False
     settings.posting.level = logging.CRITICAL
+    settings.persistence.diffbase_storage = NoDiffs()
 
 
 async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controller:
@@ -130,6 +146,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         secret=settings.trainer_secret,
         tracking_uri=settings.tracking_uri,
         grace_period_s=settings.grace_period_seconds,
+        ca=settings.ca_bundle,
     )
     controller = Controller(
         kube=kube,
@@ -146,6 +163,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
     await controller.refresh()
     stack.push_async_callback(_say_the_last, controller)
     coroutines = [
+        mlflow.prepare(),
         controller.resync(settings.resync_seconds),
         controller.follow_progress(settings.progress_seconds),
         controller.record_events(),

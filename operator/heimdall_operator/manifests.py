@@ -35,6 +35,34 @@ GPU_RESOURCE: Final = "nvidia.com/gpu"
 RENDEZVOUS_PORT: Final = 29400
 
 
+CA_DIR: Final = "/etc/heimdall-ca"
+CA_FILE: Final = f"{CA_DIR}/ca.crt"
+CA_VARIABLES: Final = (
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
+    "REQUESTS_CA_BUNDLE",
+    "AWS_CA_BUNDLE",
+    "HEIMDALL_S3_CA_BUNDLE",
+    "PGSSLROOTCERT",
+)
+"""Where MLflow's client, requests (addresses that MLflow signs), boto3, the trainer and libpq look for authorities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CABundle:
+    """Certificate authorities of private servers: a ConfigMap or a Secret that every training namespace has."""
+
+    name: str
+    key: str
+    is_secret: bool
+
+    def volume(self) -> dict[str, Any]:
+        """The volume that holds them as one file."""
+        items = [{"key": self.key, "path": CA_FILE.rsplit("/", 1)[1]}]
+        if self.is_secret:
+            return {"name": "ca", "secret": {"secretName": self.name, "items": items}}
+        return {"name": "ca", "configMap": {"name": self.name, "items": items}}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerDefaults:
     """What the operator was installed with."""
@@ -45,6 +73,8 @@ class TrainerDefaults:
     tracking_uri: str
     grace_period_s: int = 60
     """Time a trainer has after SIGTERM to make and deliver a checkpoint."""
+    ca: CABundle | None = None
+    """What private servers are trusted by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +237,7 @@ def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
                     {"name": "run-file", "mountPath": RUN_FILE.rsplit("/", 1)[0], "readOnly": True},
                     {"name": "scratch", "mountPath": SCRATCH_DIR},
                     {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108 - a volume of the pod's own
+                    *([{"name": "ca", "mountPath": CA_DIR, "readOnly": True}] if defaults.ca else []),
                 ],
             }
         ],
@@ -228,6 +259,7 @@ def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
                 "name": "shared-memory",
                 "emptyDir": {"medium": "Memory", "sizeLimit": str(plan.spec.resources.shared_memory)},
             },
+            *([defaults.ca.volume()] if defaults.ca else []),
         ],
     }
 
@@ -243,6 +275,7 @@ def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str,
         "HOME": SCRATCH_DIR,
         "USER": CONTAINER,  # libraries ask who they are, and the image may not know its user
         "TMPDIR": SCRATCH_DIR,
+        **(dict.fromkeys(CA_VARIABLES, CA_FILE) if defaults.ca else {}),
     }
     return [{"name": name, "value": value} for name, value in values.items()]
 

@@ -58,6 +58,10 @@ class MlflowGateway:
         """Let the threads go; calls under way end by their own bounds."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    async def prepare(self) -> None:
+        """Import MLflow, which takes a second or two, before the first run waits for it."""
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._connect)
+
     async def ensure_run(self, observed: Observed) -> RunFacts:
         """Find or create the run of a TrainingRun."""
         spec = observed.spec

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from heimdall_api.base import explain
 from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_QUEUE, LABEL_UID, QUEUE_LABELS
 from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
 from heimdall_tracking.registry import Registration
@@ -256,15 +257,7 @@ def _spec(raw: Mapping[str, Any]) -> tuple[TrainingRunSpec | None, str]:
     try:
         return TrainingRunSpec.model_validate(raw), ""
     except ValidationError as error:
-        return None, explain(error)
-
-
-def explain(error: ValidationError) -> str:
-    """A validation error as a sentence that names each field of the spec."""
-    return "; ".join(
-        f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-        for item in error.errors(include_url=False, include_input=False, include_context=False)
-    )
+        return None, explain(error, "spec")
 
 
 def _disruption(conditions: Mapping[str, Any], status: Mapping[str, Any]) -> str | None:

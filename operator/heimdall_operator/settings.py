@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from heimdall_operator.manifests import CABundle
+
 
 class OperatorSettings(BaseSettings):
     """Settings of the operator; each field's environment variable is its name in capitals with the prefix."""
@@ -26,6 +28,12 @@ class OperatorSettings(BaseSettings):
     """Pull policy of the trainer's image."""
     grace_period_seconds: int = Field(default=60, ge=10)
     """Time a trainer has after SIGTERM to make and deliver a checkpoint."""
+    ca_config_map: str = ""
+    """ConfigMap with the certificate authorities of private servers, in every training namespace. Empty: none."""
+    ca_secret: str = ""
+    """The same as a Secret."""
+    ca_key: str = "ca.crt"
+    """Key of the certificates in that ConfigMap or Secret."""
     namespaces: str = ""
     """Namespaces to watch, separated by commas. Empty: all."""
     health_port: int = 8080
@@ -56,6 +64,12 @@ class OperatorSettings(BaseSettings):
     def namespace_list(self) -> list[str]:
         """The namespaces to watch; empty for all."""
         return [name.strip() for name in self.namespaces.split(",") if name.strip()]
+
+    @property
+    def ca_bundle(self) -> CABundle | None:
+        """What training pods are given to trust private servers by."""
+        name = self.ca_secret or self.ca_config_map
+        return CABundle(name=name, key=self.ca_key, is_secret=bool(self.ca_secret)) if name else None
 
     @property
     def public_url(self) -> str:

@@ -66,12 +66,12 @@ class Store:
         """Jobs or pods of a TrainingRun."""
         return list(self._children[kind].get(key, {}).values())
 
-    def put(self, resource: Manifest) -> Key:
-        """Take in a TrainingRun, unless a newer state of it is known."""
+    def put(self, resource: Manifest) -> Key | None:
+        """Take in a TrainingRun; None where it brings nothing new, as a watch's echo of an own write."""
         key = Key(resource["metadata"]["namespace"], resource["metadata"]["name"])
-        known = self._resources.get(key)
-        if known is None or not _older(resource, known):
-            self._resources[key] = resource
+        if not _is_news(resource, self._resources.get(key)):
+            return None
+        self._resources[key] = resource
         return key
 
     def drop(self, key: Key) -> None:
@@ -79,12 +79,14 @@ class Store:
         self._resources.pop(key, None)
 
     def put_child(self, kind: ChildKind, child: Manifest) -> Key | None:
-        """Take in a Job or pod; None where it belongs to no TrainingRun."""
+        """Take in a Job or pod; None where it belongs to no TrainingRun, or brings nothing new."""
         key = run_of(child)
-        if key is not None:
-            known = self._children[kind][key].get(child["metadata"]["name"])
-            if known is None or not _older(child, known):
-                self._children[kind][key][child["metadata"]["name"]] = child
+        if key is None:
+            return None
+        named = self._children[kind][key]
+        if not _is_news(child, named.get(child["metadata"]["name"])):
+            return None
+        named[child["metadata"]["name"]] = child
         return key
 
     def drop_child(self, kind: ChildKind, child: Manifest) -> Key | None:
@@ -149,8 +151,8 @@ def run_of(child: Manifest) -> Key | None:
     return Key(metadata["namespace"], name) if name else None
 
 
-def _older(new: Manifest, known: Manifest) -> bool:
-    """Whether a state is older than the known one of the same object (versions are comparable since 1.35)."""
-    if new["metadata"].get("uid") != known["metadata"].get("uid"):
-        return False
-    return int(new["metadata"].get("resourceVersion", 0)) < int(known["metadata"].get("resourceVersion", 0))
+def _is_news(state: Manifest, known: Manifest | None) -> bool:
+    """Whether a state is newer than the known one of its name (versions are comparable since Kubernetes 1.35)."""
+    if known is None or state["metadata"].get("uid") != known["metadata"].get("uid"):
+        return True
+    return int(state["metadata"].get("resourceVersion", 0)) > int(known["metadata"].get("resourceVersion", 0))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,10 @@ INSTALL_TIMEOUT_S = 420
 CANARY_KEYS = {
     "database": ("postgres-password", "mlflow-password", "writer-password", "reader-password"),
     "object-store": ("root-password", "mlflow-secret-key", "writer-secret-key", "reader-secret-key"),
+    "tracking": ("admin-password", "operator-password", "trainer-password", "flask-secret-key"),
 }
+MONITORING = f"{NAMESPACE}-monitoring"
+"""Where Prometheus would be."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,6 +138,7 @@ OTHER_NODE, GPU_NODE = "heimdall-worker", "heimdall-worker2"
 INSTALL_OPTIONS = (
     *("--set", "operator.progressSeconds=3,operator.resyncSeconds=30,operator.lostPodSeconds=10"),
     *("--set", "trainer.gracePeriodSeconds=15"),
+    *("--set", f"networkPolicies.metrics.namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name={MONITORING}"),
     # Nodes are stopped and drained: the one with the GPUs, which nothing but training pods runs on.
     *(
         option
@@ -175,6 +179,7 @@ class Mlflow:
     """MLflow, asked over HTTP."""
 
     url: str
+    login: tuple[str, str] = field(repr=False)
 
     @property
     def client(self) -> Any:
@@ -198,9 +203,13 @@ class Mlflow:
 
 
 @pytest.fixture(scope="session")
-def mlflow(release: Cluster) -> Iterator[Mlflow]:
-    with port_forward(release, "svc/heimdall-tracking", 5000) as port:
-        yield Mlflow(f"http://127.0.0.1:{port}")
+def mlflow(release: Cluster, canaries: dict[str, str]) -> Iterator[Mlflow]:
+    """MLflow for somebody who may see everything; clients of this process log in as this user."""
+    login = ("admin", canaries["tracking/admin-password"])
+    with port_forward(release, "svc/heimdall-tracking", 5000) as port, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", login[0])
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", login[1])
+        yield Mlflow(f"http://127.0.0.1:{port}", login)
 
 
 @pytest.fixture(scope="session")

@@ -172,7 +172,7 @@ def test_a_pod_killed_in_mid_epoch_is_followed_by_one_that_goes_on(
     release: Cluster, mlflow: Mlflow, recordings: None, name: str
 ) -> None:
     del recordings
-    release.apply(example(name, epochs=4, checkpoints={"keep": 2, "everyMinutes": 0.05}))
+    release.apply(example(name, epochs=2, checkpoints={"keep": 2, "everyMinutes": 0.05}))
     status = release.wait_for_phase(name, "Running", timeout_s=TRAINING_S)
     run_id = status["runID"]
 
@@ -261,7 +261,7 @@ def test_two_workers_train_together_and_go_on_when_one_is_killed(
     release: Cluster, mlflow: Mlflow, recordings: None, name: str
 ) -> None:
     del recordings
-    run = example(name, epochs=3, batchSize=8, checkpoints={"keep": 1, "everyMinutes": 0.05})
+    run = example(name, epochs=2, batchSize=8, checkpoints={"keep": 1, "everyMinutes": 0.05})
     run["spec"]["model"]["backbone"] = "resnet10t"
     run["spec"]["resources"] |= {"workers": 2, "memory": "3Gi", "cpu": "500m"}
     release.apply(run)

@@ -128,7 +128,8 @@ def test_jobs_and_pods_go_when_their_time_is_over_and_logs_stay(release: Cluster
 
 def read_artifact(mlflow: Mlflow, run_id: str, path: str) -> str:
     """The text of an artifact, through the server (its own addresses lead into the cluster)."""
-    answer = requests.get(f"{mlflow.url}/get-artifact", params={"run_uuid": run_id, "path": path}, timeout=30)
+    wanted = {"run_uuid": run_id, "path": path}
+    answer = requests.get(f"{mlflow.url}/get-artifact", params=wanted, auth=mlflow.login, timeout=30)
     answer.raise_for_status()
     return answer.text
 
@@ -149,7 +150,9 @@ def test_a_namespace_without_the_secret_says_so(release: Cluster, name: str) -> 
         )
         assert 'secret "heimdall-trainer" not found' in said
 
-        bare.kubectl("create", "secret", "generic", "heimdall-trainer", "--from-literal=NOTHING=needed")
+        there = release.get("secret", "heimdall-trainer")
+        assert there is not None
+        bare.apply({**there, "metadata": {"name": "heimdall-trainer"}})
         assert bare.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
         bare.kubectl("delete", "trainingrun", name, "--timeout=120s")
     finally:

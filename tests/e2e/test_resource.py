@@ -75,6 +75,7 @@ def test_what_defines_the_training_is_immutable(release: Cluster, name: str) -> 
         {"tracking": {"runName": "another"}},
         {"podTemplate": {"spec": {"nodeSelector": {"a": "b"}}}},
         {"image": "other"},
+        {"export": {"onnx": True}},
     ]
     for change in changes:
         said = release.refused("patch", "trainingrun", name, "--type=merge", "-p", json.dumps({"spec": change}))

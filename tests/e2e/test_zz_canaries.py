@@ -63,7 +63,10 @@ def test_no_password_is_in_a_log_or_an_image_layer(release: Cluster, passwords: 
         command = ("docker", "exec", "-i", node, "grep", "-rlF", "-m1", "--devices=skip", "-f", "-", folder)
         done = release.run(*command, text=patterns, check=False)
         assert done.stdout.splitlines() == []
-        assert done.returncode == GREP_NOTHING, done.stderr
+        # What a container that ended leaves may be cleared away meanwhile.
+        troubles = [line for line in done.stderr.splitlines() if not line.endswith("No such file or directory")]
+        assert troubles == []
+        assert done.returncode == GREP_NOTHING or done.stderr
 
 
 def test_no_password_is_in_what_mlflow_keeps(mlflow: Mlflow, passwords: dict[str, str]) -> None:

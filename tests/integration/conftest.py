@@ -14,11 +14,16 @@ import pytest
 from mlflow import MlflowClient
 
 from heimdall_tracking import MLflowTracker, TrackingSettings
-from tests.integration.servers import Minio, Mlflow, Postgres, Server
+from tests.integration.servers import Minio, Mlflow, Postgres, Redis, Server
 
 HTTP_RETRIES = "2"
 HTTP_TIMEOUT_S = "10"
 """Less patience within a call than MLflow's own: what is tested is the patience around it."""
+
+OWN_VARIABLES = {
+    *("HEIMDALL_DATABASE_URL", "HEIMDALL_S3_CA_BUNDLE", "HEIMDALL_REDIS_URL", "HEIMDALL_UNDELIVERED_DIR"),
+    *("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"),
+}
 
 _numbers = itertools.count(1)
 
@@ -34,7 +39,7 @@ def clean_environment() -> Iterator[None]:
     """Nothing of the caller's own servers and credentials."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith(("MLFLOW_", "AWS_", "PG")) or name in ("HEIMDALL_DATABASE_URL", "HEIMDALL_S3_CA_BUNDLE"):
+            if name.startswith(("MLFLOW_", "AWS_", "PG")) or name in OWN_VARIABLES:
                 patch.delenv(name)
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", HTTP_TIMEOUT_S)
@@ -76,6 +81,21 @@ def mlflow_process(server_folder: Path, postgres_process: Postgres, minio_proces
         after.callback(server.stop)
         server.start()
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_process(server_folder: Path) -> Iterator[Redis]:
+    server = Redis(server_folder)
+    with ExitStack() as after:
+        after.callback(server.stop)
+        yield server
+
+
+@pytest.fixture
+def redis(redis_process: Redis) -> Redis:
+    """It runs, whatever the test before did to it."""
+    redis_process.start()
+    return redis_process
 
 
 @pytest.fixture

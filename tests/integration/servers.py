@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,13 +45,23 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def answers(url: str) -> bool:
+def answers(url: str, certificate: Certificate | None = None) -> bool:
     """Whether a GET succeeds."""
+    context = ssl.create_default_context(cafile=certificate.authority) if certificate else None
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=5, context=context) as answer:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A server's certificate and key, and the authority that vouches for it."""
+
+    authority: Path
+    certificate: Path
+    key: Path
 
 
 class Server:
@@ -169,8 +181,9 @@ class Postgres(Server):
     stop_signal = signal.SIGINT  # the fast way: it does not wait for its clients
     user = "postgres"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificate: Certificate | None = None) -> None:
         super().__init__(folder)
+        self._certificate = certificate
         self.password = secrets.token_hex(12)
         self._programs = postgres_programs()
         # Outside pytest's folder, which no other user may enter.
@@ -181,6 +194,8 @@ class Postgres(Server):
             os.chown(self._data, account.pw_uid, account.pw_gid)
             self._as_user = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
         self._make_cluster()
+        if certificate is not None:
+            self._take(certificate)
 
     def command(self) -> list[str]:
         options = {
@@ -189,6 +204,8 @@ class Postgres(Server):
             "unix_socket_directories": "",
             "fsync": "off",  # processes are killed here, not the machine
         }
+        if self._certificate is not None:
+            options |= {"ssl": "on", "ssl_cert_file": "server.crt", "ssl_key_file": "server.key"}
         flags = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
         return [*self._as_user, str(self._programs / "postgres"), "-D", str(self._data / "data"), *flags]
 
@@ -219,6 +236,15 @@ class Postgres(Server):
         """Remove its data."""
         shutil.rmtree(self._data)
 
+    def _take(self, certificate: Certificate) -> None:
+        """Copy certificate and key to where its user alone may read them, as it asks for."""
+        owner = self._data.stat()
+        for source, name in ((certificate.certificate, "server.crt"), (certificate.key, "server.key")):
+            file = self._data / "data" / name
+            shutil.copy(source, file)
+            file.chmod(0o600)
+            os.chown(file, owner.st_uid, owner.st_gid)
+
     def _make_cluster(self) -> None:
         password = self._data / "password"
         password.write_text(self.password)
@@ -243,8 +269,14 @@ class Minio(Server):
     name = "minio"
     access_key = "heimdall"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificate: Certificate | None = None) -> None:
         super().__init__(folder)
+        self.certificate = certificate
+        self._certificates = folder / "minio-certificates"
+        if certificate is not None:
+            self._certificates.mkdir()
+            shutil.copy(certificate.certificate, self._certificates / "public.crt")
+            shutil.copy(certificate.key, self._certificates / "private.key")
         self.secret_key = secrets.token_hex(12)
         self._console_port = free_port()
         self._data = folder / "objects"
@@ -254,7 +286,8 @@ class Minio(Server):
 
     def command(self) -> list[str]:
         addresses = ["--address", f"{HOST}:{self.port}", "--console-address", f"{HOST}:{self._console_port}"]
-        return [str(self._program), "server", str(self._data), *addresses]
+        certificates = ["--certs-dir", str(self._certificates)] if self.certificate else []
+        return [str(self._program), "server", str(self._data), *addresses, *certificates]
 
     def environment(self) -> dict[str, str]:
         return {
@@ -266,11 +299,11 @@ class Minio(Server):
         }
 
     def is_ready(self) -> bool:
-        return answers(f"{self.url}/minio/health/ready")
+        return answers(f"{self.url}/minio/health/ready", self.certificate)
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://{HOST}:{self.port}"
 
     @property
     def s3(self) -> Any:
@@ -283,7 +316,44 @@ class Minio(Server):
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
+            verify=str(self.certificate.authority) if self.certificate else None,
         )
+
+
+class Redis(Server):
+    """Redis, which asks for a password and keeps nothing on disk."""
+
+    name = "redis"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.password = secrets.token_hex(12)
+        # It goes by the name that it is called by.
+        self._program = folder / "redis-server"
+        self._program.symlink_to(redis_program())
+
+    def command(self) -> list[str]:
+        listen = ["--bind", HOST, "--port", str(self.port), "--requirepass", self.password]
+        return [str(self._program), *listen, "--save", "", "--appendonly", "no"]
+
+    def is_ready(self) -> bool:
+        from redis.exceptions import RedisError
+
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except RedisError:
+            return False
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self.password}@{HOST}:{self.port}/0"
+
+    def client(self) -> Any:
+        """A client of its own."""
+        import redis
+
+        return redis.Redis.from_url(self.url, socket_timeout=5)
 
 
 class Mlflow(Server):
@@ -292,19 +362,29 @@ class Mlflow(Server):
     name = "mlflow"
     bucket = "artifacts"
 
-    def __init__(self, folder: Path, postgres: Postgres, minio: Minio) -> None:
+    def __init__(self, folder: Path, postgres: Postgres, minio: Minio, certificate: Certificate | None = None) -> None:
         super().__init__(folder)
+        self._certificate = certificate
         self._postgres = postgres
         self._minio = minio
 
     def command(self) -> list[str]:
         listen = ["--host", HOST, "--port", str(self.port), "--workers", "1"]
         artifacts = ["--artifacts-destination", f"s3://{self.bucket}", "--serve-artifacts"]
-        return [str(Path(sys.executable).parent / "mlflow"), "server", *listen, *artifacts]
+        program = [str(Path(sys.executable).parent / "mlflow"), "server"]
+        if self._certificate is None:
+            return [*program, *listen, *artifacts]
+        tls = f"--ssl-certfile {self._certificate.certificate} --ssl-keyfile {self._certificate.key}"
+        return [*program, *listen, *artifacts, "--uvicorn-opts", tls]
 
     def environment(self) -> dict[str, str]:
+        store, private = self._postgres.url("mlflow", "postgresql+psycopg2"), {}
+        if self._certificate is not None:
+            store += f"?sslmode=verify-full&sslrootcert={self._certificate.authority}"
+            private = {"AWS_CA_BUNDLE": str(self._certificate.authority)}
         return {
-            "MLFLOW_BACKEND_STORE_URI": self._postgres.url("mlflow", "postgresql+psycopg2"),
+            **private,
+            "MLFLOW_BACKEND_STORE_URI": store,
             "MLFLOW_S3_ENDPOINT_URL": self._minio.url,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -314,11 +394,11 @@ class Mlflow(Server):
         }
 
     def is_ready(self) -> bool:
-        return answers(f"{self.url}/health")
+        return answers(f"{self.url}/health", self._certificate)
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return f"{'https' if self._certificate else 'http'}://{HOST}:{self.port}"
 
     def artifact(self, run: Any, path: str) -> bytes:
         """The bytes of a run's artifact as they lie in MinIO."""
@@ -355,15 +435,37 @@ def _installed_postgres() -> Path | None:
     return found[0].parent if found else None
 
 
+def redis_program() -> Path:
+    """Redis's server; installed where it is missing, this is Debian and we may.
+
+    Debian's tools hold the same program under another name, and start no service of the system's.
+    """
+    found = _installed_redis()
+    if found is None and os.getuid() == 0 and shutil.which("apt-get"):
+        _install("redis-tools")
+        found = _installed_redis()
+    assert found is not None, "Redis is missing: install it (Debian: apt-get install redis-tools)"
+    return found
+
+
+def _installed_redis() -> Path | None:
+    found = shutil.which("redis-server") or shutil.which("redis-check-rdb")
+    return Path(found).resolve() if found else None
+
+
 def _install_postgres() -> None:
     settings = Path("/etc/postgresql-common/createcluster.conf")
     if not settings.exists():
         # Only the programs are wanted, no cluster of the system's.
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text("create_main_cluster = false\n")
+    _install("postgresql")
+
+
+def _install(package: str) -> None:
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     keep = ["-o", "Dpkg::Options::=--force-confold"]
-    for arguments in (["update"], ["install", "-y", "--no-install-recommends", *keep, "postgresql"]):
+    for arguments in (["update"], ["install", "-y", "--no-install-recommends", *keep, package]):
         subprocess.run(["apt-get", "-qq", *arguments], env=env, check=True, timeout=INSTALL_TIMEOUT_S)
 
 

@@ -16,10 +16,13 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
+from heimdall_api.contract import TAG_CHECKPOINTS, parse_checkpoints
 from heimdall_api.types import PromotionSpec, RegistrationSpec
 from heimdall_tracking import MLflowTracker, registry, runs
 from heimdall_tracking.experiments import ensure_experiment
+from heimdall_tracking.queue import MetricQueue
 from heimdall_tracking.tracker import INFINITY
+from heimdall_trainer.checkpoints import CheckpointPublisher
 from tests.integration.conftest import Stack
 
 OUTAGE_S = float(os.environ.get("HEIMDALL_OUTAGE_S", "8"))
@@ -101,10 +104,14 @@ def test_a_training_is_found_whole_at_its_end(stack: Stack, name: str, tmp_path:
     "away", [("mlflow",), ("postgres",), ("minio",), ("mlflow", "postgres", "minio")], ids="+".join
 )
 def test_what_is_logged_while_servers_are_away_arrives_once_and_in_order(
-    stack: Stack, name: str, tmp_path: Path, away: tuple[str, ...]
+    stack: Stack, name: str, tmp_path: Path, away: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # So few that most points of a short outage wait on disk, as those of a long one do.
+    monkeypatch.setitem(MetricQueue.__init__.__kwdefaults__, "memory_points", 20)
     tracker = stack.tracker(name)
+    tracker.keep_undelivered_in(tmp_path / "undelivered")
     run_id = tracker.start_run("run")
+    publisher = CheckpointPublisher(tracker, attempt=1, keep=3, mode="min", fenced=False)
     uploads = [upload(tracker, tmp_path, "before")]
     tracker.log_metrics({"loss": 0}, 0)
     assert tracker.flush(DELIVERY_TIMEOUT_S)
@@ -113,12 +120,16 @@ def test_what_is_logged_while_servers_are_away_arrives_once_and_in_order(
     for server in reversed(servers):
         server.kill()
     uploads.append(upload(tracker, tmp_path, "during"))
+    (tmp_path / "step-1.ckpt").write_bytes(content_of("checkpoint"))
+    publisher.submit(tmp_path / "step-1.ckpt", step=1, epoch=0, metric=None)
     steps = train(tracker, first=1, duration_s=OUTAGE_S)
     for server in servers:
         server.start()
     tracker.log_metrics({"loss": steps}, steps)
     uploads.append(upload(tracker, tmp_path, "after"))
 
+    assert publisher.flush(DELIVERY_TIMEOUT_S)
+    assert publisher.close() == []
     assert tracker.end_run(timeout_s=DELIVERY_TIMEOUT_S)
 
     client = stack.client()
@@ -131,12 +142,20 @@ def test_what_is_logged_while_servers_are_away_arrives_once_and_in_order(
         assert done.result(0) is None
         content = stack.mlflow.artifact(run, f"checkpoints/{label}.bin")
         assert hashlib.sha256(content).digest() == hashlib.sha256(content_of(label)).digest()
+    (checkpoint,) = parse_checkpoints(run.data.tags[TAG_CHECKPOINTS])
+    assert hashlib.sha256(stack.mlflow.artifact(run, checkpoint.path)).hexdigest() == checkpoint.sha256
+    assert sorted(item.path for item in client.list_artifacts(run_id, "checkpoints")) == [
+        *(f"checkpoints/{label}.bin" for label in ("after", "before", "during")),
+        "checkpoints/step-1.ckpt",
+    ]
+    assert not (tmp_path / "undelivered").exists()
 
 
 def test_with_the_server_gone_for_good_training_ends_and_says_what_is_missing(
     stack: Stack, name: str, tmp_path: Path
 ) -> None:
     tracker = stack.tracker(name)
+    tracker.keep_undelivered_in(tmp_path / "undelivered")
     run_id = tracker.start_run("run")
     stack.mlflow.kill()
     train(tracker, first=1, duration_s=1)

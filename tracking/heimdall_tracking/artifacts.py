@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -16,49 +18,76 @@ from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import TrackingError, is_permanent
 from heimdall_tracking.redact import redact
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 RETRY_S: Final = 1.0
 RETRY_LIMIT_S: Final = 30.0
 
 log = structlog.get_logger()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """A file or a folder, and where it goes."""
+
+    path: Path
+    target: str | None = None
+    """Artifact folder; the run's root if None."""
+    whole_folder: bool = False
+
+    def make(self, client: MlflowClient, run_id: str) -> None:
+        """Upload it; made again, it lies there once.
+
+        Raises:
+            Exception: The server is away or refuses, or the file can't be read.
+        """
+        log_it = client.log_artifacts if self.whole_folder else client.log_artifact
+        log_it(run_id, str(self.path), self.target)
+
+
 class Uploader:
     """Uploads one after the other, in a thread of their own."""
 
-    def __init__(self, *, retry_s: float = RETRY_S) -> None:
+    def __init__(self, make: Callable[[Upload], None], *, retry_s: float = RETRY_S) -> None:
         """Prepare; the thread starts with the first upload.
 
         Args:
+            make: Makes an upload or raises; called from the background thread alone.
             retry_s: First delay after a failure; it doubles up to RETRY_LIMIT_S.
         """
+        self._make = make
         self._retry_s = retry_s
         self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="heimdall-uploads")
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Upload, Future[None]]] = deque()
+        self._under_way: Upload | None = None
         self._pending: list[Future[None]] = []
-        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
-    def file(self, upload: Callable[[str], None], path: Path) -> Future[None]:
-        """Upload a file.
+    def put(self, upload: Upload) -> Future[None]:
+        """Have something uploaded; returns at once.
 
         Args:
-            upload: Uploads what is at a path, or raises.
-            path: The file.
+            upload: What, and where it goes. It must stay as it is until it was uploaded.
 
         Returns:
-            The upload.
+            The upload, to wait for.
 
         Raises:
-            TrackingError: The file is missing or can't be read.
+            TrackingError: The file or folder is missing or can't be read.
         """
-        if not path.is_file():
-            raise TrackingError(f"{path} is {'a folder' if path.is_dir() else 'missing'}: no file was logged")
-        return self._submit(upload, path)
-
-    def folder(self, upload: Callable[[str], None], path: Path) -> Future[None]:
-        """Upload a folder; see file."""
-        if not path.is_dir():
-            raise TrackingError(f"{path} is {'no folder' if path.exists() else 'missing'}: no folder was logged")
-        return self._submit(upload, path)
+        _check(upload)
+        future: Future[None] = Future()
+        with self._changed:
+            self._pending.append(future)
+            self._waiting.append((upload, future))
+            self._changed.notify_all()
+            if self._thread is None:
+                # A daemon: a call to a server that is away must not hold the end of the process up.
+                self._thread = threading.Thread(target=self._work, name="heimdall-uploads", daemon=True)
+                self._thread.start()
+        return future
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all uploads are done.
@@ -69,38 +98,69 @@ class Uploader:
         Returns:
             Whether every upload since the last flush succeeded.
         """
-        with self._lock:
+        with self._changed:
             waited_for = list(self._pending)
         done, pending = wait_for_futures(waited_for, timeout_s)
         failed = [future for future in done if future.cancelled() or future.exception() is not None]
         for future in failed:
             error = "given up" if future.cancelled() else redact(future.exception())
             log.error("an artifact was not uploaded", error=error)
-        with self._lock:
+        with self._changed:
             # Others may have been added meanwhile.
             self._pending = [future for future in self._pending if future not in done]
         return not failed and not pending
 
     def close(self, timeout_s: float) -> bool:
-        """Do what can be done in time, then give the rest up; whether everything was uploaded."""
+        """Do what can be done in time, then end the thread; whether everything was uploaded. See `left`."""
         done = self.flush(timeout_s)
-        self._closed.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._changed:
+            self._closed.set()
+            for _, future in self._waiting:
+                if not future.done() and future.cancel():
+                    future.set_running_or_notify_cancel()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout=1)
         return done
 
-    def _submit(self, upload: Callable[[str], None], path: Path) -> Future[None]:
-        if not os.access(path, os.R_OK):
-            raise TrackingError(f"{path} can't be read by this user: nothing was logged; change its permissions")
-        future = self._pool.submit(self._until_done, upload, path)
-        with self._lock:
-            self._pending.append(future)
-        return future
+    def left(self) -> list[Upload]:
+        """What a closed uploader did not upload; one whose answer is still out counts as not uploaded."""
+        with self._changed:
+            first = [] if self._under_way is None else [self._under_way]
+            return [*first, *(upload for upload, _ in self._waiting)]
 
-    def _until_done(self, upload: Callable[[str], None], path: Path) -> None:
-        delay = self._retry_s
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed.is_set())
+                if self._closed.is_set():
+                    return
+                upload, future = self._waiting.popleft()
+                self._under_way = upload
+            future.set_running_or_notify_cancel()
+            problem: TrackingError | None = None
+            settled = True
+            try:
+                settled = self._until_done(upload)
+            except TrackingError as error:
+                problem = error
+            if settled:
+                with self._changed:
+                    self._under_way = None
+            else:
+                problem = TrackingError(f"{upload.path} was not uploaded in time")
+            # Last: who waits for it must find it done.
+            if problem is None:
+                future.set_result(None)
+            else:
+                future.set_exception(problem)
+
+    def _until_done(self, upload: Upload) -> bool:
+        """Upload until it succeeds; whether it did before the end."""
+        path, delay = upload.path, self._retry_s
         while True:
             try:
-                upload(str(path))
+                self._make(upload)
             except Exception as error:
                 if not path.exists():
                     raise TrackingError(f"{path} was removed before it was uploaded") from error
@@ -109,7 +169,17 @@ class Uploader:
                 forget_connections()
                 log.warning("an upload failed; trying again", file=str(path), error=redact(error), again_in_s=delay)
                 if self._closed.wait(delay):
-                    raise TrackingError(f"{path} was not uploaded in time: {redact(error)}") from error
+                    return False
                 delay = min(2 * delay, RETRY_LIMIT_S)
             else:
-                return
+                return True
+
+
+def _check(upload: Upload) -> None:
+    path = upload.path
+    if upload.whole_folder and not path.is_dir():
+        raise TrackingError(f"{path} is {'no folder' if path.exists() else 'missing'}: no folder was logged")
+    if not upload.whole_folder and not path.is_file():
+        raise TrackingError(f"{path} is {'a folder' if path.is_dir() else 'missing'}: no file was logged")
+    if not os.access(path, os.R_OK):
+        raise TrackingError(f"{path} can't be read by this user: nothing was logged; change its permissions")

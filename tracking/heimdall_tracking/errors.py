@@ -14,6 +14,10 @@ class TrackingError(Exception):
     """Something can't be tracked; the message says why and what to do."""
 
 
+class AwayError(Exception):
+    """The server does not answer; what was to be delivered is still there for another try."""
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether MLflow refuses what it was given: nothing that happens meanwhile makes it take the same again."""
     return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"

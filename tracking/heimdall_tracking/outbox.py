@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Generic, Protocol, TypeVar
 
 import structlog
 
@@ -22,47 +22,61 @@ RETRY_LIMIT_S: Final = 15.0
 log = structlog.get_logger()
 
 
-class Outbox:
+class Keyed(Protocol):
+    """A call, as data."""
+
+    @property
+    def key(self) -> str:
+        """What it is."""
+
+
+CallT = TypeVar("CallT", bound=Keyed)
+
+
+class Outbox(Generic[CallT]):
     """Calls on their way to the server, in order of their first put."""
 
-    def __init__(self, *, retry_s: float = RETRY_S) -> None:
+    def __init__(self, make: Callable[[CallT], object], *, retry_s: float = RETRY_S) -> None:
         """Start the background thread.
 
         Args:
+            make: Makes a call, or raises; called from the background thread alone.
             retry_s: First delay after a failure; it doubles up to RETRY_LIMIT_S.
         """
+        self._make = make
         self._retry_s = retry_s
-        self._calls: dict[str, Callable[[], object]] = {}
-        self._busy = False
+        self._calls: dict[str, CallT] = {}
+        self._under_way: CallT | None = None
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="heimdall-outbox", daemon=True)
         self._thread.start()
 
-    def put(self, key: str, call: Callable[[], object]) -> None:
-        """Have something done; returns at once.
-
-        Args:
-            key: What it is; it replaces a waiting call of the same key.
-            call: Does it, or raises.
-        """
+    def put(self, call: CallT) -> None:
+        """Have a call made; returns at once. It replaces one of the same key that waits."""
         with self._changed:
-            self._calls[key] = call
+            self._calls[call.key] = call
             self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits any more; whether that came in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._calls and not self._busy, timeout_s)
+            return self._changed.wait_for(lambda: not self._calls and self._under_way is None, timeout_s)
 
     def close(self, timeout_s: float) -> bool:
-        """Do what can be done in time, then end the thread; whether everything was done."""
+        """Do what can be done in time, then end the thread; whether everything was done. See `left`."""
         done = self.flush(timeout_s)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(timeout=1)
         return done
+
+    def left(self) -> list[CallT]:
+        """What a closed outbox did not do; a call whose answer is still out counts as not done."""
+        with self._changed:
+            first = {} if self._under_way is None else {self._under_way.key: self._under_way}
+            return list({**first, **self._calls}.values())
 
     def _work(self) -> None:
         delay = self._retry_s
@@ -71,27 +85,28 @@ class Outbox:
                 self._changed.wait_for(lambda: self._calls or self._closed)
                 if self._closed:
                     return
-                key = next(iter(self._calls))
-                call = self._calls.pop(key)
-                self._busy = True
-            done = self._try(key, call)
+                call = self._calls.pop(next(iter(self._calls)))
+                self._under_way = call
+            done = self._try(call)
             with self._changed:
                 if not done:
                     # Back to the front, unless something newer has taken its place meanwhile.
-                    self._calls = {key: self._calls.pop(key, call), **self._calls}
+                    newest = self._calls.pop(call.key, call)
+                    self._under_way = newest
+                    self._calls = {call.key: newest, **self._calls}
                     self._changed.wait_for(lambda: self._closed, delay)
                 delay = self._retry_s if done else min(2 * delay, RETRY_LIMIT_S)
-                self._busy = False
+                self._under_way = None
                 self._changed.notify_all()
 
-    def _try(self, key: str, call: Callable[[], object]) -> bool:
+    def _try(self, call: CallT) -> bool:
         try:
-            call()
+            self._make(call)
         except Exception as error:  # noqa: BLE001 - nothing that tracking does may end a training
             if is_permanent(error):
-                log.warning("MLflow refuses this; it is left out", what=key, error=redact(error))
+                log.warning("MLflow refuses this; it is left out", what=call.key, error=redact(error))
                 return True
             forget_connections()
-            log.warning("MLflow could not be told; trying again", what=key, error=redact(error))
+            log.warning("MLflow could not be told; trying again", what=call.key, error=redact(error))
             return False
         return True

@@ -63,7 +63,9 @@ def _walk(prefix: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str
         yield from _walk(name, child, (*above, id(value)))
     if above and not pairs:
         text = _value(opened)
-        secret = names_secret(prefix) and text not in ("", "None")
+        # What lies within something named like a secret is one, whatever it is called itself.
+        named = any(names_secret(part) for part in (prefix, *prefix.split(".")))
+        secret = named and text not in ("", "None")
         yield clean_name(prefix), MASK if secret else text
 
 

@@ -31,5 +31,8 @@ def redact(text: object) -> str:
 
 
 def names_secret(name: str) -> bool:
-    """Whether a name says that what it names is a secret. Matched narrowly: `max_tokens` and `tokenizer` are none."""
-    return _SECRET_NAME.search(name) is not None
+    """Whether a name, or a part of it between dots, says that what it names is a secret.
+
+    Matched narrowly: `max_tokens` and `tokenizer` are none.
+    """
+    return any(_SECRET_NAME.search(part) for part in name.split("."))

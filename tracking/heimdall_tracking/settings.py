@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_tracking.redact import redact
@@ -48,6 +49,16 @@ class TrackingSettings(BaseSettings):
         validation_alias=AliasChoices("MLFLOW_S3_ENDPOINT_URL", "HEIMDALL_S3_ENDPOINT_URL"),
     )
     """S3 server of artifacts that are not proxied by MLflow."""
+    ca_bundle: Path | None = Field(
+        default=None, validation_alias=AliasChoices("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE")
+    )
+    """File with the certificate authorities of a private MLflow server."""
+    s3_ca_bundle: Path | None = Field(
+        default=None, validation_alias=AliasChoices("AWS_CA_BUNDLE", "HEIMDALL_S3_CA_BUNDLE")
+    )
+    """File with the certificate authorities of the S3 server."""
+    s3_path_style: bool = Field(default=True, validation_alias="HEIMDALL_S3_PATH_STYLE")
+    """Address buckets by path: private endpoints rarely have a host name per bucket."""
     backend_store_uri: SecretStr = Field(default=SecretStr(""), validation_alias="MLFLOW_BACKEND_STORE_URI")
     """Database of a server to be started by hand; a client does not need it."""
     experiment_name: str = Field(
@@ -56,6 +67,17 @@ class TrackingSettings(BaseSettings):
         validation_alias="MLFLOW_EXPERIMENT_NAME",
     )
     run_name_prefix: str = Field(default="rf-localization", validation_alias="HEIMDALL_RUN_NAME_PREFIX")
+    undelivered_dir: Path | None = Field(default=None, validation_alias="HEIMDALL_UNDELIVERED_DIR")
+    """Folder for what could not be delivered when a process had to end: one folder in it for each run.
+
+    By default the trainer's output folder, elsewhere the working directory."""
+
+    @field_validator("ca_bundle", "s3_ca_bundle")
+    @classmethod
+    def _is_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.exists():
+            raise ValueError(f"names {value}, which does not exist")
+        return value
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
@@ -72,6 +94,9 @@ class TrackingSettings(BaseSettings):
             "MLFLOW_TRACKING_USERNAME": self.username,
             "MLFLOW_TRACKING_PASSWORD": self.password.get_secret_value(),
             "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint_url,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(self.ca_bundle or ""),
+            "AWS_CA_BUNDLE": str(self.s3_ca_bundle or ""),
+            "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path" if self.s3_endpoint_url and self.s3_path_style else "",
         }
         for name, value in values.items():
             if value:

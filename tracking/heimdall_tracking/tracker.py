@@ -1,42 +1,50 @@
 """MLflowTracker: one run of MLflow, from its start to its end. Usable without the rest of Heimdall.
 
 What training must not wait for (metrics, parameters, tags, artifacts) goes behind it, through background threads that
-try again while the server is away; `flush` waits for them. What needs an answer (starting a run, registering) is asked
+try again while the server is away; `flush` waits for them. What they could not deliver when the process has to end
+stays on disk (`undelivered`) and is delivered another day. What needs an answer (starting a run, registering) is asked
 at once and raises.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
-from heimdall_tracking.artifacts import Uploader
-from heimdall_tracking.errors import TrackingError
+from heimdall_tracking.artifacts import Upload, Uploader
+from heimdall_tracking.calls import Call, LogParams, SetTag
+from heimdall_tracking.certificates import check_certificate
+from heimdall_tracking.errors import TrackingError, is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
 from heimdall_tracking.params import clean_name, clean_text, flatten
-from heimdall_tracking.queue import MetricQueue, Point, now_ms
+from heimdall_tracking.points import Point
+from heimdall_tracking.queue import MetricQueue, now_ms
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import find_version, source_of
 from heimdall_tracking.runs import FinalStatus
 from heimdall_tracking.settings import TrackingSettings, load_settings
+from heimdall_tracking.spill import Spill
+from heimdall_tracking.undelivered import Kept, Left, LeftCheckpoint, UndeliveredFolder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Param, Run
+    from mlflow.entities import Run
 
 PARAM_BATCH: Final = 100
 """MLflow takes at most this many parameters in one call."""
 REGISTER_TIMEOUT_S: Final = 300
 FLUSH_TIMEOUT_S: Final = 300
+END_TIMEOUT_S: Final = 15
+"""How long an end that must not wait for the server tries to tell it."""
 INFINITY: Final = 1.79769e308
 """What MLflow's databases keep an infinity as."""
 TAG_LIMIT: Final = 5000
@@ -69,18 +77,30 @@ class MLflowTracker:
         self._experiment_id: str | None = None
         self._run_id: str | None = None
         self._metrics: MetricQueue | None = None
-        self._outbox: Outbox | None = None
+        self._outbox: Outbox[Call] | None = None
         self._uploader: Uploader | None = None
         self._params_put = 0
-        self._undelivered = False
+        self._incomplete = False
+        self._wanted_folder: Path | None = None
+        self._attempt: int | None = None
+        self._left_checkpoints: list[LeftCheckpoint] = []
+        self._made_folder: UndeliveredFolder | None = None
+        self._made_spill: Spill | None = None
+        self.undelivered: Kept | None = None
+        """What the last close had to leave on disk, and the sentence that tells of it; None where all was delivered."""
 
     @property
     def client(self) -> MlflowClient:
-        """Client of tracking server and registry, made at first use; MLflow's global state is left alone."""
+        """Client of tracking server and registry, made at first use; MLflow's global state is left alone.
+
+        Raises:
+            SettingsError: The server's certificate can't be trusted.
+        """
         if self._given_client is None:
             from mlflow import MlflowClient
 
             self.settings.export()
+            check_certificate(self.settings)
             uri = self.settings.tracking_uri
             self._given_client = MlflowClient(uri, self.settings.registry_uri or uri)
         return self._given_client
@@ -102,6 +122,15 @@ class MLflowTracker:
         if self._experiment_id is None:
             self._experiment_id = ensure_experiment(self.client, self.settings.experiment_name)
         return self._experiment_id
+
+    def keep_undelivered_in(self, folder: Path, *, attempt: int | None = None) -> None:
+        """Say where the disk holds what waits for the server; the setting HEIMDALL_UNDELIVERED_DIR wins.
+
+        Args:
+            folder: A folder that this run alone uses; made when it is needed.
+            attempt: Number of this attempt, where a newer one may take over: what this one left is not wanted then.
+        """
+        self._wanted_folder, self._attempt = folder, attempt
 
     # --- a run's life --------------------------------------------------------------------------------------------
 
@@ -162,11 +191,49 @@ class MLflowTracker:
         """
         run_id = self.run_id
         delivered = self.close(timeout_s)
-        self.client.set_terminated(run_id, status)
-        self._run_id = None
-        self._undelivered = False
+        try:
+            self.client.set_terminated(run_id, status)
+        except Exception as error:
+            if not is_permanent(error):
+                self.undelivered = self._folder().keep_status(status)
+            raise
+        self._forget_run()
         log.info("run ended", run_id=run_id, status=status, delivered=delivered)
         return delivered
+
+    def end_run_in_time(self, status: FinalStatus, timeout_s: float = END_TIMEOUT_S) -> bool:
+        """End the run without waiting long for the server: where it can't be told, that stays on disk with the rest.
+
+        What was logged is delivered or put away before, by `close`.
+
+        Args:
+            status: How it ended.
+            timeout_s: How long the server may take.
+
+        Returns:
+            Whether the run has ended there, and nothing is left on disk.
+        """
+        run_id, ended = self.run_id, threading.Event()
+
+        def end() -> None:
+            try:
+                self.client.set_terminated(run_id, status)
+            except Exception as error:  # noqa: BLE001 - it is put away below
+                log.warning("the end of the run could not be told", run_id=run_id, error=redact(error))
+            else:
+                ended.set()
+
+        thread = threading.Thread(target=end, name="heimdall-end", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if ended.is_set():
+            done = not self._incomplete and self.undelivered is None
+            self._forget_run()
+            return done
+        self.undelivered = self._folder().keep_status(status)
+        if self.undelivered is not None:
+            log.error(self.undelivered.sentence)
+        return False
 
     def flush_metrics(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Wait until the metrics logged so far are delivered; whether they were."""
@@ -192,17 +259,69 @@ class MLflowTracker:
     def close(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Deliver what is left and stop the background threads; the run stays as it is.
 
+        What could not be delivered in time stays on disk: a sentence in the log, and `undelivered`, tell of it.
+
+        Args:
+            timeout_s: How long to wait for the delivery.
+
         Returns:
             Whether everything was delivered.
         """
-        delivered = self.flush(timeout_s) and not self._undelivered
+        delivered = self.flush(timeout_s) and not self._incomplete
         for part in (self._metrics, self._outbox, self._uploader):
             if part is not None:
                 delivered = part.close(0) and delivered
+        delivered = not self._put_away() and delivered
         self._metrics = self._outbox = self._uploader = None
         # What was given up stays so: a second call, after the first could not end the run, must not call it delivered.
-        self._undelivered = not delivered
+        self._incomplete = not delivered
         return delivered
+
+    def leave_checkpoint(self, left: LeftCheckpoint) -> None:
+        """Have `close` put a checkpoint away on disk that its publisher could not deliver."""
+        self._left_checkpoints.append(left)
+
+    def _put_away(self) -> bool:
+        """Put on disk what the background threads could not deliver; whether there was anything."""
+        if self._run_id is None or (self._made_spill is None and not self._left_checkpoints):
+            return False
+        before, behind = self._metrics.left() if self._metrics else ([], [])
+        left = Left(
+            before=before,
+            behind=behind,
+            calls=self._outbox.left() if self._outbox else [],
+            uploads=self._uploader.left() if self._uploader else [],
+            checkpoints=self._left_checkpoints,
+        )
+        kept = self._folder().keep(left, self._spill())
+        self._left_checkpoints, self._made_spill = [], None
+        if kept is None:
+            return False
+        self.undelivered = kept
+        log.error(kept.sentence)
+        return True
+
+    def _folder(self) -> UndeliveredFolder:
+        if self._made_folder is None:
+            run_id, chosen = self.run_id, self.settings.undelivered_dir
+            folder = chosen / run_id if chosen is not None else self._wanted_folder or Path(f"undelivered-{run_id}")
+            self._made_folder = UndeliveredFolder(
+                folder, run_id=run_id, tracking_uri=self.settings.tracking_uri, attempt=self._attempt
+            )
+        return self._made_folder
+
+    def _spill(self) -> Spill:
+        if self._made_spill is None:
+            if self._made_folder is not None and self._made_folder.kept is not None:
+                self._made_folder = None  # what is logged after a close has a folder of its own
+            self._made_spill = Spill(self._folder().open)
+        return self._made_spill
+
+    def _forget_run(self) -> None:
+        """The run has ended: nobody logs to it any more, and its end need not be told."""
+        if self._made_folder is not None:
+            self.undelivered = self._made_folder.keep_status(None)
+        self._run_id, self._incomplete, self._made_folder = None, False, None
 
     # --- what is logged ------------------------------------------------------------------------------------------
 
@@ -214,14 +333,11 @@ class MLflowTracker:
         Args:
             params: The parameters; nested names are joined by dots, values become text of at most 6,000 characters.
         """
-        from mlflow.entities import Param
-
-        items = [Param(name, value) for name, value in flatten(params).items()]
-        run_id = self.run_id
+        items = list(flatten(params).items())
         for start in range(0, len(items), PARAM_BATCH):
             self._params_put += 1
-            send = partial(self._send_params, run_id, items[start : start + PARAM_BATCH])
-            self._out().put(f"params {self._params_put}", send)
+            part = dict(items[start : start + PARAM_BATCH])
+            self._out().put(LogParams(number=self._params_put, params=part))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
         """Log metrics behind training: returns at once and never raises.
@@ -240,8 +356,8 @@ class MLflowTracker:
                 continue
             points.append(Point(clean_name(name), _storable(number), int(step), stamp))
         if self._metrics is None:
-            run_id = self.run_id
-            self._metrics = MetricQueue(lambda batch: self._send_metrics(run_id, batch))
+            client, run_id = self.client, self.run_id
+            self._metrics = MetricQueue(lambda batch: send_points(client, run_id, batch), spill=self._spill())
         self._metrics.put(points)
 
     def set_tag(self, name: str, value: str) -> None:
@@ -254,17 +370,7 @@ class MLflowTracker:
 
     def put_tag(self, name: str, value: object) -> None:
         """Set a tag of the run behind training; of values that wait, only the newest is sent."""
-        run_id, text = self.run_id, clean_text(redact(value), TAG_LIMIT)
-        self._out().put(f"tag {name}", lambda: self.client.set_tag(run_id, name, text))
-
-    def put(self, what: str, call: Any) -> None:
-        """Have an idempotent call made behind training, until it succeeds.
-
-        Args:
-            what: What it does, for logs; a newer call of the same name replaces one that waits.
-            call: Makes it, or raises.
-        """
-        self._out().put(what, call)
+        self._out().put(SetTag(name=name, value=clean_text(redact(value), TAG_LIMIT)))
 
     def log_artifact(self, file: str | Path, folder: str | None = None) -> Future[None]:
         """Upload a file behind training.
@@ -279,44 +385,25 @@ class MLflowTracker:
         Raises:
             TrackingError: The file is missing or can't be read.
         """
-        run_id = self.run_id
-        return self._uploads().file(lambda path: self.client.log_artifact(run_id, path, folder), Path(file))
+        return self._uploads().put(Upload(path=Path(file), target=folder))
 
     def log_artifacts_dir(self, source: str | Path, folder: str | None = None) -> Future[None]:
         """Upload a folder behind training; see log_artifact."""
-        run_id = self.run_id
-        return self._uploads().folder(lambda path: self.client.log_artifacts(run_id, path, folder), Path(source))
+        return self._uploads().put(Upload(path=Path(source), target=folder, whole_folder=True))
 
-    def _out(self) -> Outbox:
+    def _out(self) -> Outbox[Call]:
         if self._outbox is None:
-            self._outbox = Outbox()
+            client, run_id = self.client, self.run_id
+            self._spill()
+            self._outbox = Outbox(lambda call: call.make(client, run_id))
         return self._outbox
 
     def _uploads(self) -> Uploader:
         if self._uploader is None:
-            self._uploader = Uploader()
+            client, run_id = self.client, self.run_id
+            self._spill()
+            self._uploader = Uploader(lambda upload: upload.make(client, run_id))
         return self._uploader
-
-    def _send_metrics(self, run_id: str, points: Sequence[Point]) -> None:
-        from mlflow.entities import Metric
-
-        batch = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in points]
-        self.client.log_batch(run_id, metrics=batch)
-
-    def _send_params(self, run_id: str, batch: Sequence[Param]) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.log_batch(run_id, params=batch)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            if len(batch) == 1:
-                log.warning("a parameter was not logged", name=batch[0].key, error=redact(error))
-                return
-            # One that can't change took the others along: each by itself.
-            for param in batch:
-                self._send_params(run_id, [param])
 
     # --- registry and search -------------------------------------------------------------------------------------
 
@@ -420,6 +507,18 @@ def initialize_mlflow(settings: TrackingSettings | None = None) -> MLflowTracker
         SettingsError: A setting is wrong.
     """
     return MLflowTracker(settings or load_settings())
+
+
+def send_points(client: MlflowClient, run_id: str, points: Sequence[Point]) -> None:
+    """Deliver points, no more than MLflow takes in one call.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    from mlflow.entities import Metric
+
+    batch = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in points]
+    client.log_batch(run_id, metrics=batch)
 
 
 def _storable(value: float) -> float:

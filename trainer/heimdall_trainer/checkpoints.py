@@ -6,7 +6,6 @@ their checksum; so a kill at any moment leaves the names of whole ones only.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 import threading
@@ -14,13 +13,16 @@ import time
 from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from heimdall_api.contract import CHECKPOINT_DIR, TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints
+from heimdall_api.contract import CHECKPOINT_DIR, TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint
 from heimdall_api.contract import parse_checkpoints as parse
+from heimdall_tracking.checkpoints import Mode, publish, ranked, remove, sha256_of
 from heimdall_tracking.connections import forget_connections
+from heimdall_tracking.redact import redact
+from heimdall_tracking.undelivered import LeftCheckpoint
 from heimdall_trainer.errors import FencedError
 
 if TYPE_CHECKING:
@@ -38,9 +40,7 @@ log = structlog.get_logger()
 class CheckpointPublisher:
     """Uploads checkpoints of one attempt, keeps the best ones and the last."""
 
-    def __init__(
-        self, tracker: MLflowTracker, *, attempt: int, keep: int, mode: Literal["min", "max"], fenced: bool = True
-    ) -> None:
+    def __init__(self, tracker: MLflowTracker, *, attempt: int, keep: int, mode: Mode, fenced: bool = True) -> None:
         """Start the worker thread.
 
         Args:
@@ -60,7 +60,7 @@ class CheckpointPublisher:
         """Local copies of listed checkpoints, by artifact path."""
         self._pending: deque[tuple[Path, Checkpoint]] = deque()
         self._changed = threading.Condition()
-        self._busy = False
+        self._under_way: tuple[Path, Checkpoint] | None = None
         self._closed = False
         self.fence: FencedError | None = None
         """Set when a newer attempt has taken over."""
@@ -97,21 +97,35 @@ class CheckpointPublisher:
         """Wait until everything that was submitted is published; whether it was."""
         with self._changed:
             done = self._changed.wait_for(
-                lambda: not (self._pending or self._busy) or self.fence is not None, timeout_s
+                lambda: not (self._pending or self._under_way) or self.fence is not None, timeout_s
             )
         return done and self.fence is None
 
-    def close(self) -> None:
-        """End the worker thread; what was not published is given up."""
+    def close(self) -> list[LeftCheckpoint]:
+        """End the worker thread.
+
+        Returns:
+            What was not published, oldest first; nothing where a newer attempt has taken over.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(timeout=1)
+        if self.fence is not None:
+            return []
+        with self._changed:
+            first = [] if self._under_way is None else [self._under_way]
+            left, self._under_way = [*first, *self._pending], None
+            self._pending.clear()
+        return [
+            LeftCheckpoint(file=file, checkpoint=checkpoint, keep=self._keep, mode=self._mode)
+            for file, checkpoint in left
+        ]
 
     def best(self) -> Checkpoint | None:
         """The listed checkpoint with the best metric; without metrics the last one."""
-        ranked = _ranked(self.listed, self._mode)
-        return ranked[0] if ranked else (self.listed[-1] if self.listed else None)
+        best = ranked(self.listed, self._mode)
+        return best[0] if best else (self.listed[-1] if self.listed else None)
 
     def local_file(self, checkpoint: Checkpoint, folder: Path) -> Path | None:
         """A checkpoint's file, downloaded where it is not here; None where its bytes are not what they were."""
@@ -120,7 +134,7 @@ class CheckpointPublisher:
         folder.mkdir(parents=True, exist_ok=True)
         target = tempfile.mkdtemp(dir=folder)
         file = Path(self._tracker.client.download_artifacts(self._tracker.run_id, checkpoint.path, target))
-        if _sha256(file) != checkpoint.sha256:
+        if sha256_of(file) != checkpoint.sha256:
             log.warning("a checkpoint is not what was uploaded and is left out", path=checkpoint.path)
             return None
         self.files[checkpoint.path] = file
@@ -157,87 +171,55 @@ class CheckpointPublisher:
                 self._changed.wait_for(lambda: self._pending or self._closed)
                 if self._closed:
                     return
-                file, checkpoint = self._pending.popleft()
-                self._busy = True
-            self._try_until_done(file, checkpoint)
+                self._under_way = self._pending.popleft()
+                file, checkpoint = self._under_way
+            if not self._try_until_done(file, checkpoint):
+                return
             with self._changed:
-                self._busy = False
+                self._under_way = None
                 self._changed.notify_all()
 
-    def _try_until_done(self, file: Path, checkpoint: Checkpoint) -> None:
+    def _try_until_done(self, file: Path, checkpoint: Checkpoint) -> bool:
+        """Publish until that succeeds or must not be; whether it was settled before the end."""
         delay = RETRY_S
         while not self._closed:
             try:
                 self._publish(file, checkpoint)
             except FencedError as error:
                 self.fence = error
-                return
+                return True
             except Exception as error:  # noqa: BLE001 - MLflow may be away; training goes on
                 forget_connections()
-                log.warning("a checkpoint could not be uploaded; trying again", error=str(error), again_in_s=delay)
-                time.sleep(delay)
+                log.warning("a checkpoint could not be uploaded; trying again", error=redact(error), again_in_s=delay)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, delay)
                 delay = min(2 * delay, RETRY_LIMIT_S)
             else:
-                return
+                return True
+        return False
 
     def _publish(self, file: Path, checkpoint: Checkpoint) -> None:
         began = time.monotonic()
         self.check_fence()
-        whole = checkpoint.model_copy(update={"sha256": _sha256(file), "time": datetime.now(UTC)})
-        self._tracker.client.log_artifact(self._tracker.run_id, str(file), CHECKPOINT_DIR)
+        self.listed, dropped = publish(
+            self._tracker.client,
+            self._tracker.run_id,
+            file,
+            checkpoint,
+            listed=self.listed,
+            keep=self._keep,
+            mode=self._mode,
+            before_naming=self._before_naming,
+        )
+        self.files[checkpoint.path] = file
+        for old in dropped:
+            local = self.files.pop(old.path, None)
+            if local is not None:
+                local.unlink(missing_ok=True)
+            remove(self._tracker.client, self._tracker.run_id, old)
+        log.info("checkpoint published", step=checkpoint.step, seconds=round(time.monotonic() - began, 2))
+
+    def _before_naming(self) -> None:
         # What a checkpoint knows of must be there before the checkpoint is: metrics first.
         self._tracker.flush_metrics(METRICS_TIMEOUT_S)
         self.check_fence()
-        listed, dropped = retained([*self.listed, whole], keep=self._keep, mode=self._mode)
-        self._tracker.set_tag(TAG_CHECKPOINTS, format_checkpoints(listed))
-        self.listed = listed
-        self.files[whole.path] = file
-        for old in dropped:
-            self._forget(old)
-        log.info("checkpoint published", step=whole.step, seconds=round(time.monotonic() - began, 2))
-
-    def _forget(self, checkpoint: Checkpoint) -> None:
-        local = self.files.pop(checkpoint.path, None)
-        if local is not None:
-            local.unlink(missing_ok=True)
-        try:
-            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-            run = self._tracker.client.get_run(self._tracker.run_id)
-            store: Any = get_artifact_repository(
-                run.info.artifact_uri, tracking_uri=self._tracker.settings.tracking_uri
-            )
-            store.delete_artifacts(checkpoint.path)
-        except Exception as error:  # noqa: BLE001 - it only takes room; its name is gone already
-            log.info("an old checkpoint was not removed", path=checkpoint.path, error=str(error))
-
-
-def retained(
-    checkpoints: list[Checkpoint], *, keep: int, mode: Literal["min", "max"]
-) -> tuple[list[Checkpoint], list[Checkpoint]]:
-    """Which checkpoints stay: the best ones, and the newest whatever it is worth.
-
-    Args:
-        checkpoints: All of them, newest last.
-        keep: How many of the best.
-        mode: Whether a smaller or a larger metric is better.
-
-    Returns:
-        Those that stay, newest last and alone marked as the last; and those that go.
-    """
-    newest = checkpoints[-1]
-    best = {item.path for item in _ranked(checkpoints, mode)[:keep]}
-    stay = [item for item in checkpoints if item.path in best or item is newest]
-    marked = [item.model_copy(update={"last": item is newest}) for item in stay]
-    kept = {item.path for item in stay}
-    return marked, [item for item in checkpoints if item.path not in kept]
-
-
-def _ranked(checkpoints: list[Checkpoint], mode: Literal["min", "max"]) -> list[Checkpoint]:
-    known = [(item.metric, item) for item in checkpoints if item.metric is not None]
-    return [item for _, item in sorted(known, key=lambda pair: pair[0], reverse=mode == "max")]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

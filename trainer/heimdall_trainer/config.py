@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
-from heimdall_api.types import TrainingRun, TrainingRunSpec
+from heimdall_api.base import explain
+from heimdall_api.types import NAME_LIMIT, TrainingRun, TrainingRunSpec
 from heimdall_trainer.errors import ConfigurationError
 
 
@@ -37,7 +39,12 @@ def load_training_config(path: str | Path) -> TrainingRun:
         raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from None
     if not isinstance(document, dict):
         raise ConfigurationError(f"{file} holds no TrainingRun")
-    return parse(document, name=file.stem)
+    return parse(document, name=_name_of(file))
+
+
+def _name_of(file: Path) -> str:
+    """A name that a TrainingRun may have, after the file that names none."""
+    return re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).lstrip("-0123456789")[:NAME_LIMIT].rstrip("-") or "run"
 
 
 def _document(text: str) -> Any:
@@ -57,11 +64,7 @@ def parse(document: dict[str, Any], name: str = "run") -> TrainingRun:
     try:
         return TrainingRun.model_validate(document)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False, include_context=False)
-        ]
-        raise ConfigurationError("; ".join(problems)) from None
+        raise ConfigurationError(explain(error)) from None
 
 
 RUN_FIELDS: Final = {"apiVersion", "kind", "metadata", "spec"}

@@ -17,3 +17,7 @@ class FencedError(Exception):
 
 class UndeliveredError(Exception):
     """Training ended, but its results could not be delivered to MLflow in time."""
+
+
+class ExportError(ConfigurationError):
+    """A model can't be given out as ONNX, or would not be what it was; the message says why."""

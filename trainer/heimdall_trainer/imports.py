@@ -52,16 +52,36 @@ def construct(found: type[Any], arguments: dict[str, Any], field: str) -> Any:
     return found(**arguments)
 
 
-def lightning_of(module: Any) -> Any:
+def lightning_of(module: Any, field: str = "spec.model.module", kind: str = "LightningModule") -> Any:
     """The Lightning package that a module belongs to: `lightning.pytorch` or `pytorch_lightning`.
 
     They are two copies of one library: the Trainer of one refuses the modules of the other.
 
+    Args:
+        module: A LightningModule, or a LightningDataModule.
+        field: The field of the spec that names it, for messages.
+        kind: The class that it must be of.
+
     Raises:
-        ConfigurationError: It is no LightningModule of either.
+        ConfigurationError: It is none of either package.
     """
     for parent in type(module).__mro__:
         for package in ("lightning.pytorch", "pytorch_lightning"):
-            if parent.__module__.startswith(f"{package}.core"):
+            if parent.__name__ == kind and parent.__module__.startswith(f"{package}.core"):
                 return importlib.import_module(package)
-    raise ConfigurationError(f"spec.model.module {type(module).__name__} is no LightningModule")
+    raise ConfigurationError(f"{field} {type(module).__name__} is no {kind}")
+
+
+def check_data(module: Any, data: Any) -> None:
+    """Make sure that a user's data can be trained on with a module.
+
+    Raises:
+        ConfigurationError: It is no LightningDataModule, or is one of the other Lightning package.
+    """
+    wanted = lightning_of(module)
+    found = lightning_of(data, "spec.data.module", "LightningDataModule")
+    if found is not wanted:
+        raise ConfigurationError(
+            f"spec.data.module {type(data).__name__} is made for {found.__name__}, spec.model.module "
+            f"{type(module).__name__} for {wanted.__name__}: have both import the same package"
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from heimdall_api.contract import MODEL_NAME
+from heimdall_api.contract import MODEL_NAME, ONNX_FILE
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
@@ -18,7 +19,9 @@ PACKAGES: Final = ("torch", "timm", "numpy", "pytorch-lightning", "heimdall-trai
 log = structlog.get_logger()
 
 
-def log_localizer(tracker: MLflowTracker, net: Any, example: dict[str, Any]) -> str:
+def log_localizer(
+    tracker: MLflowTracker, net: Any, example: dict[str, Any], *, onnx: Path | None, known: dict[str, Any]
+) -> str:
     """Log a LocalizationNet: named arrays in, position and sigma in metres out.
 
     Args:
@@ -26,6 +29,8 @@ def log_localizer(tracker: MLflowTracker, net: Any, example: dict[str, Any]) -> 
         net: The network.
         example: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2 or, with arrivals, 4) in metres, as numpy
             arrays.
+        onnx: The same network as ONNX, to lie beside it.
+        known: What is to be known of it later, as the model's metadata.
 
     Returns:
         ID of the logged model.
@@ -53,16 +58,17 @@ def log_localizer(tracker: MLflowTracker, net: Any, example: dict[str, Any]) -> 
             mlflow_model=model,
         )
 
-    return _log(tracker, save)
+    return _log(tracker, save, onnx, known)
 
 
-def log_module(tracker: MLflowTracker, module: Any, example: Any) -> str:
+def log_module(tracker: MLflowTracker, module: Any, example: Any, *, onnx: Path | None) -> str:
     """Log any LightningModule with MLflow's PyTorch flavour.
 
     Args:
         tracker: The run.
         module: The module.
         example: A batch's input as a numpy array, or None where it is no single array.
+        onnx: The same module as ONNX, to lie beside it.
 
     Returns:
         ID of the logged model.
@@ -91,10 +97,10 @@ def log_module(tracker: MLflowTracker, module: Any, example: Any) -> str:
             serialization_format="pickle",
         )
 
-    return _log(tracker, save)
+    return _log(tracker, save, onnx, {})
 
 
-def _log(tracker: MLflowTracker, save: Any) -> str:
+def _log(tracker: MLflowTracker, save: Any, onnx: Path | None, known: dict[str, Any]) -> str:
     """Give a saved model to the run: it counts only when it is whole."""
     from mlflow.entities import LoggedModelStatus
     from mlflow.models import Model
@@ -104,7 +110,10 @@ def _log(tracker: MLflowTracker, save: Any) -> str:
     logged = client.create_logged_model(experiment, name=MODEL_NAME, source_run_id=tracker.run_id)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
-        save(str(folder), Model(run_id=tracker.run_id, model_id=logged.model_id))
+        save(str(folder), Model(run_id=tracker.run_id, model_id=logged.model_id, metadata=known or None))
+        if onnx is not None:
+            (folder / ONNX_FILE).parent.mkdir()
+            shutil.copyfile(onnx, folder / ONNX_FILE)
         client.log_model_artifacts(logged.model_id, str(folder))
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     log.info("model logged", model_id=logged.model_id)

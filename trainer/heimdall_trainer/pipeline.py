@@ -14,18 +14,24 @@ import structlog
 from heimdall_api.contract import TAG_BEST
 from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
 from heimdall_trainer import group
-from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
+from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback, grace_period_s
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import UndeliveredError
-from heimdall_trainer.imports import construct, lightning_of, load_class
+from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
+from heimdall_trainer.results import Results
 from heimdall_trainer.settings import load_data_settings
+from heimdall_trainer.termination import TerminatedError
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
 
 DELIVERY_TIMEOUT_S: Final = 600
 """How long the end waits for MLflow before it gives up."""
+FAILURE_TIMEOUT_S: Final = 30
+"""How long a training that failed waits for what it logged before it puts that away."""
+SIGTERM_SHARE: Final = 1 / 12
+"""The same after SIGTERM, as a share of the grace period: the last checkpoint has taken most of it."""
 log = structlog.get_logger()
 
 
@@ -62,12 +68,14 @@ class TrainingPipeline:
             mode=self.spec.training.early_stopping.mode,
             fenced=fenced,
         )
+        tracker.keep_undelivered_in(output_dir / "undelivered", attempt=attempt if fenced else None)
         self._attempt = attempt
+        self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training)
         self._checkpointing = Checkpointing(self._publisher, self.spec.training, output_dir / "checkpoints", attempt)
 
     def train(self) -> dict[str, float]:
-        """Train, test, and log the model.
+        """Train, test, and leave in the run what was asked for.
 
         Returns:
             The last value of every metric.
@@ -77,11 +85,29 @@ class TrainingPipeline:
             DataError: The recordings can't be trained on.
             FencedError: A newer attempt has taken over.
             TerminatedError: SIGTERM was received; a checkpoint was made.
-            UndeliveredError: MLflow was away for too long.
+            UndeliveredError: MLflow was away for too long; what it did not get is kept in the output folder.
         """
+        try:
+            metrics = self._train()
+        except UndeliveredError as error:
+            self.close()
+            kept = self.tracker.undelivered
+            if kept is None:
+                raise
+            raise UndeliveredError(f"{error}; {kept.sentence}") from None
+        except BaseException as error:
+            ends_soon = isinstance(error, TerminatedError)
+            self.close(SIGTERM_SHARE * grace_period_s() if ends_soon else FAILURE_TIMEOUT_S)
+            raise
+        self.close()
+        return metrics
+
+    def _train(self) -> dict[str, float]:
         self._checkpointing.watch_sigterm()
         (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.setup_model()
+        if group.is_first():
+            self._results.check(self.module, rehearse=not self._publisher.listed)
         self.setup_data_loaders()
         trainer = self._make_trainer()
         self._log_parameters(trainer)
@@ -89,17 +115,16 @@ class TrainingPipeline:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         metrics |= self._test(trainer)
         if group.is_first():
+            self._deliver()  # loss curves are drawn of what has arrived
+            self._results.publish(self.module, self.data, self._publisher.check_fence)
             self._deliver()
-            if self.spec.registration is not None:
-                self._publisher.check_fence()
-                self._log_model()
-        self.close()
         return metrics
 
-    def close(self) -> None:
-        """Stop the background threads."""
-        self._publisher.close()
-        self.tracker.close(0)
+    def close(self, timeout_s: float = 0) -> None:
+        """Stop the background threads, after they had some time; what they could not deliver is kept on disk."""
+        for left in self._publisher.close():
+            self.tracker.leave_checkpoint(left)
+        self.tracker.close(timeout_s)
 
     def setup_model(self) -> Any:
         """The module: the localizer on its backbone, or the user's own."""
@@ -130,6 +155,7 @@ class TrainingPipeline:
         data, training = self.spec.data, self.spec.training
         if data.module is not None:
             self.data = construct(load_class(data.module, "spec.data.module"), data.args or {}, "spec.data.args")
+            check_data(self.module, self.data)
         elif self.spec.model.module is None:
             from heimdall_trainer.data.module import HeimdallDataModule
 
@@ -248,20 +274,9 @@ class TrainingPipeline:
 
     def _deliver(self) -> None:
         if not self.tracker.flush(DELIVERY_TIMEOUT_S):
-            raise UndeliveredError(f"metrics could not be delivered to MLflow within {DELIVERY_TIMEOUT_S} s")
-
-    def _log_model(self) -> str:
-        from heimdall_trainer import modelling
-
-        batch = self._example_batch()
-        if self.spec.model.module is None:
-            example = {name: batch[name][:1].numpy() for name in ("spectrograms", "receivers")}
-            return modelling.log_localizer(self.tracker, self.module.net, example)
-        return modelling.log_module(self.tracker, self.module, _single_array(batch))
-
-    def _example_batch(self) -> Any:
-        source = self.data if self.data is not None else self.module
-        return next(iter(source.train_dataloader()))
+            raise UndeliveredError(
+                f"metrics or artifacts could not be delivered to MLflow within {DELIVERY_TIMEOUT_S} s"
+            )
 
 
 def _seed(seed: int) -> None:
@@ -273,11 +288,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _single_array(batch: Any) -> Any:
-    """A batch's input as a numpy array of one row, or None where it is no single tensor."""
-    import torch
-
-    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    return first[:1].numpy() if isinstance(first, torch.Tensor) else None

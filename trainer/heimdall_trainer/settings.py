@@ -45,8 +45,14 @@ class DataSettings(BaseSettings):
     """Address buckets by path: private endpoints rarely have a host name per bucket."""
     cache_dir: Path = Path("~/.cache/heimdall-trainer")
     """Folder of cached features and downloaded weights."""
+    cache_limit_gib: float = Field(default=50, gt=0)
+    """About how large the cached features may become, in GiB; what was not used for long goes first."""
+    redis_url: SecretStr | None = None
+    """A Redis that keeps features for several machines: `redis://USER:PASSWORD@HOST:PORT/DB`, `rediss://…` with TLS.
+
+    Optional: where it is away or slow, the folder alone is used."""
     weights_url: str = ""
-    """Folder or `s3://BUCKET/PREFIX` holding pretrained weights as `BACKBONE.safetensors` or `BACKBONE.pth`.
+    """`file:` and a folder, or `s3://BUCKET[/PREFIX]`: weights as `BACKBONE.safetensors` or `BACKBONE.pth`.
 
     Empty: the library's own, from the Internet."""
     skip_limit: float = Field(default=0.05, ge=0, le=1)
@@ -66,6 +72,13 @@ class DataSettings(BaseSettings):
         if scheme not in {"sqlite", "postgresql+psycopg"}:
             raise ValueError(f"names the unknown database {scheme!r}: use postgresql:// or sqlite:///")
         return SecretStr(url)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("is no URL of a Redis: use redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS")
+        return value
 
     @field_validator("cache_dir")
     @classmethod

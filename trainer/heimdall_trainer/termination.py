@@ -45,7 +45,7 @@ def run_to_exit_code(call: Callable[[], None]) -> int:
 def judge(error: BaseException) -> tuple[ExitCode, Reason, str]:
     """What an exception means: exit code, reason, and a message for people."""
     from heimdall_tracking import SettingsError
-    from heimdall_tracking.errors import is_permanent
+    from heimdall_tracking.errors import AwayError, is_permanent
 
     match error:
         case TerminatedError():
@@ -57,7 +57,7 @@ def judge(error: BaseException) -> tuple[ExitCode, Reason, str]:
             return ExitCode.ERROR, Reason.UNKNOWN, str(error)
         case FencedError():
             return ExitCode.FENCED, Reason.FENCED, str(error)
-        case UndeliveredError():
+        case UndeliveredError() | AwayError():
             return ExitCode.UNDELIVERED, Reason.TRACKING_UNAVAILABLE, str(error)
     if _is_named(error, "torch", "OutOfMemoryError"):
         text = "The GPU's memory does not suffice: lower spec.training.batchSize, or use a larger GPU."

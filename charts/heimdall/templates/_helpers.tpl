@@ -15,6 +15,20 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .role }}
 {{- end }}
 
+{{- /* Of an image its digest, if it has one: a tag may come to mean another image. include "heimdall.image" .Values.operator.image */}}
+{{- define "heimdall.image" -}}
+{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ .tag }}{{ end }}
+{{- end }}
+
+{{- /* Whether the chart's own MLflow asks who somebody is: "true" or nothing. */}}
+{{- define "heimdall.hasAuth" -}}
+{{- if and .Values.tracking.auth.enabled (not .Values.tracking.external) }}true{{ end }}
+{{- end }}
+
+{{- define "heimdall.trackingSecret" -}}
+{{- .Values.tracking.auth.existingSecret | default (printf "%s-tracking" (include "heimdall.fullname" .)) }}
+{{- end }}
+
 {{- define "heimdall.databaseSecret" -}}
 {{- if and .Values.database.external (not .Values.database.existingSecret) }}{{ fail "database.existingSecret is needed with database.external: the passwords are that server's" }}{{ end }}
 {{- .Values.database.existingSecret | default (printf "%s-database" (include "heimdall.fullname" .)) }}
@@ -85,6 +99,14 @@ made up. Computed once a rendering, because other Secrets are made of the same v
 {{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.objectStoreSecret" .) "existing" .Values.objectStore.existingSecret "generated" $generated "needed" (list "writer-access-key" "writer-secret-key" "reader-access-key" "reader-secret-key")) }}
 {{- end }}
 
+{{- define "heimdall.trackingData" -}}
+{{- $generated := dict }}
+{{- range list "admin-password" "operator-password" "trainer-password" "flask-secret-key" }}
+{{- $_ := set $generated . (randAlphaNum 32) }}
+{{- end }}
+{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.trackingSecret" .) "existing" .Values.tracking.auth.existingSecret "generated" $generated "needed" (list "trainer-password")) }}
+{{- end }}
+
 {{- /* What reads or writes recordings: include "heimdall.recordingsAccess" (dict "root" $ "who" "reader") */}}
 {{- define "heimdall.recordingsAccess" -}}
 {{- $root := .root }}
@@ -94,6 +116,10 @@ HEIMDALL_DATABASE_URL: {{ printf "postgresql://heimdall_%s@%s:%v/heimdall" .who 
 PGPASSWORD: {{ get $database (printf "%s-password" .who) }}
 HEIMDALL_RECORDINGS_URL: {{ printf "s3://%s" $root.Values.objectStore.recordingsBucket | b64enc }}
 HEIMDALL_S3_ENDPOINT_URL: {{ include "heimdall.objectStoreUrl" $root | b64enc }}
+HEIMDALL_S3_REGION: {{ $root.Values.objectStore.region | b64enc }}
+{{- if $root.Values.database.external }}
+PGSSLMODE: {{ $root.Values.database.sslMode | b64enc }}
+{{- end }}
 HEIMDALL_S3_ACCESS_KEY: {{ get $store (printf "%s-access-key" .who) }}
 HEIMDALL_S3_SECRET_KEY: {{ get $store (printf "%s-secret-key" .who) }}
 {{- end }}
@@ -109,11 +135,61 @@ capabilities: {drop: [ALL]}
 readOnlyRootFilesystem: true
 {{- end }}
 
-{{- /* Environment variables of MLflow's client: the credentials of an external server, if it asks for them. */}}
-{{- define "heimdall.trackingCredentials" -}}
-{{- with .Values.tracking.existingSecret }}
-envFrom: [{secretRef: {name: {{ . }}}}]
+{{- /* How MLflow's client introduces itself as the operator, as items of env. */}}
+{{- define "heimdall.trackingLogin" -}}
+{{- if include "heimdall.hasAuth" . }}
+- {name: MLFLOW_TRACKING_USERNAME, value: heimdall-operator}
+- {name: MLFLOW_TRACKING_PASSWORD, valueFrom: {secretKeyRef: {name: {{ include "heimdall.trackingSecret" . }}, key: operator-password}}}
 {{- end }}
+{{- include "heimdall.trackingCA" . }}
+{{- end }}
+
+{{- define "heimdall.trackingCA" -}}
+{{- if include "heimdall.caSource" . }}
+- {name: MLFLOW_TRACKING_SERVER_CERT_PATH, value: /etc/heimdall-ca/ca.crt}
+{{- end }}
+{{- end }}
+
+{{- /* The credentials of an external MLflow server, if it asks for them. */}}
+{{- define "heimdall.externalTrackingLogin" -}}
+{{- if and .Values.tracking.external .Values.tracking.existingSecret }}
+envFrom: [{secretRef: {name: {{ .Values.tracking.existingSecret }}}}]
+{{- end }}
+{{- end }}
+
+{{- /* Where the certificate authorities of private servers lie, as JSON {"kind", "name", "key"}; nothing where there are none. */}}
+{{- define "heimdall.caSource" -}}
+{{- $ca := .Values.caBundle }}
+{{- $given := list }}
+{{- range $name := list "certificates" "existingConfigMap" "existingSecret" }}
+{{- if get $ca $name }}{{- $given = append $given (printf "caBundle.%s" $name) }}{{ end }}
+{{- end }}
+{{- if gt (len $given) 1 }}{{ fail (printf "%s are set: set one of them" (join " and " $given)) }}{{ end }}
+{{- if $ca.certificates }}{{ dict "kind" "configMap" "name" (printf "%s-ca" (include "heimdall.fullname" .)) "key" "ca.crt" | toJson }}
+{{- else if $ca.existingConfigMap }}{{ dict "kind" "configMap" "name" $ca.existingConfigMap "key" $ca.key | toJson }}
+{{- else if $ca.existingSecret }}{{ dict "kind" "secret" "name" $ca.existingSecret "key" $ca.key | toJson }}
+{{- end }}
+{{- end }}
+
+{{- define "heimdall.caVolume" -}}
+{{- with include "heimdall.caSource" . }}
+{{- $source := fromJson . }}
+- name: ca
+  {{ $source.kind }}:
+    {{ if eq $source.kind "secret" }}secretName{{ else }}name{{ end }}: {{ $source.name }}
+    items: [{key: {{ $source.key }}, path: ca.crt}]
+{{- end }}
+{{- end }}
+
+{{- define "heimdall.caMount" -}}
+{{- if include "heimdall.caSource" . }}
+- {name: ca, mountPath: /etc/heimdall-ca, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- /* Namespaces that the chart knows to have training pods, as JSON. */}}
+{{- define "heimdall.trainingNamespaces" -}}
+{{- prepend (concat .Values.trainer.namespaces .Values.operator.namespaces) .Release.Namespace | uniq | toJson }}
 {{- end }}
 
 {{- /* What is the same in every pod: include "heimdall.podDefaults" (dict "root" $ "values" .Values.operator) */}}
@@ -132,6 +208,12 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- with .values.affinity }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .values.topologySpreadConstraints }}
+topologySpreadConstraints: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
 {{- end }}
 
 {{- /* What training pods are told of MLflow beside its address, as data of a Secret. */}}
@@ -140,9 +222,14 @@ MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD: {{ .Values.tracking.presignedTransfers | t
 MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD: {{ .Values.tracking.presignedTransfers | toString | b64enc }}
 {{- /* 16 MiB: several chunks of the default 100 MiB are held in memory at once, and that ends small pods. */}}
 MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE: {{ "16777216" | b64enc }}
-{{- with .Values.tracking.existingSecret }}
-{{- $found := lookup "v1" "Secret" $.Release.Namespace . }}
-{{- if not $found }}{{ fail (printf "Secret %s is not in namespace %s: make it first, or set trainer.createSecrets=false" . $.Release.Namespace) }}{{ end }}
+{{- if include "heimdall.hasAuth" . }}
+MLFLOW_TRACKING_USERNAME: {{ "heimdall-trainer" | b64enc }}
+MLFLOW_TRACKING_PASSWORD: {{ get (include "heimdall.trackingData" . | fromJson) "trainer-password" }}
+{{- end }}
+{{- if and .Values.tracking.external .Values.tracking.existingSecret }}
+{{- $name := .Values.tracking.existingSecret }}
+{{- $found := lookup "v1" "Secret" .Release.Namespace $name }}
+{{- if not $found }}{{ fail (printf "Secret %s is not in namespace %s: make it first, or set trainer.createSecrets=false" $name .Release.Namespace) }}{{ end }}
 {{- range $key := list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD" }}
 {{- with get $found.data $key }}
 {{ $key }}: {{ . }}

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from heimdall_cluster import engine, images, kind, parts
+from heimdall_cluster import debian, engine, images, kind, parts
 from heimdall_cluster.paths import BIN, CACHE, KUBECONFIG, LOCK
 from heimdall_cluster.steps import ClusterError, say, step
 
 LOCK_TIMEOUT_S: Final = 1800
-DISK_NEEDED_GB: Final = 55
+DISK_NEEDED_GB: Final = 65
 DISK_NEEDED_WARM_GB: Final = 8
 MEMORY_NEEDED_GB: Final = 8
 
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--gpu-node", action="store_true", help="only the worker with the GPUs")
     add("env", _env, 'print variables: eval "$(python3 hack/cluster env)"')
     add("engine", _engine, "make sure that a Docker engine answers")
-    build = add("parts", _parts, "build programs from Go modules into the cache")
-    build.add_argument("names", nargs="+", metavar="NAME", help=", ".join(parts.CATALOGUE))
+    build = add("parts", _parts, "build programs from Go modules into the cache, or take them out of Debian packages")
+    build.add_argument("names", nargs="+", metavar="NAME", help=", ".join([*parts.CATALOGUE, *debian.CATALOGUE]))
     add("images", _images, "make sure that the base image of the project's images is there")
     return parser
 
@@ -132,7 +132,10 @@ def _engine(_: argparse.Namespace) -> None:
 
 def _parts(arguments: argparse.Namespace) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
-    parts.ensure(arguments.names)
+    parts.ensure(name for name in arguments.names if name not in debian.CATALOGUE)
+    for name in arguments.names:
+        if name in debian.CATALOGUE:
+            debian.ensure(name)
 
 
 def _images(_: argparse.Namespace) -> None:

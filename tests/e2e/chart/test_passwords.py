@@ -12,7 +12,10 @@ from tests.e2e.cluster import Cluster, port_forward
 
 pytestmark = pytest.mark.e2e
 
-SECRETS = ("heimdall-database", "heimdall-object-store", "heimdall-trainer", "heimdall-recordings-writer")
+SECRETS = (
+    *("heimdall-database", "heimdall-object-store", "heimdall-tracking"),
+    *("heimdall-trainer", "heimdall-recordings-writer"),
+)
 UPGRADE_TIMEOUT = "300s"
 
 

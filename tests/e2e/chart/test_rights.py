@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import requests
 
 from tests.e2e.cluster import Cluster
+from tests.e2e.conftest import Mlflow
 
 FORBIDDEN = [
     ("get", "secrets"),
@@ -22,11 +24,12 @@ FORBIDDEN = [
 ALLOWED = [("create", "jobs"), ("patch", "trainingruns/status"), ("get", "pods/log"), ("create", "services")]
 
 
-def can_i(release: Cluster, verb: str, resource: str) -> str:
-    account = f"system:serviceaccount:{release.namespace}:heimdall-operator"
+def can_i(where: Cluster, verb: str, resource: str, *, account_of: Cluster | None = None) -> str:
+    """Whether a release's operator may do something in a namespace: yes or no."""
+    account = f"system:serviceaccount:{(account_of or where).namespace}:heimdall-operator"
     kind, _, part = resource.partition("/")
-    ask = ("kubectl", "-n", release.namespace, "auth", "can-i", verb, kind, f"--subresource={part}", f"--as={account}")
-    return release.run(*ask, check=False).stdout.strip()
+    ask = ("kubectl", "-n", where.namespace, "auth", "can-i", verb, kind, f"--subresource={part}", f"--as={account}")
+    return where.run(*ask, check=False).stdout.strip()
 
 
 @pytest.mark.parametrize(("verb", "resource"), FORBIDDEN)
@@ -37,3 +40,23 @@ def test_the_operator_may_not(release: Cluster, verb: str, resource: str) -> Non
 @pytest.mark.parametrize(("verb", "resource"), ALLOWED)
 def test_the_operator_may(release: Cluster, verb: str, resource: str) -> None:
     assert can_i(release, verb, resource) == "yes"
+
+
+def test_nobody_asks_mlflow_without_a_password(release: Cluster, mlflow: Mlflow) -> None:
+    for path in ("api/2.0/mlflow/experiments/get?experiment_id=0", "get-artifact?run_uuid=0&path=x"):
+        assert requests.get(f"{mlflow.url}/{path}", timeout=30).status_code == requests.codes.unauthorized, path
+    assert requests.get(f"{mlflow.url}/health", timeout=30).ok
+
+
+def test_a_training_pods_login_can_promote_nothing(release: Cluster, mlflow: Mlflow, canaries: dict[str, str]) -> None:
+    made = mlflow.client.create_registered_model("nobodys-model")
+    try:
+        answer = requests.patch(
+            f"{mlflow.url}/api/2.0/mlflow/registered-models/update",
+            json={"name": made.name, "description": "mine"},
+            auth=("heimdall-trainer", canaries["tracking/trainer-password"]),
+            timeout=30,
+        )
+        assert answer.status_code == requests.codes.forbidden
+    finally:
+        mlflow.client.delete_registered_model(made.name)

@@ -453,7 +453,15 @@ def test_a_finished_run_loses_its_jobs_after_its_time() -> None:
     assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
     later = decide(replace(seen, spec=spec(ttlSecondsAfterFinished=150)), NOW)
     assert (later.actions, later.look_again_s) == ((), 50)
-    assert decide(replace(seen, jobs=()), NOW) == Decision((), done)
+    assert decide(replace(seen, jobs=()), NOW) == Decision((), done.model_copy(update={"observed_generation": 1}))
+
+
+def test_a_change_of_a_finished_run_is_acknowledged() -> None:
+    done = status(phase="Succeeded", completion_time=ago(100), observed_generation=1)
+
+    decision = decide(observed(status=done, generation=2, has_finalizer=False), NOW)
+
+    assert decision == Decision((), done.model_copy(update={"observed_generation": 2}))
 
 
 def test_the_completion_is_estimated_at_the_pace_of_the_attempt() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from heimdall_api.types import TrainingRun
-from heimdall_operator.manifests import AttemptPlan, build_job, build_service
+from heimdall_operator.manifests import CA_FILE, CA_VARIABLES, AttemptPlan, CABundle, build_job, build_service
 from tests.unit.operator.builders import UID, spec
 from tests.unit.operator.fakes import DEFAULTS
 
@@ -79,6 +80,25 @@ def test_the_run_file_is_a_training_run_with_all_defaults() -> None:
 
     assert TrainingRun.model_validate(document).metadata.uid == UID
     assert document["spec"]["training"]["epochs"] == 100
+
+
+@pytest.mark.parametrize(
+    ("is_secret", "source"),
+    [
+        (False, {"configMap": {"name": "trusted", "items": [{"key": "root.pem", "path": "ca.crt"}]}}),
+        (True, {"secret": {"secretName": "trusted", "items": [{"key": "root.pem", "path": "ca.crt"}]}}),
+    ],
+)
+def test_a_training_pod_is_given_the_authorities_of_private_servers(is_secret: bool, source: dict[str, Any]) -> None:
+    defaults = replace(DEFAULTS, ca=CABundle(name="trusted", key="root.pem", is_secret=is_secret))
+
+    pod = build_job(plan(), defaults)["spec"]["template"]["spec"]
+
+    assert {"name": "ca", **source} in pod["volumes"]
+    container = pod["containers"][0]
+    mount = next(item for item in container["volumeMounts"] if item["name"] == "ca")
+    assert (mount["mountPath"], mount["readOnly"]) == (str(Path(CA_FILE).parent), True)
+    assert {item["name"] for item in container["env"] if item.get("value") == CA_FILE} == set(CA_VARIABLES)
 
 
 def test_a_queued_job_waits_for_its_queue() -> None:

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from heimdall_tracking.queue import Point
+from heimdall_tracking.points import Point
 
 PATIENCE_S = 30
 """How long a test waits for a background thread before it fails."""

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
 
 import pytest
 
 from heimdall_tracking import artifacts
-from heimdall_tracking.artifacts import Uploader
+from heimdall_tracking.artifacts import Upload
 from heimdall_tracking.errors import TrackingError
 from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError
 
 ENDLESS_S = 3600
 SOON_S = 0.02
+
+
+Send = Callable[[str], object]
+
+
+class Uploader(artifacts.Uploader):
+    """Uploads each in the way that its test wants."""
+
+    def __init__(self, *, retry_s: float = 0.001) -> None:
+        self.sends: dict[int, Send] = {}
+        super().__init__(lambda upload: self.sends[id(upload)](str(upload.path)) and None, retry_s=retry_s)
+
+    def file(self, send: Send, path: Path, *, whole_folder: bool = False) -> Future[None]:
+        upload = Upload(path=path, whole_folder=whole_folder)
+        self.sends[id(upload)] = send
+        return self.put(upload)
+
+    def folder(self, send: Send, path: Path) -> Future[None]:
+        return self.file(send, path, whole_folder=True)
 
 
 @pytest.fixture
@@ -149,7 +169,7 @@ def test_an_upload_added_while_another_is_waited_for_is_not_forgotten(
 
 def test_flush_says_false_while_an_upload_is_under_way(uploader: Uploader, file: Path) -> None:
     go_on = threading.Event()
-    uploader.file(lambda path: go_on.wait(PATIENCE_S), file)  # type: ignore[arg-type, return-value]
+    uploader.file(lambda path: go_on.wait(PATIENCE_S), file)
 
     assert not uploader.flush(SOON_S)
 
@@ -173,4 +193,34 @@ def test_close_gives_up_what_can_not_be_uploaded_and_says_so(file: Path) -> None
         first.result(PATIENCE_S)
     assert "canary" not in str(caught.value)
     assert second.cancelled()
+    assert [upload.path for upload in uploader.left()] == [file, file]
     assert not uploader.close(0), "closing again does not make it uploaded"
+
+
+def test_an_upload_whose_answer_is_still_out_at_the_end_is_left_too(file: Path) -> None:
+    uploader, tried, go_on = Uploader(), threading.Event(), threading.Event()
+
+    def hang(path: str) -> None:
+        tried.set()
+        assert go_on.wait(PATIENCE_S)
+
+    upload = uploader.file(hang, file)
+    assert tried.wait(PATIENCE_S)
+
+    assert not uploader.close(0)
+    assert [item.path for item in uploader.left()] == [file]
+
+    go_on.set()
+    assert upload.result(PATIENCE_S) is None
+
+
+def test_what_is_impossible_is_not_left(file: Path) -> None:
+    uploader = Uploader()
+
+    def refused(path: str) -> None:
+        raise RefusedError
+
+    uploader.file(refused, file)
+
+    assert not uploader.close(PATIENCE_S)
+    assert uploader.left() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from structlog.testing import capture_logs
 
@@ -13,6 +14,24 @@ from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, in_th
 
 ENDLESS_S = 3600
 SOON_S = 0.02
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call whose making is the test's."""
+
+    key: str
+    made: Callable[[], object]
+
+
+class Calls(Outbox[Call]):
+    """An outbox of calls that a test names."""
+
+    def __init__(self, *, retry_s: float = 0.001) -> None:
+        super().__init__(lambda call: call.made(), retry_s=retry_s)
+
+    def add(self, key: str, made: Callable[[], object]) -> None:
+        self.put(Call(key, made))
 
 
 class Desk:
@@ -32,10 +51,10 @@ class Desk:
         return lambda: self.done.append(what)
 
 
-def busy() -> tuple[Outbox, Desk]:
+def busy() -> tuple[Calls, Desk]:
     """An outbox whose thread is held up, so that what is put now waits."""
-    outbox, desk = Outbox(retry_s=0.001), Desk()
-    outbox.put("hang", desk.hang)
+    outbox, desk = Calls(retry_s=0.001), Desk()
+    outbox.add("hang", desk.hang)
     assert desk.hanging.wait(PATIENCE_S)
     return outbox, desk
 
@@ -43,7 +62,7 @@ def busy() -> tuple[Outbox, Desk]:
 def test_calls_are_made_in_the_order_of_their_first_put() -> None:
     outbox, desk = busy()
     for what in "abc":
-        outbox.put(what, desk.note(what))
+        outbox.add(what, desk.note(what))
     desk.go_on.set()
 
     assert outbox.close(PATIENCE_S)
@@ -52,9 +71,9 @@ def test_calls_are_made_in_the_order_of_their_first_put() -> None:
 
 def test_of_a_key_that_waits_only_the_newest_call_is_made_and_keeps_its_place() -> None:
     outbox, desk = busy()
-    outbox.put("progress", desk.note("step 1"))
-    outbox.put("other", desk.note("other"))
-    outbox.put("progress", desk.note("step 2"))
+    outbox.add("progress", desk.note("step 1"))
+    outbox.add("other", desk.note("other"))
+    outbox.add("progress", desk.note("step 2"))
     desk.go_on.set()
 
     assert outbox.close(PATIENCE_S)
@@ -62,7 +81,7 @@ def test_of_a_key_that_waits_only_the_newest_call_is_made_and_keeps_its_place() 
 
 
 def test_a_newer_call_takes_the_place_of_one_that_failed() -> None:
-    outbox, done = Outbox(retry_s=0.001), []
+    outbox, done = Calls(retry_s=0.001), []
     failed, go_on = threading.Event(), threading.Event()
 
     def old() -> None:
@@ -70,9 +89,9 @@ def test_a_newer_call_takes_the_place_of_one_that_failed() -> None:
         assert go_on.wait(PATIENCE_S)
         raise AwayError
 
-    outbox.put("progress", old)
+    outbox.add("progress", old)
     assert failed.wait(PATIENCE_S)
-    outbox.put("progress", lambda: done.append("new"))
+    outbox.add("progress", lambda: done.append("new"))
     go_on.set()
 
     assert outbox.close(PATIENCE_S)
@@ -88,8 +107,8 @@ def test_a_call_is_made_again_until_the_server_is_back_before_those_after_it() -
             raise errors.pop()
         desk.done.append("first")
 
-    outbox.put("first", try_again)
-    outbox.put("second", desk.note("second"))
+    outbox.add("first", try_again)
+    outbox.add("second", desk.note("second"))
     desk.go_on.set()
 
     assert outbox.close(PATIENCE_S)
@@ -107,9 +126,9 @@ def test_a_call_that_is_refused_is_left_out_and_holds_nothing_up() -> None:
 
         return call
 
-    outbox.put("refused", refused(RefusedError("RESOURCE_DOES_NOT_EXIST")))
-    outbox.put("impossible", refused(TrackingError("no such thing")))
-    outbox.put("next", desk.note("next"))
+    outbox.add("refused", refused(RefusedError("RESOURCE_DOES_NOT_EXIST")))
+    outbox.add("impossible", refused(TrackingError("no such thing")))
+    outbox.add("next", desk.note("next"))
     desk.go_on.set()
 
     assert outbox.close(PATIENCE_S)
@@ -128,30 +147,45 @@ def test_flush_says_false_while_a_call_is_under_way() -> None:
 
 
 def test_flush_says_false_while_a_call_waits_to_be_made_again() -> None:
-    outbox, tried = Outbox(retry_s=ENDLESS_S), threading.Event()
+    outbox, tried = Calls(retry_s=ENDLESS_S), threading.Event()
 
     def away() -> None:
         tried.set()
         raise AwayError
 
-    outbox.put("tag", away)
+    outbox.add("tag", away)
     assert tried.wait(PATIENCE_S)
 
     assert not outbox.flush(SOON_S)
     assert not outbox.close(SOON_S)
     join(outbox._thread)
+    assert [call.key for call in outbox.left()] == ["tag"]
     assert not outbox.close(0), "closing again does not make it done"
+
+
+def test_a_call_whose_answer_is_still_out_at_the_end_is_left_too_the_newest_of_each_key() -> None:
+    outbox, desk = busy()
+    outbox.add("progress", desk.note("step 1"))
+    newest = desk.note("step 2")
+    outbox.add("progress", newest)
+
+    assert not outbox.close(0)
+
+    assert [call.key for call in outbox.left()] == ["hang", "progress"]
+    assert outbox.left()[1].made is newest
+    desk.go_on.set()
+    join(outbox._thread)
 
 
 def test_a_secret_in_an_error_does_not_reach_the_log() -> None:
     with capture_logs() as lines:
-        outbox, errors = Outbox(retry_s=0.001), [AwayError("http://alice:canary@host")]
+        outbox, errors = Calls(retry_s=0.001), [AwayError("http://alice:canary@host")]
 
         def call() -> None:
             if errors:
                 raise errors.pop()
 
-        outbox.put("tag", call)
+        outbox.add("tag", call)
         assert outbox.close(PATIENCE_S)
 
     assert lines
@@ -159,9 +193,9 @@ def test_a_secret_in_an_error_does_not_reach_the_log() -> None:
 
 
 def test_puts_from_several_threads_are_all_done() -> None:
-    outbox, done = Outbox(), []
+    outbox, done = Calls(), []
     threads = [
-        in_thread(lambda part=part: [outbox.put(f"{part}-{index}", lambda: done.append(1)) for index in range(100)])
+        in_thread(lambda part=part: [outbox.add(f"{part}-{index}", lambda: done.append(1)) for index in range(100)])
         for part in range(4)
     ]
     for thread in threads:

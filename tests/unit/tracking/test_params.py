@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param, _validate_tag
 from pydantic import BaseModel, SecretStr
@@ -173,6 +173,7 @@ carriers = st.one_of(
 
 @some
 @given(around(carriers))
+@example({"token": {"inner": [CANARY]}})
 def test_secrets_are_masked_wherever_they_lie(value: Any) -> None:
     flat = flatten({"value": value})
 

@@ -6,15 +6,16 @@ import threading
 
 import pytest
 
-from heimdall_tracking.queue import BATCH, MetricQueue, Point, Send
+from heimdall_tracking.points import Point
+from heimdall_tracking.queue import BATCH, MetricQueue, Send
 from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, Server, in_thread, join, points
 
 ENDLESS_S = 3600
 SOON_S = 0.02
 
 
-def queue_to(send: Send, *, linger_s: float = 0, capacity: int = 1_000_000, retry_s: float = 0.001) -> MetricQueue:
-    return MetricQueue(send, linger_s=linger_s, capacity=capacity, retry_s=retry_s)
+def queue_to(send: Send, *, linger_s: float = 0, memory_points: int = 50_000, retry_s: float = 0.001) -> MetricQueue:
+    return MetricQueue(send, linger_s=linger_s, memory_points=memory_points, retry_s=retry_s)
 
 
 def test_points_arrive_once_in_the_order_they_were_put() -> None:
@@ -141,10 +142,10 @@ def test_the_thread_outlives_refusals_and_goes_on_with_what_comes_next() -> None
     queue.close(0)
 
 
-def test_beyond_its_capacity_the_oldest_are_dropped_and_counted() -> None:
+def test_without_a_disk_the_oldest_are_dropped_and_counted() -> None:
     server = Server()
     server.open.clear()
-    queue = queue_to(server.send, capacity=10)
+    queue = queue_to(server.send, memory_points=10)
     queue.put(points([0]))
     server.wait_for_call()
     for step in range(1, 31):
@@ -209,7 +210,7 @@ def test_several_may_wait_at_once() -> None:
     queue.close(0)
 
 
-def test_close_ends_the_thread_and_says_what_was_given_up() -> None:
+def test_close_ends_the_thread_and_says_what_is_left() -> None:
     away = threading.Event()
 
     def send(batch: object) -> None:
@@ -222,8 +223,24 @@ def test_close_ends_the_thread_and_says_what_was_given_up() -> None:
 
     assert not queue.close(SOON_S)
     join(queue._thread)
-    assert queue.dropped == 3
+    assert (queue.dropped, queue.waiting) == (0, 3)
+    assert queue.left() == (points(range(3)), [])
     assert not queue.close(0), "closing again does not make it delivered"
+
+
+def test_a_batch_whose_answer_is_still_out_at_the_end_is_left_too() -> None:
+    server = Server()
+    server.open.clear()
+    queue = queue_to(server.send)
+    queue.put(points([0]))
+    server.wait_for_call()
+    queue.put(points([1, 2]))
+
+    assert not queue.close(0)
+
+    assert queue.left() == (points([0, 1, 2]), [])
+    server.open.set()
+    join(queue._thread)
 
 
 def test_points_put_after_close_are_counted_and_raise_nothing() -> None:

@@ -20,13 +20,17 @@ VARIABLES = {
     "backend_store_uri": "MLFLOW_BACKEND_STORE_URI",
     "experiment_name": "MLFLOW_EXPERIMENT_NAME",
     "run_name_prefix": "HEIMDALL_RUN_NAME_PREFIX",
+    "ca_bundle": "MLFLOW_TRACKING_SERVER_CERT_PATH",
+    "s3_ca_bundle": "AWS_CA_BUNDLE",
+    "s3_path_style": "HEIMDALL_S3_PATH_STYLE",
+    "undelivered_dir": "HEIMDALL_UNDELIVERED_DIR",
 }
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "HEIMDALL_")):
+        if name.startswith(("MLFLOW_", "HEIMDALL_", "AWS_")) or name == "REQUESTS_CA_BUNDLE":
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
@@ -49,15 +53,37 @@ def test_the_defaults_are_for_a_laptop() -> None:
     assert settings.password.get_secret_value() == ""
 
 
+VALUES = {"s3_path_style": ("False", "True", "False")}
+"""Of settings that are no text: what file, environment and argument say."""
+
+
 @pytest.mark.parametrize("field", VARIABLES)
 def test_arguments_beat_the_environment_which_beats_the_env_file(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path(".env").write_text(f"{VARIABLES[field]}=from-file\n")
-    assert value_of(load_settings(), field) == "from-file"
+    in_file, in_environment, argument = VALUES.get(field, ("from-file", "from-environment", "from-argument"))
+    for file in (in_file, in_environment, argument):
+        Path(file).touch()  # some name files that must be there
+    default = value_of(load_settings(), field)
+    assert default != in_file
 
-    monkeypatch.setenv(VARIABLES[field], "from-environment")
-    assert value_of(load_settings(), field) == "from-environment"
+    Path(".env").write_text(f"{VARIABLES[field]}={in_file}\n")
+    assert value_of(load_settings(), field) == in_file
 
-    assert value_of(load_settings(**{field: "from-argument"}), field) == "from-argument"
+    monkeypatch.setenv(VARIABLES[field], in_environment)
+    assert value_of(load_settings(), field) == in_environment
+
+    assert value_of(load_settings(**{field: argument}), field) == argument
+
+
+@pytest.mark.parametrize("field", ["ca_bundle", "s3_ca_bundle"])
+def test_a_file_of_authorities_that_there_is_not_is_named_by_its_variable(field: str) -> None:
+    with pytest.raises(SettingsError, match=f"{VARIABLES[field]}.*/nowhere/ca.pem, which does not exist"):
+        load_settings(**{field: "/nowhere/ca.pem"})
+
+
+def test_requests_own_variable_names_the_authorities_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Path("ca.pem").touch()
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "ca.pem")
+    assert load_settings().ca_bundle == Path("ca.pem")
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,11 +167,13 @@ def test_export_gives_mlflow_what_it_lacks_and_leaves_what_is_set(monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "bob")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "x")
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")  # so that it is put back after the test
-    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "x")
-    monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL")
+    for name in ("MLFLOW_S3_ENDPOINT_URL", "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
 
     settings.export()
 
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "bob"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == CANARY
     assert os.environ["MLFLOW_S3_ENDPOINT_URL"] == "http://minio"
+    assert os.environ["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] == "path"

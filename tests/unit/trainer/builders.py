@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from heimdall_trainer.data.features import Features, FeatureSource
+from heimdall_trainer.data.cache import Features
+from heimdall_trainer.data.features import FeatureSource
 from heimdall_trainer.data.sessions import Receiver, Recording, Session, Status, Transmission
 from heimdall_trainer.settings import DataSettings, load_data_settings
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints, parse_checkpoints
 from heimdall_tracking import MLflowTracker, load_settings
+from heimdall_tracking.checkpoints import retained
 from heimdall_trainer import checkpoints
-from heimdall_trainer.checkpoints import CheckpointPublisher, retained
+from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import FencedError
 
 # MLflow's own use of SQLAlchemy, not ours.
@@ -71,7 +72,7 @@ class FakeTracker:
     def __init__(self, tags: dict[str, str] | None = None) -> None:
         self.client = self
         self.run_id = "run"
-        self.settings = SimpleNamespace(tracking_uri="sqlite://")
+        self.tracking_uri = "sqlite://"
         self.tags = dict(tags or {})
         self.done: list[str] = []
         self.before_upload: Callable[[str], None] = lambda name: None
@@ -90,7 +91,7 @@ class FakeTracker:
         self.done.append("metrics delivered")
         return True
 
-    def set_tag(self, name: str, value: str) -> None:
+    def set_tag(self, run_id: str, name: str, value: str) -> None:
         self.tags[name] = value
         self.done.append(f"named {parse_checkpoints(value)[-1].path}")
 
@@ -172,6 +173,33 @@ def test_handing_over_never_waits_and_of_many_the_newest_are_published(publish: 
         f"uploaded step-{step}.ckpt" for step in (1, 3, 4)
     ]
     assert not (tmp_path / "step-2.ckpt").exists()
+
+
+def test_what_could_not_be_published_is_handed_over_at_the_end(publish: Publish, tmp_path: Path) -> None:
+    tracker, tried = FakeTracker(), threading.Event()
+
+    def away(name: str) -> None:
+        tried.set()
+        raise ConnectionError("the server is away")
+
+    tracker.before_upload = away
+    publisher = publish(tracker, keep=2)
+    submit(publisher, tmp_path, 1)
+    assert tried.wait(TIMEOUT_S)
+    submit(publisher, tmp_path, 2, metric=0.5)
+    left = publisher.close()
+    assert [(item.file.name, item.checkpoint.step, item.keep, item.mode) for item in left] == [
+        ("step-1.ckpt", 1, 2, "min"),
+        ("step-2.ckpt", 2, 2, "min"),
+    ]
+    assert publisher.close() == []
+
+
+def test_what_was_overtaken_is_not_handed_over(publish: Publish, tmp_path: Path) -> None:
+    publisher = publish(FakeTracker({TAG_ATTEMPT: "2"}), attempt=1)
+    submit(publisher, tmp_path, 1)
+    assert not publisher.flush(TIMEOUT_S)
+    assert publisher.close() == []
 
 
 def test_a_metric_that_is_no_number_counts_as_none(publish: Publish, tmp_path: Path) -> None:

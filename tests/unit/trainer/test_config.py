@@ -11,6 +11,7 @@ import yaml
 
 from heimdall_api.types import TrainingRun
 from heimdall_trainer import cli
+from heimdall_trainer.commands import training
 from heimdall_trainer.config import load_training_config, override, parse
 from heimdall_trainer.errors import ConfigurationError
 
@@ -124,8 +125,7 @@ def test_a_flag_that_can_not_be_used_is_named() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainingRun, Path]]:
     """What the command line would train, and where."""
     calls: list[tuple[TrainingRun, Path]] = []
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
-    monkeypatch.setattr(cli, "_train_locally", lambda run, output_dir: calls.append((run, output_dir)))
+    monkeypatch.setattr(training, "_train_locally", lambda run, output_dir: calls.append((run, output_dir)))
     return calls
 
 
@@ -169,3 +169,17 @@ def test_the_train_command_without_file_and_flags_has_the_defaults(trained: list
 def test_the_validate_command_says_that_a_file_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
     call("validate", "-f", str(written(yaml.safe_dump(RUN))))
     assert capsys.readouterr().out == "file.yaml: locate is valid\n"
+
+
+def test_the_validate_command_refuses_what_the_api_server_would() -> None:
+    spec = {"model": {"backbone": "resnet50", "module": "a:B"}}
+    file = written(yaml.safe_dump({**RUN, "metadata": {"name": "Locate!"}, "spec": spec}))
+    with pytest.raises(ConfigurationError, match=r"spec\.model: set either backbone .* or module"):
+        call("validate", "-f", str(file))
+    with pytest.raises(ConfigurationError, match=r"^metadata\.name becomes the name of Jobs and Pods"):
+        call("validate", "-f", str(written(yaml.safe_dump({**RUN, "metadata": {"name": "Locate!"}}))))
+
+
+@pytest.mark.parametrize(("file", "name"), [("My_Config v2.yaml", "my-config-v2"), ("2026.yaml", "run")])
+def test_a_bare_spec_is_named_after_its_file(file: str, name: str) -> None:
+    assert load_training_config(written(yaml.safe_dump(SPEC), file)).metadata.name == name

@@ -12,6 +12,7 @@ import torch
 
 from heimdall_api.types import DataSpec
 from heimdall_trainer.data.augment import Augmentation
+from heimdall_trainer.data.cache import ENTRY_BYTES
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.features import FeatureSource, Problem, keep_readable
 from heimdall_trainer.data.geo import to_geographic
@@ -123,11 +124,11 @@ def test_features_of_other_content_scale_or_parameters_are_not_taken_for_the_sam
         assert source.check(other) is not None
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY cut short", b"no array at all"])
+@pytest.mark.parametrize("content", [b"", b"cut short", bytes(ENTRY_BYTES), bytes(2 * ENTRY_BYTES)])
 def test_a_cache_entry_that_is_broken_is_computed_again(mine: DataSettings, content: bytes) -> None:
     source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
     first = source.get(recording)
-    (entry,) = mine.cache_dir.rglob("*.npy")
+    (entry,) = mine.cache_dir.rglob("*.features")
     entry.write_bytes(content)
     assert np.array_equal(source.get(recording), first)
     assert len(entry.read_bytes()) > first.nbytes

@@ -215,7 +215,7 @@ def step(net: LocalizationNet) -> None:
     """One optimizer step."""
     net.train()
     optimizer = torch.optim.SGD([each for each in net.parameters() if each.requires_grad], lr=0.01)
-    out = net(*scene(2, 2))
+    out = net(*(timed_scene(2, 2) if net.arrivals else scene(2, 2)))
     (out[:, :2] / 1000).square().mean().add(out[:, 2:].log().mean()).backward()
     optimizer.step()
 

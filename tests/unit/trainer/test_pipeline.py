@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from heimdall_api.contract import (
     ENV_MLFLOW_RUN_ID,
     ENV_TERMINATION_MESSAGE,
     ENV_TRACKING_URI,
+    ONNX_FILE,
+    PLOTS_DIR,
     TAG_BEST,
     TAG_PROGRESS,
     BestMetric,
@@ -37,6 +40,8 @@ from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
 from heimdall_trainer import callbacks, cli, pipeline
 from heimdall_trainer.config import parse
+from heimdall_trainer.errors import ConfigurationError
+from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.pipeline import TrainingPipeline
 from heimdall_trainer.settings import DataSettings
@@ -114,7 +119,6 @@ def _bounded() -> Iterator[None]:
 def _process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a training changes in its process is put back."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -156,7 +160,7 @@ def trained(bench: Bench, recorded: DataSettings) -> Trained:
         for name, value in variables(recorded).items():
             patch.setenv(name, value)
         run_id = bench.new_run()
-        metrics = bench.train({**LOCALIZER, "registration": {"model": "tiny"}}, run_id)
+        metrics = bench.train({**LOCALIZER, "registration": {"model": "tiny"}, "export": {"onnx": True}}, run_id)
     return Trained(bench.client.get_run(run_id), metrics)
 
 
@@ -386,6 +390,42 @@ def pod(bench: Bench) -> Iterator[Pod]:
     process.wait()
 
 
+def test_the_model_is_there_as_onnx_in_the_run_and_with_the_model_and_says_the_same(
+    trained: Trained, bench: Bench
+) -> None:
+    artifacts = Path(bench.client.download_artifacts(trained.run.info.run_id, ONNX_FILE))
+    location = model_of(bench, trained.run.info.run_id).artifact_location
+    beside = Path(location.removeprefix("file://")) / ONNX_FILE
+    assert beside.read_bytes() == artifacts.read_bytes()
+    model = load_model(location)
+    found = open_onnx(beside)({name: torch.as_tensor(value) for name, value in model.input_example.items()})
+    served = model.predict(model.input_example)
+    for name in ("position", "sigma"):
+        assert found[name].numpy() == pytest.approx(served[name], abs=0.1)
+
+
+def test_plots_of_the_test_split_are_artifacts_of_the_run(trained: Trained, bench: Bench) -> None:
+    files = {Path(item.path).name for item in bench.client.list_artifacts(trained.run.info.run_id, PLOTS_DIR)}
+    assert files == {"error_map.png", "calibration.png", "loss.png"}
+    for name in files:
+        file = bench.client.download_artifacts(trained.run.info.run_id, f"{PLOTS_DIR}/{name}")
+        assert Path(file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_model_and_checkpoint_tell_the_sessions_of_their_training(trained: Trained, bench: Bench) -> None:
+    run_id = trained.run.info.run_id
+    known = load_model(model_of(bench, run_id).artifact_location).metadata.metadata["sessions"]
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    file = bench.client.download_artifacts(run_id, facts.checkpoints[0].path)
+    held = torch.load(file, map_location="cpu", weights_only=False)
+    assert held["HeimdallDataModule"] == {"sessions": known}
+    assert f"[{', '.join(known['test'])}]" == trained.run.data.params["dataset.test_sessions"]
+    assert sorted(session for side in known.values() for session in side) == sorted(
+        f"generated-7-{number:03}" for number in range(5)
+    )
+
+
 # --- a user's own modules ------------------------------------------------------------------------------------------
 
 
@@ -400,12 +440,74 @@ def test_any_lightning_module_with_its_own_data_is_trained_and_logged(bench: Ben
     assert model.predict(model.input_example).shape == (1, 1)
 
 
+def test_a_module_with_an_example_is_there_as_onnx(bench: Bench) -> None:
+    run_id = bench.new_run()
+    bench.train(user_spec("LineWithExample", export={"onnx": True}), run_id)
+    file = Path(bench.client.download_artifacts(run_id, ONNX_FILE))
+    found = open_onnx(file)({"x": torch.tensor([[0.5], [1.0], [-1.0]])})["output"]
+    assert found.shape == (3, 1)
+    assert not bench.client.list_artifacts(run_id, PLOTS_DIR)
+
+
 def test_a_data_module_of_one_s_own_is_used_for_training_validation_and_test(bench: Bench) -> None:
     run_id = bench.new_run()
     spec = user_spec("LineWithoutData", data={"module": f"{MODULES}:Points", "args": {"batch_size": 2}})
     metrics = bench.train(spec, run_id)
     assert [step for step, _ in bench.history(run_id, "train/loss")] == list(range(16))
     assert metrics["test/loss"] == pytest.approx(metrics["val/loss"])
+
+
+OTHER = "tests.unit.trainer.lightning_modules"
+
+
+def test_a_module_and_its_data_of_the_other_lightning_package_are_trained_tested_and_logged(bench: Bench) -> None:
+    run_id = bench.new_run()
+    spec = {
+        "model": {"module": f"{OTHER}:Digits", "args": {"hidden": 8}},
+        "data": {"module": f"{OTHER}:Images", "args": {"count": 32}},
+        "training": {"epochs": 20, "checkpoints": {"keep": 1}},
+        "registration": {"model": "digits"},
+    }
+    metrics = bench.train(spec, run_id)
+    losses = bench.history(run_id, "train/loss")
+    assert [step for step, _ in losses] == list(range(40))
+    assert losses[-1][1] < losses[0][1] / 2
+    assert "val/loss" in metrics
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.last_checkpoint is not None
+    assert facts.last_checkpoint.step == 40
+    assert bench.client.get_run(run_id).data.params["module.hidden"] == "8"
+    model = load_model(model_of(bench, run_id).artifact_location)
+    assert model.predict(model.input_example).shape == (1, 4)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightning_s_own_example_is_trained_from_either_package(bench: Bench, package: str) -> None:
+    """Classes that know nothing of this project, and log nothing."""
+    run_id = bench.new_run()
+    demos = f"{package}.demos.boring_classes"
+    spec = {
+        "model": {"module": f"{demos}:BoringModel"},
+        "data": {"module": f"{demos}:BoringDataModule"},
+        "training": {"epochs": 1, "checkpoints": {"keep": 1}},
+    }
+    bench.train(spec, run_id)
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.progress is not None
+    assert facts.progress.step == 64
+    assert [item.step for item in facts.checkpoints] == [64]
+
+
+def test_a_module_of_one_package_with_data_of_the_other_is_refused_by_name(bench: Bench) -> None:
+    spec = {
+        "model": {"module": f"{OTHER}:Digits"},
+        "data": {"module": f"{MODULES}:Points"},
+        "training": {"epochs": 1},
+    }
+    with pytest.raises(ConfigurationError, match=r"spec\.data\.module Points is made for pytorch_lightning, .*Digits"):
+        bench.train(spec, bench.new_run())
 
 
 # --- the command, without an operator ------------------------------------------------------------------------------
@@ -457,10 +559,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"module": f"{MODULES}:Nothing"}},
         f"{MODULES} has no class Nothing",
     ),
+    "data that is no data module": (
+        {"model": {"module": f"{MODULES}:LineWithoutData"}, "data": {"module": f"{MODULES}:NoModule"}},
+        "spec.data.module NoModule is no LightningDataModule",
+    ),
+    "an argument that is missing": (
+        {"model": {"module": f"{MODULES}:Line"}, "data": {"module": f"{MODULES}:Demanding"}},
+        "spec.data.args does not fit Demanding(size: 'int') -> 'None': missing a required argument: 'size'",
+    ),
     "a class that is no module": ({"model": {"module": f"{MODULES}:NoModule"}}, "NoModule is no LightningModule"),
     "an argument that it does not take": (
         {"model": {"module": f"{MODULES}:Line", "args": {"width": 3}}},
         "spec.model.args does not fit Line(lr: 'float' = 0.1) -> 'None': got an unexpected keyword argument 'width'",
+    ),
+    "a module without an example": (
+        {"model": {"module": f"{MODULES}:Line"}, "export": {"onnx": True}},
+        "spec.export.onnx: Line has no example input: set example_input_array to what its forward takes",
     ),
     "an argument that its data does not take": (
         {"model": {"module": f"{MODULES}:Line"}, "data": {"module": f"{MODULES}:Points", "args": {"size": 3}}},
@@ -481,7 +595,7 @@ def test_what_can_not_work_exits_78_and_names_the_field(
     localizer: dict[str, Any],
     request: pytest.FixtureRequest,
 ) -> None:
-    code, message, run = run_locally(spec, request.node.callspec.id.replace("'", ""))
+    code, message, run = run_locally(spec, re.sub(r"[^a-z0-9]+", "-", request.node.callspec.id))
     assert code == ExitCode.CONFIGURATION
     assert message.reason is Reason.INVALID_CONFIGURATION
     assert words in message.message
@@ -489,7 +603,7 @@ def test_what_can_not_work_exits_78_and_names_the_field(
 
 
 def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: Any) -> None:
-    code, message, run = run_locally({"training": {"epoch": 3}}, "no field")
+    code, message, run = run_locally({"training": {"epoch": 3}}, "no-field")
     assert code == ExitCode.CONFIGURATION
     assert "spec.training.epoch: Extra inputs" in message.message
     assert run is None

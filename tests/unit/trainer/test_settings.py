@@ -5,11 +5,67 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from heimdall_trainer.errors import ConfigurationError
-from heimdall_trainer.settings import load_data_settings
+from heimdall_trainer.settings import DataSettings, load_data_settings
 
 SECRET = "hunter2"
+
+
+SOURCES: dict[str, tuple[object, object, object]] = {
+    "database_url": (*(f"postgresql+psycopg://{name}/db" for name in ("file", "environment", "argument")),),
+    "recordings_url": ("file:a", "file:b", "file:c"),
+    "s3_endpoint_url": ("http://a", "http://b", "http://c"),
+    "s3_region": ("a", "b", "c"),
+    "s3_ca_bundle": (Path("a.pem"), Path("b.pem"), Path("c.pem")),
+    "s3_path_style": (False, True, False),
+    "cache_dir": (Path("a"), Path("b"), Path("c")),
+    "cache_limit_gib": (1.0, 2.0, 3.0),
+    "redis_url": ("redis://a", "redis://b", "redis://c"),
+    "weights_url": ("a", "b", "c"),
+    "skip_limit": (0.1, 0.2, 0.3),
+    "read_threads": (1, 2, 3),
+}
+"""What file, environment and argument say. The two keys of S3 go together, and have a test of their own."""
+
+
+def test_every_setting_s_sources_are_tested() -> None:
+    assert {*SOURCES, "s3_access_key", "s3_secret_key"} == DataSettings.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", SOURCES)
+def test_of_each_setting_the_first_source_wins(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def value() -> object:
+        found = getattr(load_data_settings(), field)
+        return found.get_secret_value() if isinstance(found, SecretStr) else found
+
+    in_file, in_environment, argument = SOURCES[field]
+    for each in SOURCES[field]:
+        if isinstance(each, Path):
+            each.touch()
+    variable = f"HEIMDALL_{field.upper()}"
+    assert value() != in_file
+    Path(".env").write_text(f"{variable}={in_file}\n")
+    assert value() == in_file
+    monkeypatch.setenv(variable, str(in_environment))
+    assert value() == in_environment
+    found = getattr(load_data_settings(**{field: argument}), field)
+    assert (found.get_secret_value() if isinstance(found, SecretStr) else found) == argument
+
+
+def test_the_two_keys_of_s3_come_from_the_first_source_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(**arguments: object) -> list[str]:
+        settings = load_data_settings(**arguments)
+        return [key.get_secret_value() for key in (settings.s3_access_key, settings.s3_secret_key) if key]
+
+    assert keys() == []
+    Path(".env").write_text("HEIMDALL_S3_ACCESS_KEY=file\nHEIMDALL_S3_SECRET_KEY=file\n")
+    assert keys() == ["file"] * 2
+    monkeypatch.setenv("HEIMDALL_S3_ACCESS_KEY", "environment")
+    monkeypatch.setenv("HEIMDALL_S3_SECRET_KEY", "environment")
+    assert keys() == ["environment"] * 2
+    assert keys(s3_access_key="argument", s3_secret_key="argument") == ["argument"] * 2
 
 
 def test_arguments_beat_the_environment_which_beats_the_file_which_beats_the_default(
@@ -50,6 +106,8 @@ def test_every_way_to_write_postgresql_means_the_driver_that_is_installed(scheme
         ("HEIMDALL_SKIP_LIMIT", SECRET),
         ("HEIMDALL_SKIP_LIMIT", "1.5"),
         ("HEIMDALL_READ_THREADS", "0"),
+        ("HEIMDALL_REDIS_URL", f"http://user:{SECRET}@host"),
+        ("HEIMDALL_CACHE_LIMIT_GIB", "0"),
         ("HEIMDALL_S3_CA_BUNDLE", "/nowhere/ca.pem"),
     ],
 )
@@ -82,7 +140,10 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_credentials_do_not_show_in_a_representation() -> None:
     settings = load_data_settings(
-        database_url=f"postgresql://user:{SECRET}@host/db", s3_access_key=SECRET, s3_secret_key=SECRET
+        database_url=f"postgresql://user:{SECRET}@host/db",
+        s3_access_key=SECRET,
+        s3_secret_key=SECRET,
+        redis_url=f"redis://:{SECRET}@host",
     )
     assert SECRET not in repr(settings)
     assert SECRET not in settings.model_dump_json()

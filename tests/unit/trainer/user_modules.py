@@ -36,6 +36,14 @@ class Line(pl.LightningModule):
         return points()
 
 
+class LineWithExample(Line):
+    """The same, which can be exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(1, 1)
+
+
 class LineWithoutData(Line):
     """The same, for a LightningDataModule; it validates and tests."""
 
@@ -80,6 +88,13 @@ class Points(pl.LightningDataModule):
         return points(self.batch_size)
 
     val_dataloader = test_dataloader = train_dataloader
+
+
+class Demanding(Points):
+    """Data that can't be made without an argument."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
 
 
 class NoModule:

@@ -89,7 +89,12 @@ class ArrivalSource:
         estimated = self._estimate(transmission)
         buffer = io.BytesIO()
         np.save(buffer, estimated)
-        write_whole(file, buffer.getvalue())
+        try:
+            write_whole(file, buffer.getvalue())
+        except OSError as error:
+            log.warning(
+                "arrivals can't be kept; they are estimated again", folder=str(self._folder), error=error.strerror
+            )
         return estimated
 
     def _estimate(self, transmission: Transmission) -> Metres:

@@ -1,24 +1,21 @@
-"""Features of recordings, computed once and kept in a folder by content."""
+"""Features of recordings, computed once and kept by content."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Final
 
-import numpy as np
 import structlog
 import torch
-from numpy.typing import NDArray
 
-from heimdall_trainer.data.recordings import RecordingStore, UnreadableError, write_whole
+from heimdall_trainer.data.cache import FeatureCache, Features, open_caches
+from heimdall_trainer.data.recordings import RecordingStore, UnreadableError
 from heimdall_trainer.data.sessions import Recording, Transmission
-from heimdall_trainer.data.spectrogram import DEFAULT_PARAMETERS, SHAPE, SpectrogramParameters, mel_spectrogram
+from heimdall_trainer.data.spectrogram import DEFAULT_PARAMETERS, SpectrogramParameters, mel_spectrogram
 from heimdall_trainer.errors import DataError
 from heimdall_trainer.settings import DataSettings
 
@@ -27,30 +24,30 @@ NAMED_PROBLEMS: Final = 10
 REPORT_EVERY: Final = 1000
 """Recordings between two lines of progress."""
 
-Features = NDArray[np.float32]
-
 log = structlog.get_logger(__name__)
 
 
 class FeatureSource:
-    """Spectrograms of recordings: from the cache, or computed from what the store holds.
+    """Spectrograms of recordings: from a cache, or computed from what the store holds.
 
-    Entries are named after the data's checksum, its scale and the parameters, so that nothing stale is ever found. They
-    are written beside and renamed, so that any number of processes can share a folder.
+    Entries are named after the data's checksum, its scale and the parameters, so that nothing stale is ever found.
     """
 
     def __init__(
-        self, store: RecordingStore, folder: Path, parameters: SpectrogramParameters = DEFAULT_PARAMETERS
+        self,
+        store: RecordingStore,
+        caches: Sequence[FeatureCache],
+        parameters: SpectrogramParameters = DEFAULT_PARAMETERS,
     ) -> None:
-        """Args: store: Where recordings lie. folder: Where features are kept. parameters: How they are computed."""
+        """Args: store: Where recordings lie. caches: The nearest first. parameters: How features are computed."""
         self._store = store
-        self._folder = folder / "features"
+        self._caches = tuple(caches)
         self._parameters = parameters
 
     @classmethod
     def open(cls, settings: DataSettings) -> FeatureSource:
         """The source that the settings name."""
-        return cls(RecordingStore.open(settings), settings.cache_dir)
+        return cls(RecordingStore.open(settings), open_caches(settings))
 
     def get(self, recording: Recording) -> Features:
         """Spectrograms of a recording, shape (3, 128, 32), see mel_spectrogram.
@@ -59,19 +56,28 @@ class FeatureSource:
             UnreadableError: The recording is missing, short, corrupt, of another rate or type.
             ConnectionError: The store does not answer.
         """
-        file = self._file(recording)
-        cached = _load(file)
-        if cached is not None:
-            return cached
+        key = self._key(recording)
+        for number, cache in enumerate(self._caches):
+            found = cache.get(key)
+            if found is not None:
+                self._keep(key, found, number)
+                return found
+        features = self._compute(recording)
+        self._keep(key, features, len(self._caches))
+        return features
+
+    def _compute(self, recording: Recording) -> Features:
         samples = self._store.read(recording)
         try:
             features: Features = mel_spectrogram(torch.from_numpy(samples), self._parameters).numpy()
         except ValueError as error:
             raise UnreadableError(str(error)) from None
-        buffer = io.BytesIO()
-        np.save(buffer, features)
-        write_whole(file, buffer.getvalue())
         return features
+
+    def _keep(self, key: str, features: Features, count: int) -> None:
+        """Keep features in the first caches, which did not have them."""
+        for cache in self._caches[:count]:
+            cache.put(key, features)
 
     def check(self, recording: Recording) -> str | None:
         """Make sure that a recording's features are in the cache; what is wrong with it if they can't be."""
@@ -81,18 +87,9 @@ class FeatureSource:
             return str(error)
         return None
 
-    def _file(self, recording: Recording) -> Path:
+    def _key(self, recording: Recording) -> str:
         about = [recording.sha256, recording.full_scale_dbm, recording.sample_count, asdict(self._parameters)]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        return self._folder / digest[:2] / f"{digest}.npy"
-
-
-def _load(file: Path) -> Features | None:
-    try:
-        features: Features = np.load(file)
-    except (OSError, ValueError, EOFError):
-        return None
-    return features if features.shape == SHAPE and features.dtype == np.float32 else None
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

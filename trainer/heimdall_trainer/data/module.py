@@ -16,7 +16,7 @@ from heimdall_trainer.data.dataset import HeimdallDataset
 from heimdall_trainer.data.features import FeatureSource, keep_readable
 from heimdall_trainer.data.loader import ResumableLoader
 from heimdall_trainer.data.sessions import SessionStore, Transmission
-from heimdall_trainer.data.split import Split, split_sessions
+from heimdall_trainer.data.split import SESSIONS, Split, split_sessions
 from heimdall_trainer.errors import DataError
 from heimdall_trainer.settings import DataSettings
 
@@ -107,6 +107,12 @@ class HeimdallDataModule(L.LightningDataModule):
             arrivals=self._arrivals,
             seed=self._seed,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint and the model hold of the data: whoever evaluates them must know what they have seen."""
+        split = self.split
+        sides = {"train": split.train, "validation": split.validation, "test": split.test}
+        return {SESSIONS: {side: list(ids) for side, ids in sides.items()}}
 
     def dataset_identity(self) -> dict[str, Any]:
         """What was trained on, for tracking.

@@ -127,7 +127,7 @@ class Bucket:
         return content
 
     def _ask(self, operation: str, key: str, **more: object) -> Any:
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import BotoCoreError, ClientError, SSLError
 
         where = self._where
         try:
@@ -141,6 +141,13 @@ class Bucket:
                     f"{where} refuses access ({code}): check HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
                 ) from None
             raise ConnectionError(f"{where} can't be used: {code}") from None
+        except SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                raise ConnectionError(f"{where} can't be reached: {type(error).__name__}") from None
+            raise ConfigurationError(
+                f"the certificate of {where} can't be trusted: set HEIMDALL_S3_CA_BUNDLE to a file with the "
+                "certificate of the authority that signed it, and HEIMDALL_S3_ENDPOINT_URL to a name that it is for"
+            ) from None
         except BotoCoreError as error:
             raise ConnectionError(f"{where} can't be reached: {type(error).__name__}") from None
 

@@ -259,6 +259,12 @@ class SessionStore:
                 f"the database {where} holds no recording sessions ({reason.splitlines()[0]}): "
                 "check HEIMDALL_DATABASE_URL, or make some with `heimdall-train data generate`"
             ) from None
+        if "certificate verify failed" in reason or "root certificate file" in reason:
+            raise ConfigurationError(
+                f"the certificate of the database {where} can't be trusted ({reason.splitlines()[0]}): let "
+                "HEIMDALL_DATABASE_URL end in ?sslmode=verify-full&sslrootcert=FILE, with a file that holds the "
+                "certificate of the authority that signed it"
+            ) from None
         if not isinstance(error, sa.exc.OperationalError) or self._engine.dialect.name != "postgresql":
             raise DataError(f"the database {where} (HEIMDALL_DATABASE_URL) can't be read: {reason}") from None
         if tries_left == 0:

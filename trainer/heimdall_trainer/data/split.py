@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from heimdall_trainer.errors import ConfigurationError
+
+SESSIONS: Final = "sessions"
+"""Under this name, checkpoints and logged models hold the sessions of their training by side."""
 
 
 @dataclass(frozen=True)

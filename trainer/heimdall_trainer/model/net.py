@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,8 @@ ARRIVAL_VALUES: Final = 2
 """How much later, and how sure that is."""
 LEAST_SIGMA_M: Final = 0.1
 """Standard deviation of an arrival below which nothing more is gained."""
+LOADED_SHARE: Final = 0.5
+"""Least share of a backbone's weights that a file must hold; position embeddings, for one, are resized."""
 
 
 class LocalizationNet(nn.Module):
@@ -249,16 +252,58 @@ def make_backbone(name: str, *, pretrained: bool, weights: str | Path | None = N
     try:
         model: nn.Module = _create(name, options)
         feature_width(model)
+        if pretrained and weights is not None:
+            _check_weights(model, weights)
     except OSError as error:
         raise ConfigurationError(
             f"spec.model.pretrained: the weights of {name!r} can't be had ({type(error).__name__}: {error}); set it to "
             "false, or let HEIMDALL_WEIGHTS_URL name a folder that has them"
         ) from error
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except Exception as error:
+        if weights is not None and _can_be_made(name, options):
+            raise ConfigurationError(
+                f"spec.model.pretrained: {weights} holds no weights of {name!r} ({_first_line(error)}); put those of "
+                "this backbone in its place, or set it to false"
+            ) from error
+        if not isinstance(error, RuntimeError | ValueError | AssertionError | TypeError):
+            raise
         raise ConfigurationError(
             f"spec.model.backbone {name!r} can't be made for images of {BANDS} x {FRAMES}: {error}"
         ) from error
     return model
+
+
+def _check_weights(model: nn.Module, file: str | Path) -> None:
+    """Make sure that a model has a file's weights: timm leaves out what does not fit, with a warning.
+
+    Compared by value, as timm knows many names and layouts of one weight, and resizes some.
+    """
+    from timm.models import load_state_dict
+
+    held = {_digest(each) for each in load_state_dict(str(file)).values() if isinstance(each, Tensor)}
+    loaded = sum(each.numel() for each in model.parameters() if _digest(each) in held)
+    share = loaded / sum(each.numel() for each in model.parameters())
+    if share < LOADED_SHARE:
+        raise ValueError(f"only {share:.0%} of its weights are in it")
+
+
+def _digest(weight: Tensor) -> bytes:
+    return hashlib.sha256(weight.detach().float().contiguous().numpy().tobytes()).digest()
+
+
+def _can_be_made(name: str, options: dict[str, Any]) -> bool:
+    """Whether a backbone works without weights, so that it was they who did not fit."""
+    try:
+        feature_width(_create(name, {**options, "pretrained": False}))
+    except Exception:  # noqa: BLE001 - whatever it is, it is not about weights
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the list of every tensor."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:200]}" if lines else type(error).__name__
 
 
 def _create(name: str, options: dict[str, Any]) -> nn.Module:

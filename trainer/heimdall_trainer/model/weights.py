@@ -24,12 +24,15 @@ def find_weights(settings: DataSettings, backbone: str) -> Path | None:
         The file; None where no `HEIMDALL_WEIGHTS_URL` is set, so that the library's own weights are used.
 
     Raises:
-        ConfigurationError: The folder or bucket holds none for this backbone.
+        ConfigurationError: The folder or bucket holds none for this backbone, or the variable names neither.
         ConnectionError: The bucket does not answer.
     """
     if not settings.weights_url:
         return None
-    objects = open_objects(settings, settings.weights_url)
+    try:
+        objects = open_objects(settings, settings.weights_url)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"HEIMDALL_WEIGHTS_URL: {error}") from None
     name = backbone.replace("/", "_")
     for suffix in SUFFIXES:
         if objects.has(f"{name}{suffix}"):

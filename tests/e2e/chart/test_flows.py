@@ -1,0 +1,152 @@
+"""Every flow of docs/network.md, tried on the cluster, and flows that must not be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.e2e.cluster import Cluster, wait_for
+from tests.e2e.conftest import MONITORING, OTHER_NODE, RESTRICTED
+
+IMAGE = "heimdall/contract:dev"
+SERVE = "import http.server as s; s.ThreadingHTTPServer(('', 29400), s.SimpleHTTPRequestHandler).serve_forever()"
+CONNECT = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=4).close()
+except socket.gaierror:
+    sys.exit(8)
+except OSError:
+    sys.exit(7)
+"""
+OPEN, CLOSED = 0, 7
+SETTLE_S = 60.0
+"""How long a network takes at most to hear of a pod or a policy."""
+TRAINING = {
+    "app.kubernetes.io/managed-by": "heimdall-operator",
+    "training.heimdall.dev/run": "flow-probe",
+    "training.heimdall.dev/uid": "00000000-0000-4000-8000-000000000000",
+    "training.heimdall.dev/attempt": "1",
+}
+PROBES: dict[str, dict[str, str]] = {
+    "trainer": TRAINING,
+    "trainer2": TRAINING,
+    "recorder": {"training.heimdall.dev/access": "recordings"},
+    "stranger": {"app": "stranger"},
+}
+
+
+def probe(name: str, labels: dict[str, str]) -> dict[str, Any]:
+    """A pod that listens where workers of a group do, and that one can ask from."""
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": f"flow-{name}", "labels": {**labels, "flow": name}},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": OTHER_NODE},
+            "terminationGracePeriodSeconds": 0,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {"name": "c", "image": IMAGE, "command": ["python3", "-c", SERVE], "securityContext": security}
+            ],
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Network:
+    """The release with probes beside it."""
+
+    release: Cluster
+    monitoring: Cluster
+
+    def ask(self, source: str, target: str, port: int) -> bool:
+        """Whether a source opens a connection; a name is resolved by the source itself."""
+        where, pod = self.place(source)
+        command = ("kubectl", "-n", where.namespace, "exec", pod, "--", "python3", "-c", CONNECT)
+        done = self.release.run(*command, self.address(target), str(port), check=False)
+        assert done.returncode in (OPEN, CLOSED), f"{source} could not even try: {done.stderr}"
+        return done.returncode == OPEN
+
+    def place(self, source: str) -> tuple[Cluster, str]:
+        if source == "prometheus":
+            return self.monitoring, "flow-prometheus"
+        if source in PROBES:
+            return self.release, f"flow-{source}"
+        return self.release, f"deploy/heimdall-{source}"
+
+    def address(self, target: str) -> str:
+        """Services by name; what has none by the address of its pod."""
+        if target in ("tracking", "database", "object-store"):
+            return f"heimdall-{target}.{self.release.namespace}.svc"
+        if target == "API server":
+            return "kubernetes.default.svc"
+        if target == "DNS":
+            return "kube-dns.kube-system.svc"
+        selector = f"flow={target}" if target in PROBES else f"app.kubernetes.io/component={target}"
+        path = "jsonpath={.items[0].status.podIP}"
+        return self.release.kubectl("get", "pods", "-l", selector, "-o", path)
+
+
+@pytest.fixture(scope="module")
+def network(release: Cluster) -> Iterator[Network]:
+    monitoring = Cluster(release.env, MONITORING)
+    release.run("kubectl", "create", "namespace", MONITORING)
+    try:
+        release.run("kubectl", "label", "namespace", MONITORING, RESTRICTED)
+        monitoring.apply(probe("prometheus", {"app": "prometheus"}))
+        for name, labels in PROBES.items():
+            release.apply(probe(name, labels))
+        for where in (release, monitoring):
+            where.kubectl("wait", "--for=condition=Ready", "pod", "-l", "flow", "--timeout=120s")
+        yield Network(release, monitoring)
+    finally:
+        release.kubectl("delete", "pods", "-l", "flow", "--ignore-not-found", "--timeout=60s")
+        release.run("kubectl", "delete", "namespace", MONITORING, "--timeout=120s")
+
+
+ALLOWED = [
+    *(("operator", target, port) for target, port in (("tracking", 5000), ("API server", 443), ("DNS", 53))),
+    *(("tracking", target, port) for target, port in (("database", 5432), ("object-store", 9000), ("DNS", 53))),
+    *(("trainer", target, port) for target, port in (("tracking", 5000), ("database", 5432), ("object-store", 9000))),
+    *(("trainer", target, port) for target, port in (("trainer2", 29400), ("DNS", 53))),
+    *(("recorder", target, port) for target, port in (("database", 5432), ("object-store", 9000))),
+    ("prometheus", "operator", 8081),
+]
+REFUSED = [
+    *(("operator", target, port) for target, port in (("database", 5432), ("object-store", 9000), ("trainer", 29400))),
+    *(("tracking", target, port) for target, port in (("API server", 443), ("operator", 8081), ("trainer", 29400))),
+    *(("trainer", target, port) for target, port in (("API server", 443), ("operator", 8081), ("stranger", 29400))),
+    *(("stranger", target, port) for target, port in (("tracking", 5000), ("database", 5432), ("object-store", 9000))),
+    *(("stranger", target, port) for target, port in (("operator", 8081), ("operator", 8080), ("trainer", 29400))),
+    ("recorder", "tracking", 5000),
+    *(("prometheus", target, port) for target, port in (("tracking", 5000), ("database", 5432), ("operator", 8080))),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "port"), ALLOWED)
+def test_what_is_needed_is_let_through(network: Network, source: str, target: str, port: int) -> None:
+    wait_for(lambda: network.ask(source, target, port), what=f"{source} reaching {target}", timeout_s=SETTLE_S)
+
+
+@pytest.mark.parametrize(("source", "target", "port"), REFUSED)
+def test_what_nobody_needs_is_refused(network: Network, source: str, target: str, port: int) -> None:
+    wait_for(lambda: not network.ask(source, target, port), what=f"{target} closed to {source}", timeout_s=SETTLE_S)
+
+
+@pytest.mark.parametrize("pod", ["heimdall-database-0", "heimdall-object-store-0"])
+def test_what_keeps_data_begins_no_connection(network: Network, pod: str) -> None:
+    chosen = ("-l", "app.kubernetes.io/component=tracking", "-o", "jsonpath={.items[0].status.podIP}")
+    address = network.release.kubectl("get", "pods", *chosen)
+    command = ("kubectl", "-n", network.release.namespace, "exec", pod, "--", "timeout", "5", "bash", "-c")
+    wait_for(
+        lambda: network.release.run(*command, f"exec 3<>/dev/tcp/{address}/5000", check=False).returncode != 0,
+        what=f"{pod} refused",
+        timeout_s=SETTLE_S,
+    )

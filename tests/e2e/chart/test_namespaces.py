@@ -1,0 +1,51 @@
+"""An operator of a list of namespaces, come to by an upgrade and left by a rollback, while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.e2e.chart.test_rights import can_i
+from tests.e2e.cluster import Cluster
+from tests.e2e.conftest import RESTRICTED, Mlflow, contract_run
+
+LIFE_S = 180.0
+ON_CPU = {"resources": {"gpusPerWorker": 0, "cpu": "20m", "memory": "256Mi"}}
+
+
+@contextmanager
+def namespace(release: Cluster, suffix: str) -> Iterator[Cluster]:
+    other = Cluster(release.env, f"{release.namespace}-{suffix}")
+    release.run("kubectl", "create", "namespace", other.namespace)
+    release.run("kubectl", "label", "namespace", other.namespace, RESTRICTED)
+    try:
+        yield other
+    finally:
+        other.run("kubectl", "-n", other.namespace, "delete", "trainingruns", "--all", "--timeout=120s", check=False)
+        release.run("kubectl", "delete", "namespace", other.namespace, "--timeout=120s")
+
+
+def test_an_upgrade_to_a_list_of_namespaces_and_back(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    with namespace(release, "team") as team, namespace(release, "stranger") as stranger:
+        release.apply(contract_run(name, steps=300, stepSeconds=0.2))
+        before = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
+
+        listed = f"operator.namespaces={{{release.namespace},{team.namespace}}}"
+        secrets = f"trainer.namespaces={{{team.namespace}}}"
+        chart = ("upgrade", "heimdall", "charts/heimdall", "--reuse-values", "--wait", "--timeout", "180s")
+        release.helm(*chart, "--set", listed, "--set", secrets)
+
+        assert can_i(team, "create", "jobs", account_of=release) == "yes"
+        assert can_i(stranger, "create", "jobs", account_of=release) == "no"
+        stranger.apply(contract_run("unseen", spec=ON_CPU, steps=3))
+        team.apply(contract_run("seen", spec=ON_CPU, steps=3))
+        team.wait_for_phase("seen", "Succeeded", timeout_s=LIFE_S)
+        assert stranger.status("unseen") == {}, "nobody looks at what is in no namespace of the list"
+
+        release.helm("rollback", "heimdall", "--wait", "--timeout", "180s")
+
+        assert can_i(stranger, "create", "jobs", account_of=release) == "yes"
+        stranger.wait_for_phase("unseen", "Pending", "Running", "Failed", timeout_s=LIFE_S)
+        after = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+        assert (after["runID"], after["attempt"]) == (before["runID"], 1), "who trained went on training"
+        assert len(mlflow.runs_of(release.training_run(name)["metadata"]["uid"])) == 1

@@ -1,0 +1,271 @@
+"""MLflow, existing Secrets and external services, certificate authorities."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.unit.chart.helm import NAMESPACE, Manifest, Rendered, flags, refused, render
+
+EVERY_ROLE_EXTERNAL: dict[str, Any] = {
+    "tracking.external": True,
+    "tracking.externalUrl": "https://mlflow.example.com",
+    "database.external": True,
+    "database.externalHost": "db.example.com",
+    "database.existingSecret": "db",
+    "objectStore.external": True,
+    "objectStore.externalUrl": "https://s3.example.com",
+    "objectStore.existingSecret": "s3",
+    "trainer.createSecrets": False,
+}
+EXISTING_SECRETS: dict[str, Any] = {
+    "database.existingSecret": "db",
+    "objectStore.existingSecret": "s3",
+    "tracking.auth.existingSecret": "logins",
+    "trainer.createSecrets": False,
+}
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+
+
+@pytest.fixture(scope="module")
+def rendered() -> Rendered:
+    return render()
+
+
+def server(rendered: Rendered) -> Manifest:
+    spec = rendered.one("Deployment", "heimdall-tracking")["spec"]["template"]["spec"]
+    container: Manifest = spec["containers"][0]
+    return container
+
+
+def environment(container: Manifest) -> dict[str, Any]:
+    return {item["name"]: item.get("value", item.get("valueFrom")) for item in container["env"]}
+
+
+def job(rendered: Rendered, part: str) -> Manifest:
+    found = [item for item in rendered.of_kind("Job") if part in item["metadata"]["name"]]
+    assert len(found) == 1
+    return found[0]
+
+
+# --- MLflow ------------------------------------------------------------------------------------------------------
+
+
+def arguments(rendered: Rendered) -> dict[str, str]:
+    return dict(item.removeprefix("--").split("=", 1) for item in server(rendered)["args"] if "=" in item)
+
+
+def test_mlflow_may_be_asked_by_its_service_with_and_without_port(rendered: Rendered) -> None:
+    hosts = arguments(rendered)["allowed-hosts"].split(",")
+    assert {f"heimdall-tracking.{NAMESPACE}.svc:5000", "heimdall-tracking:5000", "localhost:*"} <= set(hosts)
+    assert "*" not in hosts
+    assert "cors-allowed-origins" not in arguments(rendered)
+
+
+def test_mlflow_answers_under_its_public_address() -> None:
+    said = arguments(render({"tracking.publicUrl": "https://mlflow.example.com/"}))
+    assert "mlflow.example.com" in said["allowed-hosts"].split(",")
+    assert said["cors-allowed-origins"] == "https://mlflow.example.com"
+
+
+def test_everything_of_mlflow_is_quiet(rendered: Rendered) -> None:
+    pods = [spec for name, spec in rendered.pods().items() if "tracking" in name]
+    assert len(pods) == 2
+    for container in (item for spec in pods for item in [*spec.get("initContainers", []), *spec["containers"]]):
+        said = environment(container)
+        assert said["MLFLOW_DISABLE_TELEMETRY"] == said["DO_NOT_TRACK"] == "true"
+        assert said["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_one_job_migrates_and_the_server_waits_for_it(rendered: Rendered) -> None:
+    migration = job(rendered, "-migrate-")
+    assert "annotations" not in migration["metadata"], "a hook would not run with every tool"
+    assert migration["spec"]["template"]["spec"]["containers"][0]["command"][-1] == "migrate"
+    spec = rendered.one("Deployment", "heimdall-tracking")["spec"]["template"]["spec"]
+    assert [item["command"][-1] for item in spec["initContainers"]] == ["wait"]
+
+
+def test_a_migration_job_is_another_when_what_it_does_changes() -> None:
+    names = [
+        job(render(values), "-migrate-")["metadata"]["name"]
+        for values in ({}, {}, {"tracking.image.tag": "v3.18.0-full"}, {"tracking.auth.enabled": False})
+    ]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
+def test_several_servers_are_replaced_one_by_one_and_drained_one_at_a_time(rendered: Rendered) -> None:
+    assert not rendered.of_kind("PodDisruptionBudget"), "a budget of a single pod holds drains up for ever, or nothing"
+    assert rendered.one("Deployment", "heimdall-tracking")["spec"]["strategy"] == {"type": "Recreate"}
+    several = render({"tracking.replicas": 2})
+    deployment = several.one("Deployment", "heimdall-tracking")["spec"]
+    assert deployment["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}
+    budget = several.one("PodDisruptionBudget", "heimdall-tracking")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"] == deployment["selector"]
+
+
+# --- authentication ----------------------------------------------------------------------------------------------
+
+
+def test_mlflow_asks_for_a_password_by_default(rendered: Rendered) -> None:
+    assert arguments(rendered)["app-name"] == "basic-auth"
+    said = environment(server(rendered))
+    assert said["MLFLOW_FLASK_SERVER_SECRET_KEY"] == {
+        "secretKeyRef": {"name": "heimdall-tracking", "key": "flask-secret-key"}
+    }
+    files = rendered.one("ConfigMap", "heimdall-tracking")["data"]
+    ini = configparser.ConfigParser()
+    ini.read_string(files["basic_auth.ini"])
+    assert ini["mlflow"]["database_uri"] == said["BACKEND_STORE_URI"]
+    assert ini["mlflow"]["default_permission"] == "READ"
+
+
+def test_operator_and_test_log_in_as_the_operator_and_training_pods_as_the_trainer(rendered: Rendered) -> None:
+    for name in ("Deployment/heimdall-operator", "Pod/heimdall-test"):
+        said = environment(rendered.pods()[name]["containers"][0])
+        assert said["MLFLOW_TRACKING_USERNAME"] == "heimdall-operator", name
+        assert said["MLFLOW_TRACKING_PASSWORD"]["secretKeyRef"]["key"] == "operator-password", name
+    logins = rendered.one("Secret", "heimdall-tracking")["data"]
+    trainer = rendered.one("Secret", "heimdall-trainer")["data"]
+    assert trainer["MLFLOW_TRACKING_PASSWORD"] == logins["trainer-password"]
+    assert len(set(logins.values())) == 4
+    assert logins["operator-password"] not in trainer.values()
+    assert "MLFLOW_TRACKING_PASSWORD" not in rendered.one("Secret", "heimdall-recordings-writer")["data"]
+
+
+def test_without_authentication_there_are_no_logins() -> None:
+    rendered = render({"tracking.auth.enabled": False})
+    assert "heimdall-tracking" not in rendered.names("Secret")
+    assert "MLFLOW_TRACKING_USERNAME" not in rendered.one("Secret", "heimdall-trainer")["data"]
+    assert "app-name" not in arguments(rendered)
+    for spec in rendered.pods().values():
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            assert not {"MLFLOW_TRACKING_USERNAME", "MLFLOW_AUTH_CONFIG_PATH"} & {
+                item["name"] for item in container.get("env", [])
+            }
+
+
+# --- existing Secrets and external services ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value", ["database.existingSecret", "objectStore.existingSecret", "tracking.auth.existingSecret"]
+)
+def test_an_existing_secret_that_can_not_be_read_is_refused_rather_than_invented(value: str) -> None:
+    said = refused(*flags({value: "mine"}))
+    assert "Secret mine" in said
+    assert "trainer.createSecrets=false" in said
+
+
+def test_with_existing_secrets_the_chart_renders_without_a_cluster_and_makes_none() -> None:
+    rendered = render(EXISTING_SECRETS)
+    assert not rendered.of_kind("Secret")
+    used = set(re.findall(r"secretKeyRef:\s*\n\s*key: \S+\s*\n\s*name: (\S+)", yaml.safe_dump_all(rendered.manifests)))
+    assert used == {"db", "s3", "logins"}
+    assert render(EXISTING_SECRETS) == rendered
+
+
+def test_with_everything_external_only_the_operator_is_installed() -> None:
+    rendered = render(EVERY_ROLE_EXTERNAL)
+    assert rendered.pods().keys() == {"Deployment/heimdall-operator", "Pod/heimdall-test"}
+    for kind in ("Service", "ConfigMap", "Secret"):
+        assert not rendered.of_kind(kind)
+    operator = environment(rendered.pods()["Deployment/heimdall-operator"]["containers"][0])
+    assert operator["HEIMDALL_OPERATOR_TRACKING_URI"] == "https://mlflow.example.com"
+    assert "MLFLOW_TRACKING_USERNAME" not in operator
+
+
+def test_an_external_mlflows_credentials_reach_the_operator() -> None:
+    rendered = render({**EVERY_ROLE_EXTERNAL, "tracking.existingSecret": "mlflow-login"})
+    for name, spec in rendered.pods().items():
+        assert spec["containers"][0]["envFrom"] == [{"secretRef": {"name": "mlflow-login"}}], name
+
+
+def test_an_external_database_and_store_are_what_mlflow_is_told() -> None:
+    values = {name: value for name, value in EVERY_ROLE_EXTERNAL.items() if not name.startswith("tracking")}
+    rendered = render({**values, "database.sslMode": "verify-full", "objectStore.region": "eu-central-1"})
+    assert "StatefulSet" not in {item["kind"] for item in rendered.manifests}
+    said = environment(server(rendered))
+    assert said["BACKEND_STORE_URI"] == "postgresql+psycopg2://mlflow@db.example.com:5432/mlflow"
+    assert said["PGSSLMODE"] == "verify-full"
+    assert said["MLFLOW_S3_ENDPOINT_URL"] == "https://s3.example.com"
+    assert said["AWS_DEFAULT_REGION"] == "eu-central-1"
+    migration = environment(job(rendered, "-migrate-")["spec"]["template"]["spec"]["containers"][0])
+    assert migration["PGSSLMODE"] == "verify-full"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "role"),
+    [
+        ("tracking.externalUrl", "tracking"),
+        ("database.externalHost", "database"),
+        ("database.existingSecret", "database"),
+        ("objectStore.externalUrl", "objectStore"),
+        ("objectStore.existingSecret", "objectStore"),
+    ],
+)
+def test_an_external_service_without_its_address_or_secret_is_refused(left_out: str, role: str) -> None:
+    values = {
+        name: value
+        for name, value in EVERY_ROLE_EXTERNAL.items()
+        if name != left_out and (name.startswith((role, "trainer")))
+    }
+    assert left_out in refused(*flags(values))
+
+
+# --- certificate authorities -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "source", "variable"),
+    [
+        (
+            {"caBundle.existingConfigMap": "trusted", "caBundle.key": "root.pem"},
+            {"configMap": {"name": "trusted", "items": [{"key": "root.pem", "path": "ca.crt"}]}},
+            ("HEIMDALL_OPERATOR_CA_CONFIG_MAP", "trusted"),
+        ),
+        (
+            {"caBundle.existingSecret": "trusted", "caBundle.key": "root.pem"},
+            {"secret": {"secretName": "trusted", "items": [{"key": "root.pem", "path": "ca.crt"}]}},
+            ("HEIMDALL_OPERATOR_CA_SECRET", "trusted"),
+        ),
+        (
+            {"caBundle.certificates": PEM},
+            {"configMap": {"name": "heimdall-ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+            ("HEIMDALL_OPERATOR_CA_CONFIG_MAP", "heimdall-ca"),
+        ),
+    ],
+)
+def test_private_authorities_reach_operator_mlflow_test_and_training_pods(
+    values: dict[str, Any], source: dict[str, Any], variable: tuple[str, str]
+) -> None:
+    rendered = render(values)
+    for name, spec in rendered.pods().items():
+        if any(part in name for part in ("operator", "tracking", "test")):
+            assert {"name": "ca", **source} in spec["volumes"], name
+            for container in [*spec.get("initContainers", []), *spec["containers"]]:
+                assert "/etc/heimdall-ca" in {mount["mountPath"] for mount in container["volumeMounts"]}, name
+    operator = environment(rendered.pods()["Deployment/heimdall-operator"]["containers"][0])
+    assert operator[variable[0]] == variable[1]
+    assert operator["HEIMDALL_OPERATOR_CA_KEY"] == source.get("configMap", source.get("secret"))["items"][0]["key"]
+    assert operator["MLFLOW_TRACKING_SERVER_CERT_PATH"] == "/etc/heimdall-ca/ca.crt"
+    assert environment(server(rendered))["AWS_CA_BUNDLE"] == "/etc/heimdall-ca/ca.crt"
+
+
+def test_given_certificates_are_put_into_every_training_namespace() -> None:
+    rendered = render(
+        {"caBundle.certificates": PEM, "trainer.namespaces": ["team-a"], "operator.namespaces": ["team-b"]}
+    )
+    maps = [item for item in rendered.of_kind("ConfigMap") if item["metadata"]["name"] == "heimdall-ca"]
+    assert {item["metadata"]["namespace"] for item in maps} == {NAMESPACE, "team-a", "team-b"}
+    assert all(item["data"] == {"ca.crt": PEM} for item in maps)
+
+
+def test_two_sources_of_authorities_are_refused_by_their_names() -> None:
+    said = refused(*flags({"caBundle.certificates": PEM, "caBundle.existingSecret": "trusted"}))
+    assert "caBundle.certificates and caBundle.existingSecret are set" in said

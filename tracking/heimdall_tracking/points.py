@@ -1,0 +1,33 @@
+"""Points of metrics, and how they are written to disk: one a line, in the order in which they were logged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One value of one metric."""
+
+    name: str
+    value: float
+    step: int
+    timestamp_ms: int
+
+
+def to_lines(points: Iterable[Point]) -> bytes:
+    """Points as lines of JSON, each whole by itself; a value comes back as exactly the number it was."""
+    return "".join(
+        f"{json.dumps([point.name, point.value, point.step, point.timestamp_ms])}\n" for point in points
+    ).encode()
+
+
+def from_line(line: bytes) -> Point | None:
+    """The point of a line; None where a full disk or a kill left half a line."""
+    try:
+        name, value, step, timestamp_ms = json.loads(line)
+        return Point(str(name), float(value), int(step), int(timestamp_ms))
+    except (ValueError, TypeError):
+        return None

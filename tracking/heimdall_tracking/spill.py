@@ -1,0 +1,163 @@
+"""Points on disk: what the memory's share of the metric queue can't hold while the server is away.
+
+A row of files that are only ever appended to and read in order. A file goes when what was read from it is no longer
+needed, so the disk holds what waits and little more; and whatever a kill leaves behind can be delivered later.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from heimdall_tracking.points import Point, from_line, to_lines
+
+FILE_BYTES: Final = 4 * 2**20
+"""A file that has reached this size gets no more points."""
+LIMIT_BYTES: Final = 2**30
+"""Most that may lie on disk: some 15 million points."""
+PATTERN: Final = "metrics-*.jsonl"
+
+
+@dataclass
+class _File:
+    path: Path
+    size: int = 0
+    """Bytes of whole lines: what lies beyond them is the rest of a write that failed."""
+    points: int = 0
+    read_bytes: int = 0
+    read_points: int = 0
+
+    @property
+    def waiting(self) -> int:
+        return self.points - self.read_points
+
+
+class Spill:
+    """Points on disk, first in, first out. Not safe for threads: the queue's lock is around it."""
+
+    def __init__(
+        self, folder: Callable[[], Path], *, file_bytes: int = FILE_BYTES, limit_bytes: int = LIMIT_BYTES
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            folder: Makes the folder at first use.
+            file_bytes: Size from which a file gets no more points.
+            limit_bytes: Most bytes that may lie on disk.
+        """
+        self._make_folder = folder
+        self._file_bytes = file_bytes
+        self._limit_bytes = limit_bytes
+        self._files: deque[_File] = deque()
+        self._made = 0
+
+    @property
+    def waiting(self) -> int:
+        """Points that were written and not read yet."""
+        return sum(file.waiting for file in self._files)
+
+    def append(self, points: Collection[Point]) -> None:
+        """Write points behind those that are there: all of them or none.
+
+        Raises:
+            OSError: The disk is full, or the bound was reached (ENOSPC); nothing was written.
+        """
+        lines = to_lines(points)
+        if sum(file.size for file in self._files) + len(lines) > self._limit_bytes:
+            raise OSError(errno.ENOSPC, f"the bound of {self._limit_bytes} bytes is reached")
+        file = self._newest()
+        try:
+            with file.path.open("ab") as stream:
+                stream.truncate(file.size)
+                stream.write(lines)
+        except OSError:
+            self._cut(file)
+            raise
+        file.size += len(lines)
+        file.points += len(points)
+
+    def read(self, limit: int) -> tuple[list[Point], int]:
+        """Take the oldest points; those of earlier calls are no longer needed.
+
+        Args:
+            limit: Most points to take.
+
+        Returns:
+            The points, and how many were written but can't be read any more.
+        """
+        self._remove_read()
+        points: list[Point] = []
+        lost = 0
+        for file in self._files:
+            wanted = min(limit - len(points) - lost, file.waiting)
+            if not wanted:
+                break
+            found = _read(file, wanted)
+            points += found
+            lost += wanted - len(found)
+        return points, lost
+
+    def drop_oldest(self) -> int:
+        """Make room: remove the oldest file; how many points that waited in it are gone with it."""
+        self._remove_read()
+        if not self._files:
+            return 0
+        file = self._files.popleft()
+        file.path.unlink(missing_ok=True)
+        return file.waiting
+
+    def settle(self) -> int:
+        """Leave on disk exactly what was not read; how many points that is."""
+        self._remove_read()
+        if self._files and self._files[0].read_bytes:
+            file = self._files[0]
+            try:
+                with file.path.open("rb") as stream:
+                    stream.seek(file.read_bytes)
+                    rest = stream.read(file.size - file.read_bytes)
+                fresh = file.path.with_suffix(".new")
+                fresh.write_bytes(rest)
+                fresh.replace(file.path)
+            except OSError:
+                pass  # Points that were delivered are delivered again: the server takes equal ones once.
+        return self.waiting
+
+    def _newest(self) -> _File:
+        if not self._files or self._files[-1].size >= self._file_bytes:
+            self._made += 1
+            self._files.append(_File(self._make_folder() / f"metrics-{self._made:08}.jsonl"))
+        return self._files[-1]
+
+    def _cut(self, file: _File) -> None:
+        """Take half a write back. Where that fails too, the next write does it, and a reader stops before it."""
+        try:
+            with file.path.open("r+b") as stream:
+                stream.truncate(file.size)
+        except OSError:
+            return
+
+    def _remove_read(self) -> None:
+        while self._files and not self._files[0].waiting:
+            self._files.popleft().path.unlink(missing_ok=True)
+
+
+def _read(file: _File, count: int) -> list[Point]:
+    """The next points of a file, which counts them as read whether they can be read or not."""
+    points = []
+    try:
+        with file.path.open("rb") as stream:
+            stream.seek(file.read_bytes)
+            for _ in range(count):
+                line = stream.readline()
+                file.read_bytes += len(line)
+                point = from_line(line)
+                if point is not None:
+                    points.append(point)
+    except OSError:
+        pass
+    file.read_points += count
+    return points

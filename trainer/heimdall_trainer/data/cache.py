@@ -1,0 +1,225 @@
+"""Where features are kept between trainings: a folder, and a Redis that several machines share.
+
+An entry carries its own checksum: what is cut short, or was changed on disk, counts as missing. A cache that is full,
+broken or away costs time, never a training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from heimdall_tracking.redact import redact
+from heimdall_trainer.data.recordings import write_whole
+from heimdall_trainer.data.spectrogram import SHAPE
+from heimdall_trainer.settings import DataSettings
+
+SUFFIX: Final = ".features"
+TYPE: Final = np.dtype("<f4")
+CHECKSUM_BYTES: Final = 32
+ENTRY_BYTES: Final = int(np.prod(SHAPE)) * TYPE.itemsize + CHECKSUM_BYTES
+TOUCH_AFTER_S: Final = 3600
+"""How old a time of last use may be before a use renews it."""
+UNUSED_S: Final = 2 * TOUCH_AFTER_S
+"""What was not used for so long may go. A training goes through all of its features again and again: to remove what
+it uses itself would have each of them computed anew every epoch."""
+PART: Final = 20
+"""A process looks at the whole folder again when it has written this part of the limit."""
+PAUSE_S: Final = 60.0
+"""How long a cache that failed, or is full, is left alone."""
+REDIS_TIMEOUT_S: Final = 1.0
+REDIS_KEEP_S: Final = 30 * 24 * 3600
+REDIS_PREFIX: Final = "heimdall:features:"
+
+Features = NDArray[np.float32]
+
+_LOOKING: Final = threading.Lock()
+"""One thread looks at a folder, and the others find what it has found."""
+
+log = structlog.get_logger(__name__)
+
+
+class FeatureCache(Protocol):
+    """Features by key. Neither call ever raises because the cache can't be used."""
+
+    def get(self, key: str) -> Features | None:
+        """The features, or None where there are none, or none that are whole."""
+
+    def put(self, key: str, features: Features) -> None:
+        """Keep features, whole or not at all."""
+
+
+def open_caches(settings: DataSettings) -> list[FeatureCache]:
+    """The caches that the settings name, the nearest first."""
+    folder = FolderCache(settings.cache_dir / "features", limit_bytes=int(settings.cache_limit_gib * 2**30))
+    if settings.redis_url is None:
+        return [folder]
+    return [folder, RedisCache(settings.redis_url.get_secret_value())]
+
+
+def pack(features: Features) -> bytes:
+    """Features as bytes, their checksum behind them."""
+    content = features.astype(TYPE, copy=False).tobytes()
+    return content + hashlib.sha256(content).digest()
+
+
+def unpack(entry: bytes) -> Features | None:
+    """The features of an entry; None where it is not what was kept."""
+    content, checksum = entry[:-CHECKSUM_BYTES], entry[-CHECKSUM_BYTES:]
+    if len(entry) != ENTRY_BYTES or hashlib.sha256(content).digest() != checksum:
+        return None
+    # A copy: an array on bytes can't be written to.
+    return np.frombuffer(content, dtype=TYPE).reshape(SHAPE).astype(np.float32)
+
+
+class FolderCache:
+    """Entries as files, which any number of processes may share: written beside, then renamed.
+
+    It stays within about its limit: what nobody used for a while goes first; where nothing may go, nothing is added.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int, unused_s: float = UNUSED_S) -> None:
+        """Args: folder: Made when needed. limit_bytes: Its size. unused_s: What was not used for so long may go."""
+        self._folder = folder
+        self._limit = limit_bytes
+        self._unused_s = unused_s
+        self._room = 0
+        """Bytes that may be written before the folder is looked at again."""
+        self._full_until = 0.0
+        self._told: set[str] = set()
+
+    def get(self, key: str) -> Features | None:
+        """The features, read from their file."""
+        file = self._file(key)
+        try:
+            with file.open("rb") as stream:
+                features = unpack(stream.read(ENTRY_BYTES + 1))
+                used = os.fstat(stream.fileno()).st_mtime
+            if features is not None and time.time() - used > min(TOUCH_AFTER_S, self._unused_s / 2):
+                os.utime(file)
+        except OSError:
+            return None
+        return features
+
+    def put(self, key: str, features: Features) -> None:
+        """Write the features' file, if there is room."""
+        try:
+            if self._room < ENTRY_BYTES and not self._make_room():
+                return
+            write_whole(self._file(key), pack(features))
+            self._room -= ENTRY_BYTES
+        except OSError as error:
+            self._full_until = time.monotonic() + PAUSE_S
+            self._room = 0
+            self._tell("the feature cache can't be written; features are computed again", error=error.strerror)
+
+    def _file(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}{SUFFIX}"
+
+    def _make_room(self) -> bool:
+        """Look how much there is, and remove what nobody uses; whether something may be written."""
+        with _LOOKING:
+            return self._room >= ENTRY_BYTES or (time.monotonic() >= self._full_until and self._look())
+
+    def _look(self) -> bool:
+        found = sorted(self._entries())
+        size = sum(length for _, length, _ in found)
+        unused_since = time.time() - self._unused_s
+        for used, length, file in found:
+            if size + ENTRY_BYTES <= self._limit * (PART - 1) / PART or used > unused_since:
+                break
+            file.unlink(missing_ok=True)
+            size -= length
+        self._room = min(self._limit - size, max(ENTRY_BYTES, self._limit // PART))
+        if self._room >= ENTRY_BYTES:
+            return True
+        self._room, self._full_until = 0, time.monotonic() + PAUSE_S
+        self._tell("the feature cache is full; raise HEIMDALL_CACHE_LIMIT_GIB to keep more", bytes=size)
+        return False
+
+    def _entries(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of last use, size and path of all files; those of writes that a kill cut short are among them."""
+        if not self._folder.is_dir():
+            return
+        for part in self._folder.iterdir():
+            if not part.is_dir():
+                continue
+            with os.scandir(part) as files:
+                for file in files:
+                    try:
+                        about = file.stat()
+                    except FileNotFoundError:
+                        continue  # another process has removed it
+                    yield about.st_mtime, about.st_size, Path(file.path)
+
+    def _tell(self, event: str, **more: object) -> None:
+        if event not in self._told:
+            self._told.add(event)
+            log.warning(event, folder=str(self._folder), **more)
+
+
+class RedisCache:
+    """Entries in a Redis. One that is away or slow is told once, and left alone for a while."""
+
+    def __init__(self, url: str, *, timeout_s: float = REDIS_TIMEOUT_S, pause_s: float = PAUSE_S) -> None:
+        """Args: url: `redis://…`. timeout_s: Of each call. pause_s: How long one that failed is left alone."""
+        self._url = url
+        self._timeout_s = timeout_s
+        self._pause_s = pause_s
+        self._made: Any = None
+        self._away_until = 0.0
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A client does not survive a pickle, nor does the clock of another process mean anything.
+        return {**self.__dict__, "_made": None, "_away_until": 0.0}
+
+    def get(self, key: str) -> Features | None:
+        """The features, asked of the server."""
+        entry = self._ask("get", REDIS_PREFIX + key)
+        return unpack(entry) if isinstance(entry, bytes) else None
+
+    def put(self, key: str, features: Features) -> None:
+        """Give the features to the server, which forgets them after a month, or sooner by its own rules."""
+        self._ask("set", REDIS_PREFIX + key, pack(features), ex=REDIS_KEEP_S)
+
+    def _ask(self, command: str, *arguments: object, **options: object) -> object:
+        from redis.exceptions import RedisError
+
+        if time.monotonic() < self._away_until:
+            return None
+        try:
+            return getattr(self._client(), command)(*arguments, **options)
+        except (RedisError, OSError) as error:
+            self._away_until = time.monotonic() + self._pause_s
+            if not self._told:
+                self._told = True
+                log.warning(
+                    "the Redis of HEIMDALL_REDIS_URL can't be used; features are kept in the local cache alone",
+                    server=redact(self._url),
+                    error=redact(f"{type(error).__name__}: {error}"),
+                )
+            return None
+
+    def _client(self) -> Any:
+        if self._made is None:
+            from redis import Redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+
+            self._made = Redis.from_url(
+                self._url,
+                socket_timeout=self._timeout_s,
+                socket_connect_timeout=self._timeout_s,
+                retry=Retry(NoBackoff(), 0),
+            )
+        return self._made

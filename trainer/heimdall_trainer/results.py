@@ -1,0 +1,147 @@
+"""What a finished training leaves in its run beside metrics and checkpoints: plots, ONNX, the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from heimdall_api.contract import ONNX_FILE, PLOTS_DIR
+from heimdall_trainer.errors import ConfigurationError, ExportError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from heimdall_api.types import TrainingRunSpec
+    from heimdall_tracking import MLflowTracker
+    from heimdall_trainer.plots import History
+
+LOSSES: Final = ("train/loss_step", "val/loss")
+"""Metrics of the loss curves."""
+log = structlog.get_logger()
+
+
+class Results:
+    """Makes them in a folder, and gives them to the run."""
+
+    def __init__(self, spec: TrainingRunSpec, tracker: MLflowTracker, folder: Path) -> None:
+        """Nothing is made yet.
+
+        Args:
+            spec: What was asked for.
+            tracker: The run.
+            folder: Where files are until they are delivered.
+        """
+        self._spec = spec
+        self._tracker = tracker
+        self._folder = folder
+        self._localizer = spec.model.module is None
+
+    def check(self, module: Any, *, rehearse: bool) -> None:
+        """Refuse, before anything is trained, what could not be given out afterwards.
+
+        Args:
+            module: The module, untrained.
+            rehearse: Export it once as it is: seconds now, instead of an error after hours.
+
+        Raises:
+            ConfigurationError: The module can't be exported.
+        """
+        if not self._spec.export.onnx:
+            return
+        if self._localizer and rehearse:
+            self._export(module).unlink()
+        elif not self._localizer:
+            # Its layers may be made as late as when training begins: it is only asked for its example.
+            from heimdall_trainer.export import check_exportable
+
+            with _naming_the_field():
+                check_exportable(module)
+
+    def publish(self, module: Any, data: Any, check_fence: Callable[[], None]) -> None:
+        """Give the run what was asked for; artifacts are uploaded behind this, and to be waited for.
+
+        Args:
+            module: The module with its best weights.
+            data: Its data; None where it brings its own.
+            check_fence: Raises where a newer attempt has taken over.
+
+        Raises:
+            ConfigurationError: The module can't be exported.
+            FencedError: A newer attempt has taken over: nothing is published.
+            MlflowException: The server is away or refuses.
+        """
+        plots = self._draw(module, data)
+        onnx = self._export(module) if self._spec.export.onnx else None
+        if plots is not None or onnx is not None or self._spec.registration is not None:
+            check_fence()
+        if plots is not None:
+            self._tracker.log_artifacts_dir(plots, PLOTS_DIR)
+        if onnx is not None:
+            self._tracker.log_artifact(onnx, str(Path(ONNX_FILE).parent))
+        if self._spec.registration is not None:
+            self._log_model(module, data, onnx)
+
+    def _export(self, module: Any) -> Path:
+        from heimdall_trainer.export import export_localizer, export_module
+
+        file = self._folder / ONNX_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _naming_the_field():
+            module.cpu()
+            exported = export_localizer(module.net, file) if self._localizer else export_module(module, file)
+        log.info("exported to ONNX", differences=exported.differences, size=file.stat().st_size)
+        return file
+
+    def _draw(self, module: Any, data: Any) -> Path | None:
+        """Plots of the localizer on the test split, or None where there is nothing to plot."""
+        if not (self._localizer and hasattr(data, "split") and data.split.test):
+            return None
+        from heimdall_trainer.evaluation import predict
+        from heimdall_trainer.plots import draw
+
+        folder = self._folder / PLOTS_DIR
+        try:
+            history = loss_history(self._tracker.client, self._tracker.run_id)
+            # Once more over the test split: it is small, and the metrics of a group lie in several processes.
+            draw(predict(module.net, data.dataset(data.split.test)), history, folder)
+        except Exception as error:  # noqa: BLE001 - they are for people: a training is no failure without them
+            log.warning("no plots were made", error=f"{type(error).__name__}: {error}")
+            return None
+        return folder
+
+    def _log_model(self, module: Any, data: Any, onnx: Path | None) -> None:
+        from heimdall_trainer import modelling
+
+        batch = next(iter((data if data is not None else module).train_dataloader()))
+        if self._localizer:
+            example = {name: batch[name][:1].numpy() for name in ("spectrograms", "receivers")}
+            sessions = data.state_dict() if hasattr(data, "split") else {}
+            modelling.log_localizer(self._tracker, module.net, example, onnx=onnx, known=sessions)
+        else:
+            modelling.log_module(self._tracker, module, _single_array(batch), onnx=onnx)
+
+
+def loss_history(client: MlflowClient, run_id: str) -> dict[str, History]:
+    """A run's losses by step, over all its attempts."""
+    return {name: [(item.step, item.value) for item in client.get_metric_history(run_id, name)] for name in LOSSES}
+
+
+@contextmanager
+def _naming_the_field() -> Iterator[None]:
+    """Errors of the export as errors of the field that asks for it."""
+    try:
+        yield
+    except ExportError as error:
+        raise ConfigurationError(f"spec.export.onnx: {error}; or set it to false") from error
+
+
+def _single_array(batch: Any) -> Any:
+    """A batch's input as a numpy array of one row, or None where it is no single tensor."""
+    import torch
+
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    return first[:1].numpy() if isinstance(first, torch.Tensor) else None
