@@ -15,18 +15,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from heimdall_tracking import initialize_mlflow, load_settings, runs
+from heimdall_trainer.config import parse
 from heimdall_trainer.data import physics
 from heimdall_trainer.data.arrivals import Arrivals, estimate_arrivals
 from heimdall_trainer.data.generator import Scene, generate
 from heimdall_trainer.data.geo import to_local
 from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import Transmission
+from heimdall_trainer.evaluation import Predictions, predict
+from heimdall_trainer.model.metrics import LEVELS, ellipse_bound
+from heimdall_trainer.pipeline import TrainingPipeline
 from heimdall_trainer.settings import DataSettings, load_data_settings
 from tests.bench import baselines, representation
 from tests.bench.report import Figure, at_most, publish
@@ -47,9 +52,9 @@ Reals = NDArray[np.float64]
 def main() -> None:
     """Generate, train, compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sessions", type=int, default=160)
-    parser.add_argument("--transmissions", type=int, default=12, help="transmissions of each session")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--sessions", type=int, default=240)
+    parser.add_argument("--transmissions", type=int, default=8, help="transmissions of each session")
+    parser.add_argument("--epochs", type=int, default=70)
     parser.add_argument("--folder", type=Path, help="keep recordings and runs here, and take up what is there")
     arguments = parser.parse_args()
     # A second thread brings little to networks this small, and where cores are shared it waits for the first.
@@ -87,7 +92,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Figure]:
     held_out = next(iter(trained.values())).held_out
     with clock.part("compared"):
         errors, informations = compare(settings, scene, held_out)
-    errors |= {f"network: {name}": each.errors_m for name, each in trained.items()}
+    errors |= {f"network: {name}": each.predictions.errors_m for name, each in trained.items()}
     with clock.part("delays measured"):
         delays = {name: representation.delay_errors_m(name) for name in sorted(physics.MODULATIONS)}
     return [
@@ -137,19 +142,13 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a network said of the transmissions of the sessions that it was not trained on."""
+    """A network with its best weights, on the sessions that the pipeline kept for the test."""
 
     held_out: list[Transmission]
-    errors_m: Reals
-    squares: Reals
-    """Squared errors in standard deviations."""
+    predictions: Predictions
 
 
 def train(folder: Path, name: str, *, arrivals: bool, epochs: int) -> Trained:
-    from heimdall_tracking import initialize_mlflow, load_settings, runs
-    from heimdall_trainer.config import parse
-    from heimdall_trainer.pipeline import TrainingPipeline
-
     run = parse(
         {
             "metadata": {"name": name.replace(" ", "-")},
@@ -168,28 +167,8 @@ def train(folder: Path, name: str, *, arrivals: bool, epochs: int) -> Trained:
     pipeline = TrainingPipeline(run, tracker, output_dir=folder / "outputs" / made.run_id)
     pipeline.train()
     runs.end_run(tracker.client, made.run_id, "FINISHED")
-    return evaluate(pipeline)
-
-
-def evaluate(pipeline: Any) -> Trained:
-    """The network with its best weights, on the sessions that the pipeline kept for the test."""
-    from heimdall_trainer.data.dataset import collate
-    from heimdall_trainer.model.metrics import position_error_m, squared_mahalanobis
-
     dataset = pipeline.data.dataset(pipeline.data.split.test)
-    errors, squares = [], []
-    net = pipeline.module.net.eval()
-    with torch.no_grad():
-        for start in range(0, len(dataset), 64):
-            batch = collate([dataset[index] for index in range(start, min(start + 64, len(dataset)))])
-            said = net(batch["spectrograms"], batch["receivers"], batch["mask"])
-            errors.append(position_error_m(said, batch["position"]))
-            squares.append(squared_mahalanobis(said, batch["position"]))
-    return Trained(
-        held_out=dataset.transmissions,
-        errors_m=torch.cat(errors).double().numpy(),
-        squares=torch.cat(squares).double().numpy(),
-    )
+    return Trained(held_out=dataset.transmissions, predictions=predict(pipeline.module.net, dataset))
 
 
 # --- the classics ------------------------------------------------------------------------------------------------
@@ -283,12 +262,10 @@ def errors_of(errors: dict[str, Reals], informations: dict[str, list[Reals]]) ->
 
 
 def coverages_of(trained: dict[str, Trained]) -> list[Figure]:
-    from heimdall_trainer.model.metrics import LEVELS, ellipse_bound
-
     figures = []
     for name, each in trained.items():
         for level in LEVELS.values():
-            held = 100 * float(np.mean(each.squares <= ellipse_bound(level)))
+            held = 100 * float(np.mean(each.predictions.squares <= ellipse_bound(level)))
             goal = f"{100 * level:.0f} ± {GOAL_POINTS:g}"
             label = f"network: {name}, held by its {100 * level:.0f} % region"
             figures.append(Figure(label, held, "%", goal, abs(held - 100 * level) <= GOAL_POINTS))
