@@ -52,9 +52,9 @@ Reals = NDArray[np.float64]
 def main() -> None:
     """Generate, train, compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sessions", type=int, default=240)
-    parser.add_argument("--transmissions", type=int, default=8, help="transmissions of each session")
-    parser.add_argument("--epochs", type=int, default=70)
+    parser.add_argument("--sessions", type=int, default=160)
+    parser.add_argument("--transmissions", type=int, default=12, help="transmissions of each session")
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--folder", type=Path, help="keep recordings and runs here, and take up what is there")
     arguments = parser.parse_args()
     # A second thread brings little to networks this small, and where cores are shared it waits for the first.
