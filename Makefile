@@ -71,6 +71,10 @@ docs: venv ## The documents as a site, in build/site; a link that leads nowhere 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
+.PHONY: bench-science
+bench-science: venv ## What the localizer learns, next to classical estimators and the bound of the physics
+	$(BIN)/python -m tests.bench.science
+
 .PHONY: needs
 needs: ## Tell what is missing on this machine, and how to get it
 	@$(PYTHON) hack/needs.py

@@ -133,6 +133,11 @@ class DataSpec(RuledModel):
         description="Share of the sessions kept for validation. Sessions are never divided.",
     )
     test_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of the sessions kept for the final test.")
+    arrivals: bool = Field(
+        default=False,
+        description="Give the localizer times of arrival beside spectrograms: several times more accurate where the "
+        "receivers start recording at one instant, wrong where they don't.",
+    )
     module: ImportPath | None = Field(
         default=None,
         description="A LightningDataModule of your own, as package.module:ClassName, in your image.",

@@ -35,7 +35,7 @@ GPU_RESOURCE: Final = "nvidia.com/gpu"
 RENDEZVOUS_PORT: Final = 29400
 
 
-YOUNGER_FIELDS: Final = ("export",)
+YOUNGER_FIELDS: Final = (("export",), ("data", "arrivals"))
 """Fields of the spec that a trainer image of an earlier release refuses: it is not told of them unless somebody asked.
 
 An image of somebody's own must not fail because the operator was upgraded."""
@@ -207,12 +207,17 @@ def run_file(plan: AttemptPlan) -> str:
     """The TrainingRun as the trainer is given it: JSON, with all defaults but those of YOUNGER_FIELDS."""
     spec = plan.spec.model_dump(mode="json", exclude_none=True)
     defaults = TrainingRunSpec().model_dump(mode="json", exclude_none=True)
-    left_out = {name for name in YOUNGER_FIELDS if spec.get(name) == defaults.get(name)}
+    for *parents, name in YOUNGER_FIELDS:
+        part, default = spec, defaults
+        for parent in parents:
+            part, default = part[parent], default[parent]
+        if part.get(name) == default.get(name):
+            part.pop(name, None)
     document = {
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": plan.name, "namespace": plan.namespace, "uid": plan.uid},
-        "spec": {name: value for name, value in spec.items() if name not in left_out},
+        "spec": spec,
     }
     return json.dumps(document, sort_keys=True, separators=(",", ":"))
 

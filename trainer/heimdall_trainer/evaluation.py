@@ -78,7 +78,8 @@ def predict(net: torch.nn.Module, dataset: HeimdallDataset) -> Predictions:
             said.append(net(*inputs).cpu())
             truths.append(batch["position"])
             receivers += [
-                places[heard].double().numpy() for places, heard in zip(batch["receivers"], batch["mask"], strict=True)
+                places[heard, :2].double().numpy()
+                for places, heard in zip(batch["receivers"], batch["mask"], strict=True)
             ]
     together: Any = torch.cat(said).double().numpy()
     return Predictions(

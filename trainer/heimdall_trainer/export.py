@@ -29,6 +29,11 @@ SIZES: Final = ((1, 1), (1, 5), (3, 1), (2, 4))
 SEED: Final = 7
 SPREAD_M: Final = 1000.0
 """Receivers that a localizer is verified on lie about this far from the origin."""
+NOTES: Final = {
+    2: "metres east and north of any origin",
+    4: "metres east and north of any origin, how many metres later it arrived than at any one of them, and how sure",
+}
+"""What `receivers` are, by how many values there are of each."""
 FILE_LIMIT_BYTES: Final = 2**31 - 2**20
 """One ONNX file is one protobuf message, of less than 2 GiB; the rest is for the graph."""
 
@@ -89,8 +94,8 @@ class _Localizer(nn.Module):
 def export_localizer(net: nn.Module, file: Path) -> Exported:
     """Write a LocalizationNet as ONNX: named as the served model's, any batch, any number of receivers.
 
-    Inputs are `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2) in metres, outputs `position` and `sigma`,
-    (B, 2) each in metres.
+    Inputs are `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2 or, with arrivals, 4) in metres,
+    outputs `position` and `sigma`, (B, 2) each in metres.
 
     Args:
         net: The network, on the CPU. Left as it is.
@@ -103,21 +108,22 @@ def export_localizer(net: nn.Module, file: Path) -> Exported:
         ExportError: The network can't be exported, or an output differs by more than LOCALIZER_TOLERANCE.
     """
     axes = {0: "batch", 1: "receivers"}
+    values = int(getattr(net, "receiver_values", 2))
     interface = _Interface(
         inputs=("spectrograms", "receivers"),
         outputs=("position", "sigma"),
         dynamic_axes=(axes, axes),
         notes={
             "spectrograms": "mel spectrograms of each receiver: I, Q, magnitude",
-            "receivers": "metres east and north of any origin",
+            "receivers": NOTES[values],
             "position": "metres east and north of the same origin",
             "sigma": "standard deviations of the position in metres",
         },
         tolerance=LOCALIZER_TOLERANCE,
     )
     # Lengths above 1: torch.export takes an axis of length 1 for one that always is.
-    example = _scene(2, 3)
-    return _export(_Localizer(net), example, [_scene(*size) for size in SIZES], interface, file)
+    example = _scene(2, 3, values)
+    return _export(_Localizer(net), example, [_scene(*size, values) for size in SIZES], interface, file)
 
 
 def export_module(module: Any, file: Path) -> Exported:
@@ -273,11 +279,13 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _scene(batch: int, receivers: int) -> tuple[Tensor, Tensor]:
-    """What some receivers may have heard, always the same: spectrograms and places."""
+def _scene(batch: int, receivers: int, values: int) -> tuple[Tensor, Tensor]:
+    """What some receivers may have heard, always the same: spectrograms and so many values of each receiver."""
     generator = torch.Generator().manual_seed(SEED + 100 * batch + receivers)
     spectrograms = torch.randn(batch, receivers, *SHAPE, generator=generator)
-    return spectrograms, SPREAD_M * torch.randn(batch, receivers, 2, generator=generator)
+    known = SPREAD_M * torch.randn(batch, receivers, values, generator=generator)
+    known[..., 3:] = known[..., 3:].abs()  # a standard deviation
+    return spectrograms, known
 
 
 def _example_of(module: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:

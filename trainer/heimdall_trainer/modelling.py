@@ -27,7 +27,8 @@ def log_localizer(
     Args:
         tracker: The run.
         net: The network.
-        example: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2) in metres, as numpy arrays.
+        example: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2 or, with arrivals, 4) in metres, as numpy
+            arrays.
         onnx: The same network as ONNX, to lie beside it.
         known: What is to be known of it later, as the model's metadata.
 
@@ -44,7 +45,7 @@ def log_localizer(
     def tensor(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(np.dtype("float32"), shape, name)
 
-    inputs = Schema([tensor("spectrograms", -1, -1, 3, 128, 32), tensor("receivers", -1, -1, 2)])
+    inputs = Schema([tensor("spectrograms", -1, -1, 3, 128, 32), tensor("receivers", -1, -1, net.receiver_values)])
     outputs = Schema([tensor("position", -1, 2), tensor("sigma", -1, 2)])
 
     def save(folder: str, model: Any) -> None:

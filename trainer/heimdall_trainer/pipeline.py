@@ -146,6 +146,7 @@ class TrainingPipeline:
                 weight_decay=training.weight_decay,
                 loss=training.loss,
                 weights=find_weights(load_data_settings(), backbone) if model.pretrained else None,
+                arrivals=self.spec.data.arrivals,
             )
         return self.module
 

@@ -29,6 +29,11 @@ class TrainedLocalizer:
     sessions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Recording sessions of its training by side: train, validation, test. Empty where that is not known."""
 
+    @property
+    def arrivals(self) -> bool:
+        """Whether it locates by times of arrival too."""
+        return bool(self.net.arrivals)
+
 
 def find_localizer(model: str, client: MlflowClient) -> TrainedLocalizer:
     """Load a localizer. A model is code: load what you trust.

@@ -113,10 +113,10 @@ def test_a_training_pod_is_given_the_authorities_of_private_servers(is_secret: b
 def test_an_image_of_an_earlier_release_is_told_only_of_what_it_knows() -> None:
     """A team's image, built on an earlier trainer, refuses fields that it does not know."""
     plain = json.loads(run_file(plan()))["spec"]
-    asked = json.loads(run_file(plan(export={"onnx": True})))["spec"]
+    asked = json.loads(run_file(plan(export={"onnx": True}, data={"arrivals": True})))["spec"]
 
-    assert plain.keys() & set(YOUNGER_FIELDS) == set()
-    assert asked["export"] == {"onnx": True}
+    assert {*plain, *plain["data"]} & {path[-1] for path in YOUNGER_FIELDS} == set()
+    assert (asked["export"], asked["data"]["arrivals"]) == ({"onnx": True}, True)
 
 
 def test_a_queued_job_waits_for_its_queue() -> None:

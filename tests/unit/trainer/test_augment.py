@@ -48,6 +48,17 @@ def test_turning_goes_in_all_directions_and_mirrors_every_other_time() -> None:
     assert np.mean(mirrored) == pytest.approx(0.5, abs=0.1)
 
 
+def test_turning_leaves_alone_what_else_is_known_of_receivers() -> None:
+    spectrograms, places, position = sample(5)
+    known = np.arange(10, dtype=np.float32).reshape(5, 2)
+    only_turn = Augmentation(dropout=0.0, shift_frames=0, scale_db=0.0)
+    turned, turned_and_more = (
+        augment(spectrograms, each, position, only_turn, np.random.default_rng(3))[1]
+        for each in (places, np.concatenate([places, known], axis=1))
+    )
+    assert np.array_equal(turned_and_more, np.concatenate([turned, known], axis=1))
+
+
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10_000), receivers=st.integers(1, 6))
 def test_power_between_receivers_stays_what_it_was(seed: int, receivers: int) -> None:

@@ -13,7 +13,7 @@ from heimdall_trainer import export
 from heimdall_trainer.errors import ExportError
 from heimdall_trainer.export import Tolerance, export_localizer, export_module, open_onnx
 from heimdall_trainer.model.net import LocalizationNet
-from tests.unit.trainer.test_net import SMALLEST, scene, step
+from tests.unit.trainer.test_net import SMALLEST, scene, step, timed_scene
 from tests.unit.trainer.user_modules import Line
 
 pytestmark = pytest.mark.slow
@@ -38,6 +38,24 @@ def test_every_family_is_exported_after_a_step_for_any_batch_and_any_number_of_r
         found = run(dict(zip(("spectrograms", "receivers"), inputs, strict=True)))
         assert torch.allclose(found["position"], expected[:, :2], atol=0.1)
         assert torch.allclose(found["sigma"], expected[:, 2:], rtol=1e-3)
+
+
+def test_a_localizer_with_arrivals_is_exported_with_all_that_it_takes() -> None:
+    torch.manual_seed(1)
+    net = LocalizationNet("test_vit", arrivals=True)
+    step(net)
+    net.set_sigma_scale(1.7)
+    export_localizer(net, FILE)
+    (_, receivers) = onnx.load(FILE).graph.input
+    assert receivers.type.tensor_type.shape.dim[2].dim_value == 4
+    assert "later it arrived" in receivers.doc_string
+    run, net = open_onnx(FILE), net.eval()
+    inputs = timed_scene(3, 2)
+    with torch.no_grad():
+        expected = net(*inputs)
+    found = run(dict(zip(("spectrograms", "receivers"), inputs, strict=True)))
+    assert torch.allclose(found["position"], expected[:, :2], atol=0.1)
+    assert torch.allclose(found["sigma"], expected[:, 2:], rtol=1e-3)
 
 
 class Loudest(torch.nn.Module):

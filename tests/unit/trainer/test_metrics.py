@@ -7,7 +7,14 @@ import pytest
 import scipy.stats
 import torch
 
-from heimdall_trainer.model.metrics import LEVELS, PositionMetrics, ellipse_bound, position_error_m, squared_mahalanobis
+from heimdall_trainer.model.metrics import (
+    LEVELS,
+    PositionMetrics,
+    ellipse_bound,
+    fitted_scale,
+    position_error_m,
+    squared_mahalanobis,
+)
 
 COUNT = 20_000
 
@@ -82,3 +89,26 @@ def test_metrics_keep_no_graph() -> None:
     metrics = PositionMetrics()
     metrics.update(torch.ones(1, 4, requires_grad=True) * 2, torch.zeros(1, 2))
     assert not metrics.errors[0].requires_grad
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 2.0])
+def test_the_scale_is_what_sigma_is_too_small_by(share: float) -> None:
+    assert computed(*calibrated(share))["sigma_scale"] == pytest.approx(1 / share, rel=0.02)
+
+
+def test_with_long_tails_the_scale_leaves_both_ellipses_off_by_as_much() -> None:
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.zeros(COUNT, 2)
+    # A mixture: one error in ten is four times as large.
+    wide = torch.where(torch.rand(COUNT, 1, generator=generator) < 0.1, 4.0, 1.0)
+    prediction = torch.cat([100 * wide * torch.randn(COUNT, 2, generator=generator), torch.full((COUNT, 2), 40.0)], 1)
+    scale = computed(prediction, truth)["sigma_scale"]
+    scaled = computed(prediction * torch.tensor([1.0, 1.0, scale, scale]), truth)
+    too_many, too_few = scaled["coverage_68"] - 0.6827, 0.9545 - scaled["coverage_95"]
+    assert too_many > 0
+    assert too_many == pytest.approx(too_few, abs=0.015)
+
+
+def test_a_handful_of_samples_moves_the_scale_by_little() -> None:
+    squares = torch.full((2,), 400.0)
+    assert 1.0 < fitted_scale(squares).item() < 2.0

@@ -9,7 +9,7 @@ import torch
 
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.model.module import LocalizationModule, schedule_share
-from heimdall_trainer.model.net import SIGMA_BOUNDS_M, LocalizationNet, feature_width
+from heimdall_trainer.model.net import SCALE_BOUNDS, SIGMA_BOUNDS_M, LocalizationNet, feature_width
 
 SMALL = "test_resnet"
 """timm's smallest ResNet, made for tests."""
@@ -109,6 +109,64 @@ def test_padding_does_not_change_the_answer(net: LocalizationNet, training: bool
     assert torch.allclose(padded, plain, rtol=1e-4, atol=1e-2)
 
 
+@pytest.fixture(scope="module")
+def timed() -> LocalizationNet:
+    """A network that takes arrivals; to be left as it is."""
+    torch.manual_seed(1)
+    made = LocalizationNet(SMALL, arrivals=True)
+    for head in (made.position_head, made.uncertainty_head):
+        torch.nn.init.normal_(head[-1].weight)
+    return made.eval()
+
+
+def timed_scene(batch: int = 2, receivers: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    spectrograms, places = scene(batch, receivers)
+    generator = torch.Generator().manual_seed(2)
+    late = 1000 * torch.randn(batch, receivers, 1, generator=generator)
+    sigma = 1 + 50 * torch.rand(batch, receivers, 1, generator=generator)
+    return spectrograms, torch.cat([places, late, sigma], dim=-1)
+
+
+def test_arrivals_matter_but_not_what_they_are_counted_from(timed: LocalizationNet) -> None:
+    spectrograms, receivers = timed_scene()
+    answer = located(timed, spectrograms, receivers)
+    counted = located(timed, spectrograms, receivers + torch.tensor([0.0, 0.0, 800.0, 0.0]))
+    assert torch.allclose(counted, answer, rtol=1e-4, atol=1e-2)
+    later = receivers.clone()
+    later[:, 1, 2] += 300.0
+    assert not torch.allclose(located(timed, spectrograms, later), answer, rtol=1e-4, atol=1.0)
+    less_sure = receivers * torch.tensor([1.0, 1.0, 1.0, 30.0])
+    assert not torch.allclose(located(timed, spectrograms, less_sure), answer, rtol=1e-4, atol=1.0)
+
+
+def test_arrivals_of_padding_do_not_count(timed: LocalizationNet) -> None:
+    spectrograms, receivers = timed_scene()
+    padded = (
+        torch.cat([spectrograms, torch.zeros(2, 1, 3, 128, 32)], 1),
+        torch.cat([receivers, torch.zeros(2, 1, 4)], 1),
+    )
+    mask = torch.tensor([[True] * 4 + [False]] * 2)
+    assert torch.allclose(located(timed, *padded, mask), located(timed, spectrograms, receivers), rtol=1e-4, atol=1e-2)
+
+
+def test_an_arrival_that_is_not_known_moves_no_other(timed: LocalizationNet) -> None:
+    spectrograms, receivers = timed_scene()
+    unknown = receivers.clone()
+    unknown[:, 3, 3] = 300_000.0
+    answers = []
+    for late in (0.0, 3.0):
+        unknown[:, 3, 2] = late
+        answers.append(located(timed, spectrograms, unknown))
+    # What is left is its own value; the others are still counted from where they were.
+    assert torch.allclose(*answers, rtol=0.05, atol=20.0)
+
+
+def test_a_network_with_arrivals_takes_one_receiver_and_none_known(timed: LocalizationNet) -> None:
+    spectrograms, receivers = timed_scene(3, 1)
+    assert torch.equal(located(timed, spectrograms[:, 0], receivers[:, 0]), located(timed, spectrograms, receivers))
+    assert located(timed, spectrograms).isfinite().all()
+
+
 def test_each_sample_is_located_by_itself(net: LocalizationNet) -> None:
     spectrograms, receivers = scene(3, 4)
     mask = torch.tensor([[True] * 4, [True, False, True, False], [True, True, True, False]])
@@ -157,7 +215,7 @@ def step(net: LocalizationNet) -> None:
     """One optimizer step."""
     net.train()
     optimizer = torch.optim.SGD([each for each in net.parameters() if each.requires_grad], lr=0.01)
-    out = net(*scene(2, 2))
+    out = net(*(timed_scene(2, 2) if net.arrivals else scene(2, 2)))
     (out[:, :2] / 1000).square().mean().add(out[:, 2:].log().mean()).backward()
     optimizer.step()
 
@@ -247,6 +305,58 @@ def test_a_checkpoint_of_the_module_loads_without_fetching_weights(tmp_path: Pat
     checkpoint = {"hyper_parameters": {"backbone": SMALL, "pretrained": True, "weights": "s3://somewhere"}}
     LocalizationModule(SMALL).on_save_checkpoint(checkpoint)
     assert checkpoint["hyper_parameters"] == {"backbone": SMALL, "pretrained": False, "weights": None}
+
+
+def validated(module: LocalizationModule, batches: int = 4) -> float:
+    """Validate on transmissions from some kilometre off, and say what sigma is multiplied with since."""
+    for seed in range(batches):
+        spectrograms, receivers = scene(8, 3, seed)
+        position = 3000.0 * torch.randn(8, 2, generator=torch.Generator().manual_seed(seed))
+        batch = {"spectrograms": spectrograms, "receivers": receivers, "position": position}
+        with torch.no_grad():
+            module.validation_step(batch, 0)  # type: ignore[arg-type]
+    module.on_validation_epoch_end()
+    return float(module.net.sigma_scale)
+
+
+@pytest.fixture
+def quiet_module(monkeypatch: pytest.MonkeyPatch) -> LocalizationModule:
+    """A module that logs nothing, as it has no trainer."""
+    torch.manual_seed(1)
+    module = LocalizationModule(SMALL).eval()
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    return module
+
+
+def test_validation_makes_sigma_as_large_as_errors_are(quiet_module: LocalizationModule) -> None:
+    inputs = scene()
+    before = located(quiet_module.net, *inputs)
+    scale = validated(quiet_module)
+    assert scale > 2
+    after = located(quiet_module.net, *inputs)
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert torch.allclose(after[:, 2:], scale * before[:, 2:])
+
+
+def test_validating_again_finds_the_same_scale_and_training_knows_none(quiet_module: LocalizationModule) -> None:
+    first = validated(quiet_module)
+    assert validated(quiet_module) == pytest.approx(first, rel=1e-4)
+    net, inputs = quiet_module.net, scene()
+    net.backbone.eval()
+    trained = [net.train()(*inputs)]
+    net.set_sigma_scale(1.0)
+    trained.append(net(*inputs))
+    assert torch.allclose(trained[0][:, 2:], trained[1][:, 2:], rtol=1e-3)
+
+
+def test_the_scale_is_bounded_and_part_of_the_weights() -> None:
+    made = LocalizationNet(SMALL)
+    made.set_sigma_scale(1e9)
+    assert float(made.sigma_scale) == SCALE_BOUNDS[1]
+    other = LocalizationNet(SMALL)
+    other.load_state_dict(made.state_dict())
+    assert float(other.sigma_scale) == SCALE_BOUNDS[1]
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_as_a_cosine() -> None:

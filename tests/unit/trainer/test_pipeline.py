@@ -262,6 +262,20 @@ def test_the_model_is_that_of_the_best_checkpoint(trained: Trained, bench: Bench
     assert model.predict(model.input_example)["position"] == pytest.approx(expected[:, :2].numpy(), rel=1e-5)
 
 
+def test_a_localizer_with_arrivals_is_trained_and_takes_them_when_it_is_served(
+    localizer: dict[str, Any], bench: Bench
+) -> None:
+    run_id = bench.new_run()
+    spec = {**localizer, "data": {**localizer["data"], "arrivals": True}, "registration": {"model": "tiny"}}
+    bench.train(spec, run_id)
+    model = load_model(model_of(bench, run_id).artifact_location)
+    assert model.metadata.signature.inputs.input_dict()["receivers"].shape == (-1, -1, 4)
+    example = model.input_example
+    assert example["receivers"].shape[-1] == 4
+    later = {**example, "receivers": example["receivers"] + np.float32([0, 0, 500, 0]) * np.eye(3, 1, dtype="f4")}
+    assert not np.allclose(model.predict(later)["position"], model.predict(example)["position"], atol=0.1)
+
+
 # --- interruptions -------------------------------------------------------------------------------------------------
 
 

@@ -121,7 +121,7 @@ def _located(arguments: argparse.Namespace) -> _Evaluation:
         )
     if not sessions:
         raise ConfigurationError(f"--split {arguments.split} holds no session: its TrainingRun keeps none for it")
-    predictions = predict(localizer.net, HeimdallDataset.open(settings, sessions))
+    predictions = predict(localizer.net, HeimdallDataset.open(settings, sessions, arrivals=localizer.arrivals))
     return _Evaluation(localizer, sessions, predictions)
 
 

@@ -35,7 +35,7 @@ def augment(
 
     Args:
         spectrograms: Shape (R, 3, 128, 32).
-        receivers: Metres, shape (R, 2).
+        receivers: Metres east and north, and whatever else is known of each, shape (R, 2 or more).
         position: Metres, shape (2,).
         settings: How strongly.
         rng: Source of randomness.
@@ -51,7 +51,8 @@ def augment(
     spectrograms = np.roll(spectrograms, shift, axis=-1) + offset
     if settings.turn:
         matrix = _orthogonal(rng)
-        receivers, position = receivers @ matrix, position @ matrix
+        receivers = np.concatenate([receivers[:, :2] @ matrix, receivers[:, 2:]], axis=1)
+        position = position @ matrix
     return spectrograms, receivers, position
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation, augment
 from heimdall_trainer.data.features import FeatureSource, keep_readable
 from heimdall_trainer.data.geo import to_local
@@ -24,7 +25,7 @@ class Sample(TypedDict):
     spectrograms: Tensor
     """Shape (R, 3, 128, 32), float32, see mel_spectrogram."""
     receivers: Tensor
-    """Metres east and north of the origin, shape (R, 2), float32."""
+    """Metres east and north of the origin, shape (R, 2), float32; with arrivals (R, 4), see LocalizationNet."""
     position: Tensor
     """Where it truly came from: metres east and north of the origin, shape (2,), float32."""
     origin: Tensor
@@ -42,6 +43,7 @@ class HeimdallDataset(Dataset[Sample]):
         source: FeatureSource,
         *,
         augmentation: Augmentation | None = None,
+        arrivals: ArrivalSource | None = None,
         seed: int = 0,
     ) -> None:
         """Make a dataset of transmissions that can be read; `open` finds them in the database.
@@ -50,11 +52,13 @@ class HeimdallDataset(Dataset[Sample]):
             transmissions: What it holds.
             source: Gives the features of recordings.
             augmentation: How samples are varied; not at all if None.
+            arrivals: Gives the times of arrival; samples are without them if None.
             seed: Seed of the variations, which depend on it, the epoch and the index.
         """
         self.transmissions = list(transmissions)
         self._source = source
         self._augmentation = augmentation
+        self._arrivals = arrivals
         self._seed = seed
         self._epoch = 0
 
@@ -65,6 +69,7 @@ class HeimdallDataset(Dataset[Sample]):
         session_ids: Iterable[str] = (),
         *,
         augmentation: Augmentation | None = None,
+        arrivals: bool = False,
         seed: int = 0,
     ) -> HeimdallDataset:
         """The dataset of approved recording sessions.
@@ -73,6 +78,7 @@ class HeimdallDataset(Dataset[Sample]):
             settings: Database, store and cache.
             session_ids: Sessions; all approved ones if empty.
             augmentation: How samples are varied; not at all if None.
+            arrivals: Whether samples hold times of arrival.
             seed: Seed of the variations.
 
         Raises:
@@ -87,7 +93,8 @@ class HeimdallDataset(Dataset[Sample]):
             database.close()
         source = FeatureSource.open(settings)
         kept = keep_readable(transmissions, source, skip_limit=settings.skip_limit, threads=settings.read_threads)
-        return cls(kept, source, augmentation=augmentation, seed=seed)
+        times = ArrivalSource.open(settings) if arrivals else None
+        return cls(kept, source, augmentation=augmentation, arrivals=times, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that variations are drawn for."""
@@ -102,6 +109,8 @@ class HeimdallDataset(Dataset[Sample]):
         spectrograms = np.stack([self._source.get(recording) for recording in heard])
         places = [(recording.receiver.latitude, recording.receiver.longitude) for recording in heard]
         receivers = to_local(places, transmission.origin).astype(np.float32)
+        if self._arrivals is not None:
+            receivers = np.concatenate([receivers, self._arrivals.get(transmission)], axis=1)
         truth = to_local((transmission.latitude, transmission.longitude), transmission.origin).astype(np.float32)
         if self._augmentation is not None:
             rng = np.random.default_rng([self._seed, self._epoch, index])
@@ -125,7 +134,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
     """
     size, most = len(samples), max(len(sample["receivers"]) for sample in samples)
     spectrograms = torch.zeros(size, most, *SHAPE)
-    receivers = torch.zeros(size, most, 2)
+    receivers = torch.zeros(size, most, samples[0]["receivers"].shape[-1])
     mask = torch.zeros(size, most, dtype=torch.bool)
     for index, sample in enumerate(samples):
         count = len(sample["receivers"])

@@ -234,6 +234,7 @@ def _make_transmission(
         modulation=modulation,
         origin=scene.origin,
         recordings=tuple(pool.map(write, stations, signals)),
+        center_frequency_hz=scene.frequency_hz,
     )
 
 

@@ -10,6 +10,7 @@ import structlog
 import torch
 
 from heimdall_api.types import DataSpec
+from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation
 from heimdall_trainer.data.dataset import HeimdallDataset
 from heimdall_trainer.data.features import FeatureSource, keep_readable
@@ -55,6 +56,7 @@ class HeimdallDataModule(L.LightningDataModule):
         self._seed = seed
         self._augmentation = (augmentation or Augmentation()) if augment else None
         self._source = FeatureSource.open(settings)
+        self._arrivals = ArrivalSource.open(settings) if data.arrivals else None
         self._found: tuple[Split, list[Transmission]] | None = None
 
     @property
@@ -99,7 +101,11 @@ class HeimdallDataModule(L.LightningDataModule):
         if not chosen:
             raise DataError(f"the recording sessions {', '.join(session_ids)} hold no readable recording")
         return HeimdallDataset(
-            chosen, self._source, augmentation=self._augmentation if training else None, seed=self._seed
+            chosen,
+            self._source,
+            augmentation=self._augmentation if training else None,
+            arrivals=self._arrivals,
+            seed=self._seed,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,6 +151,8 @@ class HeimdallDataModule(L.LightningDataModule):
             database.close()
         settings = self._settings
         kept = keep_readable(transmissions, self._source, skip_limit=settings.skip_limit, threads=settings.read_threads)
+        if self._arrivals is not None:
+            self._arrivals.prepare(kept, settings.read_threads)
         log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
         return split, kept
 

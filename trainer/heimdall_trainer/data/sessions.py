@@ -114,6 +114,8 @@ class Transmission:
     origin: tuple[float, float]
     """Latitude and longitude of the session's origin."""
     recordings: tuple[Recording, ...]
+    center_frequency_hz: float = 0.0
+    """What the receivers were tuned to; 0: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +312,12 @@ def _transmissions_query(session_ids: Sequence[str]) -> sa.Select[Any]:
     return (
         sa.select(
             transmissions,
-            *(sessions.origin_latitude, sessions.origin_longitude, sessions.sample_rate_hz),
+            *(
+                sessions.origin_latitude,
+                sessions.origin_longitude,
+                sessions.sample_rate_hz,
+                sessions.center_frequency_hz,
+            ),
             *(heard.receiver_id, heard.altitude_m, heard.noise_figure_db),
             heard.latitude.label("receiver_latitude"),
             heard.longitude.label("receiver_longitude"),
@@ -339,6 +346,7 @@ def _transmission(rows: Sequence[Any]) -> Transmission:
         modulation=first.modulation,
         origin=(first.origin_latitude, first.origin_longitude),
         recordings=tuple(_recording(row) for row in rows),
+        center_frequency_hz=first.center_frequency_hz,
     )
 
 

@@ -34,6 +34,7 @@ class LocalizationModule(L.LightningModule):
         weight_decay: float = 1.0e-5,
         loss: str = "gaussian",
         weights: str | Path | None = None,
+        arrivals: bool = False,
     ) -> None:
         """Make the module.
 
@@ -45,14 +46,15 @@ class LocalizationModule(L.LightningModule):
             weight_decay: Of matrices; biases and normalisations have none.
             loss: gaussian, huber or quantile.
             weights: File with weights of the backbone, instead of the library's.
+            arrivals: Locate by times of arrival too.
 
         Raises:
             ConfigurationError: Backbone or loss are unknown.
         """
         super().__init__()
         self.save_hyperparameters()
-        self.net = LocalizationNet(backbone, pretrained, freeze_backbone, weights=weights)
-        self.example_input_array = (torch.zeros(1, 2, 3, 128, 32), torch.zeros(1, 2, 2))
+        self.net = LocalizationNet(backbone, pretrained, freeze_backbone, weights=weights, arrivals=arrivals)
+        self.example_input_array = (torch.zeros(1, 2, 3, 128, 32), torch.zeros(1, 2, self.net.receiver_values))
         self._loss = loss_by_name(loss)
         self._learning_rate = learning_rate
         self._weight_decay = weight_decay
@@ -81,8 +83,8 @@ class LocalizationModule(L.LightningModule):
         self._evaluate(batch, "test", self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all batches."""
-        self._log_metrics("val", self.validation_metrics)
+        """Log the metrics of all batches, and let what is said from now on be as sure as it was right."""
+        self.net.set_sigma_scale(self._log_metrics("val", self.validation_metrics)["sigma_scale"])
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of all batches."""
@@ -110,13 +112,18 @@ class LocalizationModule(L.LightningModule):
 
     def _evaluate(self, batch: Sample, prefix: str, metrics: PositionMetrics) -> None:
         prediction = self._predict(batch)
+        if prefix == "val":
+            # The scale is found here: it must not be judged by what it was found with.
+            prediction = torch.cat([prediction[:, :2], prediction[:, 2:] / self.net.sigma_scale], dim=-1)
         loss = self._loss(prediction, batch["position"])
         metrics.update(prediction, batch["position"])
         self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["position"]))
 
-    def _log_metrics(self, prefix: str, metrics: PositionMetrics) -> None:
-        self.log_dict({f"{prefix}/{name}": value for name, value in metrics.compute().items()})
+    def _log_metrics(self, prefix: str, metrics: PositionMetrics) -> dict[str, Tensor]:
+        values = metrics.compute()
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()})
         metrics.reset()
+        return values
 
 
 def schedule_share(step: int, steps: int) -> float:

@@ -18,9 +18,19 @@ POSITION_SCALE_M: Final = 1000.0
 """Metres that are 1 inside the network."""
 SIGMA_BOUNDS_M: Final = (1.0, 100_000.0)
 """Least and largest standard deviation."""
+SCALE_BOUNDS: Final = (0.1, 10.0)
+"""Least and largest factor that standard deviations are corrected by."""
 TYPICAL_SIGMA_M: Final = 500.0
 """Standard deviation before anything is learned."""
 SUGGESTIONS: Final = 5
+PLACE_VALUES: Final = 2
+"""East and north."""
+LEVEL_VALUES: Final = 2
+"""Mean and peak of a spectrogram."""
+ARRIVAL_VALUES: Final = 2
+"""How much later, and how sure that is."""
+LEAST_SIGMA_M: Final = 0.1
+"""Standard deviation of an arrival below which nothing more is gained."""
 LOADED_SHARE: Final = 0.5
 """Least share of a backbone's weights that a file must hold; position embeddings, for one, are resized."""
 
@@ -39,6 +49,7 @@ class LocalizationNet(nn.Module):
         freeze_backbone: bool = False,
         *,
         weights: str | Path | None = None,
+        arrivals: bool = False,
         width: int = 128,
         attention_heads: int = 4,
         layers: int = 2,
@@ -51,6 +62,7 @@ class LocalizationNet(nn.Module):
             pretrained: Start from trained weights: the library's, or the file's.
             freeze_backbone: Leave the backbone as it is: neither weights nor running statistics change.
             weights: File with weights of the backbone (.safetensors or .pth), instead of the library's.
+            arrivals: Locate by times of arrival too, which spectrograms don't hold.
             width: Features of a receiver after the backbone.
             attention_heads: Heads of each attention; a divisor of width.
             layers: Attention layers between receivers.
@@ -64,7 +76,12 @@ class LocalizationNet(nn.Module):
         self.frozen = freeze_backbone
         given = feature_width(self.backbone)
         self.project = nn.Sequential(nn.LayerNorm(given), nn.Linear(given, width))
-        self.place = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Linear(width, width))
+        self.arrivals = arrivals
+        self.receiver_values = PLACE_VALUES + (ARRIVAL_VALUES if arrivals else 0)
+        """Last axis of what `forward` takes of receivers."""
+        self.place = nn.Sequential(
+            nn.Linear(LEVEL_VALUES + self.receiver_values, width), nn.GELU(), nn.Linear(width, width)
+        )
         self.layers = nn.ModuleList(ReceiverAttention(width, attention_heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.score = nn.Linear(width, 1)
@@ -73,6 +90,8 @@ class LocalizationNet(nn.Module):
         low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
         share = (math.log(TYPICAL_SIGMA_M) - low) / (high - low)
         nn.init.constant_(_last_bias(self.uncertainty_head), math.log(share / (1 - share)))
+        self.sigma_scale: Tensor
+        self.register_buffer("sigma_scale", torch.ones(()))
         if freeze_backbone:
             self.backbone.requires_grad_(requires_grad=False)
             self.backbone.eval()
@@ -84,12 +103,22 @@ class LocalizationNet(nn.Module):
             self.backbone.eval()
         return self
 
+    def set_sigma_scale(self, scale: Tensor | float) -> None:
+        """Have standard deviations multiplied by a number in evaluation, fitted to data that was not trained on.
+
+        Args:
+            scale: The number; kept within SCALE_BOUNDS.
+        """
+        self.sigma_scale.copy_(torch.as_tensor(scale).clamp(*SCALE_BOUNDS))
+
     def forward(self, spectrograms: Tensor, receivers: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Locate transmissions.
 
         Args:
             spectrograms: Shape (B, R, 3, 128, 32), or (B, 3, 128, 32) for one receiver.
-            receivers: Metres east and north, shape (B, R, 2), or (B, 2) for one receiver. The origin if None.
+            receivers: Metres east and north, shape (B, R, 2), or (B, 2) for one receiver. The origin if None. With
+                arrivals, (B, R, 4) or (B, 4): also how many metres later it arrived there than at any one of the
+                receivers, and the standard deviation of that in metres.
             mask: Which receivers are there, shape (B, R), bool. All if None. A sample needs at least one.
 
         Returns:
@@ -98,7 +127,7 @@ class LocalizationNet(nn.Module):
         if spectrograms.dim() == 4:  # noqa: PLR2004 - no axis of receivers
             spectrograms = spectrograms.unsqueeze(1)
         if receivers is None:
-            receivers = spectrograms.new_zeros(*spectrograms.shape[:2], 2)
+            receivers = spectrograms.new_zeros(*spectrograms.shape[:2], self.receiver_values)
         elif receivers.dim() == 2:  # noqa: PLR2004 - no axis of receivers
             receivers = receivers.unsqueeze(1)
         features = self._features(spectrograms, mask)
@@ -125,10 +154,14 @@ class LocalizationNet(nn.Module):
 
     def _locate(self, features: Tensor, levels: Tensor, receivers: Tensor, mask: Tensor | None) -> Tensor:
         present = torch.ones_like(features[..., :1]) if mask is None else mask.unsqueeze(-1).to(features)
-        center = (receivers * present).sum(1) / present.sum(1)
-        places = (receivers - center.unsqueeze(1)) / POSITION_SCALE_M * present
+        given = receivers[..., :PLACE_VALUES]
+        center = (given * present).sum(1) / present.sum(1)
+        places = (given - center.unsqueeze(1)) / POSITION_SCALE_M * present
+        known = [places, levels]
+        if self.arrivals:
+            known.append(_arrivals(receivers[..., PLACE_VALUES:], present))
         bias = (1.0 - present.squeeze(-1)) * torch.finfo(features.dtype).min
-        tokens = features + self.place(torch.cat([places, levels], dim=-1))
+        tokens = features + self.place(torch.cat(known, dim=-1))
         for layer in self.layers:
             tokens = layer(tokens, bias)
         tokens = self.norm(tokens)
@@ -138,6 +171,8 @@ class LocalizationNet(nn.Module):
         guess = (places * shares).sum(1) + self.position_head(pooled)
         low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
         sigma = torch.exp(low + (high - low) * torch.sigmoid(self.uncertainty_head(pooled)))
+        if not self.training:
+            sigma = (sigma * self.sigma_scale).clamp(*SIGMA_BOUNDS_M)
         return torch.cat([center + POSITION_SCALE_M * guess, sigma], dim=-1)
 
 
@@ -145,6 +180,14 @@ def _levels(spectrograms: Tensor) -> Tensor:
     # How loud each receiver heard it, shape (B, R, 2): a backbone that normalises would have to find it again.
     magnitude = spectrograms[:, :, 2]
     return torch.stack([magnitude.mean((-2, -1)), magnitude.amax((-2, -1))], dim=-1)
+
+
+def _arrivals(arrivals: Tensor, present: Tensor) -> Tensor:
+    # Later than on average (that of sending is unknown), in units of the places, and how sure: shape (B, R, 2).
+    late, sigma = arrivals[..., :1], arrivals[..., 1:].clamp(min=LEAST_SIGMA_M)
+    weights = present / sigma.square()
+    mean = (late * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    return torch.cat([(late - mean) / POSITION_SCALE_M, sigma.log10()], dim=-1) * present
 
 
 class ReceiverAttention(nn.Module):
