@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -79,14 +80,23 @@ def ensure(names: Iterable[str]) -> None:
     Raises:
         ClusterError: Go is missing, or a build failed.
     """
-    for name in names:
+    wanted = list(names)
+    for name in wanted:
         if name not in CATALOGUE:
             raise ClusterError(f"there is no part {name!r}; there are {', '.join(CATALOGUE)}")
-        part = CATALOGUE[name]
-        if not is_built(part):
-            with step(f"building {name} from Go modules"):
-                _build(part)
-        _put_on_path(part)
+    lacking = [CATALOGUE[name] for name in wanted if not is_built(CATALOGUE[name])]
+    with ThreadPoolExecutor(1) as ahead:
+        # A build keeps the processors busy, a download the network: the next part's modules come meanwhile.
+        downloads = {part.name: ahead.submit(_download, part) for part in lacking}
+        try:
+            for part in lacking:
+                with step(f"building {part.name} from Go modules"):
+                    downloads[part.name].result()
+                    _build(part)
+        finally:
+            ahead.shutdown(wait=False, cancel_futures=True)
+    for name in wanted:
+        _put_on_path(CATALOGUE[name])
 
 
 def path_of(name: str, binary: str | None = None) -> Path:
@@ -118,6 +128,13 @@ def is_built(part: Part) -> bool:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else -1
+
+
+def _download(part: Part) -> None:
+    """Fetch the modules that a part's packages lie in. Where that fails, the build says so."""
+    go = shutil.which("go")
+    if go is not None:
+        read([go, "-C", str(PARTS_SOURCE / part.name), "list", "-deps", "tool"], env=go_environment(), timeout_s=900)
 
 
 def _build(part: Part) -> None:
