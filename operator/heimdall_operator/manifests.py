@@ -35,6 +35,10 @@ GPU_RESOURCE: Final = "nvidia.com/gpu"
 RENDEZVOUS_PORT: Final = 29400
 
 
+YOUNGER_FIELDS: Final = ("export",)
+"""Fields of the spec that a trainer image of an earlier release refuses: it is not told of them unless somebody asked.
+
+An image of somebody's own must not fail because the operator was upgraded."""
 CA_DIR: Final = "/etc/heimdall-ca"
 CA_FILE: Final = f"{CA_DIR}/ca.crt"
 CA_VARIABLES: Final = (
@@ -200,12 +204,15 @@ def _group(workers: int) -> dict[str, Any]:
 
 
 def run_file(plan: AttemptPlan) -> str:
-    """The TrainingRun as the trainer is given it: JSON, with all defaults."""
+    """The TrainingRun as the trainer is given it: JSON, with all defaults but those of YOUNGER_FIELDS."""
+    spec = plan.spec.model_dump(mode="json", exclude_none=True)
+    defaults = TrainingRunSpec().model_dump(mode="json", exclude_none=True)
+    left_out = {name for name in YOUNGER_FIELDS if spec.get(name) == defaults.get(name)}
     document = {
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": plan.name, "namespace": plan.namespace, "uid": plan.uid},
-        "spec": plan.spec.model_dump(mode="json", exclude_none=True),
+        "spec": {name: value for name, value in spec.items() if name not in left_out},
     }
     return json.dumps(document, sort_keys=True, separators=(",", ":"))
 

@@ -18,7 +18,7 @@ from heimdall_cluster.paths import BIN, CACHE, KUBECONFIG, LOCK
 from heimdall_cluster.steps import ClusterError, say, step
 
 LOCK_TIMEOUT_S: Final = 1800
-DISK_NEEDED_GB: Final = 65
+DISK_NEEDED_GB: Final = 58
 DISK_NEEDED_WARM_GB: Final = 8
 MEMORY_NEEDED_GB: Final = 8
 

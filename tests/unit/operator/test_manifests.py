@@ -12,7 +12,16 @@ import pytest
 import yaml
 
 from heimdall_api.types import TrainingRun
-from heimdall_operator.manifests import CA_FILE, CA_VARIABLES, AttemptPlan, CABundle, build_job, build_service
+from heimdall_operator.manifests import (
+    CA_FILE,
+    CA_VARIABLES,
+    YOUNGER_FIELDS,
+    AttemptPlan,
+    CABundle,
+    build_job,
+    build_service,
+    run_file,
+)
 from tests.unit.operator.builders import UID, spec
 from tests.unit.operator.fakes import DEFAULTS
 
@@ -99,6 +108,15 @@ def test_a_training_pod_is_given_the_authorities_of_private_servers(is_secret: b
     mount = next(item for item in container["volumeMounts"] if item["name"] == "ca")
     assert (mount["mountPath"], mount["readOnly"]) == (str(Path(CA_FILE).parent), True)
     assert {item["name"] for item in container["env"] if item.get("value") == CA_FILE} == set(CA_VARIABLES)
+
+
+def test_an_image_of_an_earlier_release_is_told_only_of_what_it_knows() -> None:
+    """A team's image, built on an earlier trainer, refuses fields that it does not know."""
+    plain = json.loads(run_file(plan()))["spec"]
+    asked = json.loads(run_file(plan(export={"onnx": True})))["spec"]
+
+    assert plain.keys() & set(YOUNGER_FIELDS) == set()
+    assert asked["export"] == {"onnx": True}
 
 
 def test_a_queued_job_waits_for_its_queue() -> None:

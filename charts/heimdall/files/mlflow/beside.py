@@ -66,7 +66,9 @@ def ready() -> None:
         answer = connection.getresponse()
     except OSError as error:
         sys.exit(f"MLflow does not answer: {error}")
-    if answer.status != http.client.OK:
+    # A login that is refused was looked up in the database, too. A password that was changed behind a server that still
+    # has the old one in its environment must not take everybody's server away.
+    if answer.status not in (http.client.OK, http.client.UNAUTHORIZED):
         sys.exit(f"MLflow answers {answer.status}")
 
 
