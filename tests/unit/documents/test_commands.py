@@ -72,6 +72,7 @@ RUN_BY = {
     "kubectl get trainingruns": ("tests/e2e/test_resource.py", '"get", "tr"'),
     "kubectl get trainingrun": ("tests/e2e/cluster.py", '"get"'),
     "kubectl describe trainingrun": ("hack/demo/__main__.py", '"describe", "trainingrun"'),
+    "kubectl rollout restart": ("hack/demo/__main__.py", '"rollout", "restart"'),
     "kubectl explain": ("tests/e2e/test_resource.py", '"explain"'),
     "kubectl get secret": ("tests/e2e/chart/test_again.py", '"get", "secret"'),
     "helm install": ("tests/e2e/chart/test_again.py", 'install(again, "install")'),

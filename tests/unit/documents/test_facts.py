@@ -1,0 +1,60 @@
+"""Lists that the documents repeat are the code's own: reasons and their policies, exit codes, phases."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+
+from heimdall_api.contract import ExitCode, Reason
+from heimdall_api.types import Phase
+from heimdall_operator.failures import FINAL, FREE
+from tests.unit.documents.documents import ROOT
+
+QUICK = (ROOT / "docs/quick-reference.md").read_text()
+
+
+def section(text: str, heading: str) -> str:
+    return text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+
+
+def reasons(row: str) -> set[str]:
+    """Reasons of the row that begins so."""
+    found = re.search(rf"^\| {re.escape(row)}[^|]*\|(.*)\|$", section(QUICK, "Why an attempt ends"), re.MULTILINE)
+    assert found is not None
+    return set(re.findall(r"`(\w+)`", found[1]))
+
+
+def test_what_follows_a_reason_is_the_operators_policy() -> None:
+    grows, fenced = {Reason.HOST_OUT_OF_MEMORY.value}, {Reason.FENCED.value}
+    counted = {item.value for item in set(Reason) - FREE - FINAL - {Reason.COMPLETED}}
+
+    assert reasons("Failed") == {item.value for item in FINAL} - grows
+    assert reasons("next attempt, costs no retry") == {item.value for item in FREE} - fenced
+    assert reasons("next attempt, costs a retry") == counted
+    assert (reasons("next attempt with more memory"), reasons("nothing")) == (grows, fenced)
+
+
+def test_every_reason_is_explained() -> None:
+    told = section((ROOT / "docs/operating.md").read_text(), "Why an attempt ended")
+
+    assert [item.value for item in Reason if f"`{item.value}`" not in told] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"), [("quick-reference", "Exit codes of a trainer"), ("contract", "How it ends")]
+)
+def test_exit_codes_are_the_contracts(page: str, heading: str) -> None:
+    rows = re.findall(r"^\| (\d+)", section((ROOT / f"docs/{page}.md").read_text(), heading), re.MULTILINE)
+
+    assert sorted(map(int, rows)) == sorted(code.value for code in ExitCode)
+
+
+def test_phases_are_the_resources() -> None:
+    states = section((ROOT / "docs/architecture.md").read_text(), "The life of a TrainingRun")
+    drawn = set(re.findall(r"^  (?:\[\*]|(\w+)) --> (\w+)", states, re.MULTILINE))
+    rows = re.findall(r"^\| (\w+) \|", section(QUICK, "Phases and conditions"), re.MULTILINE)
+
+    assert {name for pair in drawn for name in pair if name} == set(get_args(Phase))
+    assert set(rows) - {"phase"} == set(get_args(Phase))
