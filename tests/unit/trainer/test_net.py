@@ -377,3 +377,11 @@ def test_biases_and_normalisations_have_no_weight_decay() -> None:
     assert all(each.dim() <= 1 for each in plain["params"])
     trained = sum(1 for each in module.parameters() if each.requires_grad)
     assert len(decayed["params"]) + len(plain["params"]) == trained
+
+
+def test_a_checkpoint_of_the_first_release_can_be_gone_on_from() -> None:
+    net = LocalizationNet(SMALLEST[0])
+    state = {name: value for name, value in net.state_dict().items() if name != "sigma_scale"}
+
+    assert net.load_state_dict(state).missing_keys == []
+    assert float(net.sigma_scale) == 1

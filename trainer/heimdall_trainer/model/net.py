@@ -92,6 +92,7 @@ class LocalizationNet(nn.Module):
         nn.init.constant_(_last_bias(self.uncertainty_head), math.log(share / (1 - share)))
         self.sigma_scale: Tensor
         self.register_buffer("sigma_scale", torch.ones(()))
+        self.register_load_state_dict_pre_hook(_add_scale)  # type: ignore[no-untyped-call]
         if freeze_backbone:
             self.backbone.requires_grad_(requires_grad=False)
             self.backbone.eval()
@@ -344,3 +345,8 @@ def _last_bias(head: nn.Sequential) -> Tensor:
     bias = head[-1].bias
     assert isinstance(bias, Tensor)  # noqa: S101 - tells the type checker
     return bias
+
+
+def _add_scale(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Checkpoints of the first release know no `sigma_scale`: a run that began with it goes on after an upgrade."""
+    state.setdefault(f"{prefix}sigma_scale", net.sigma_scale)
