@@ -16,7 +16,7 @@ from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
 from heimdall_trainer import group
 from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback, grace_period_s
 from heimdall_trainer.checkpoints import CheckpointPublisher
-from heimdall_trainer.errors import UndeliveredError
+from heimdall_trainer.errors import ConfigurationError, UndeliveredError
 from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
 from heimdall_trainer.results import Results
@@ -116,7 +116,11 @@ class TrainingPipeline:
         metrics |= self._test(trainer)
         if group.is_first():
             self._deliver()  # loss curves are drawn of what has arrived
-            self._results.publish(self.module, self.data, self._publisher.check_fence)
+            try:
+                self._results.publish(self.module, self.data, self._publisher.check_fence)
+            except ConfigurationError:
+                self._deliver()  # what could be published was, and is worth the wait as ever
+                raise
             self._deliver()
         return metrics
 
