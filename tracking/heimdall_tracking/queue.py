@@ -140,12 +140,17 @@ class MetricQueue:
         Returns:
             Whether everything was delivered, nothing dropped.
         """
+        deadline = time.monotonic() + timeout_s
         delivered = self.flush(timeout_s)
+        self.stop()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return delivered and not self.dropped and not self.waiting
+
+    def stop(self) -> None:
+        """Send nothing more; returns at once, though the answer to a batch may still be out."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(timeout=1)
-        return delivered and not self.dropped and not self.waiting
 
     def left(self) -> tuple[list[Point], list[Point]]:
         """What a closed queue did not deliver: the points before those that lie in the spill, and those behind.

@@ -309,7 +309,7 @@ def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
 def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     trained: Trained, bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callbacks, "VALIDATION_GRACE_S", 0.0)
+    monkeypatch.setattr(callbacks, "VALIDATION_SHARE", 0.0)
     run_id = bench.new_run()
     with monkeypatch.context() as patch:
         sigterm_at("validation_step", 3, patch)
