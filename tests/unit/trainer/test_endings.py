@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import heimdall_tracking
 from heimdall_api.contract import ENV_GRACE_PERIOD
+from heimdall_tracking import registry, runs
+from heimdall_tracking.errors import AwayError
+from heimdall_tracking.registry import ModelMissingError
 from heimdall_trainer import callbacks, checkpoints, grace, group, pipeline
+from heimdall_trainer.commands import training as training_command
 from heimdall_trainer.config import parse
 from heimdall_trainer.errors import FencedError, UndeliveredError
 from heimdall_trainer.pipeline import TrainingPipeline
@@ -175,3 +181,66 @@ def test_several_workers_do_not_wait_for_the_first_longer_than_they_can(
     with pytest.raises(UndeliveredError):
         made._test(None)
     assert clock.now - began < group.COLLECTIVE_TIMEOUT.total_seconds()
+
+
+class Ended:
+    """A tracker that tells how its run was ended, and whether that could be told."""
+
+    run_id = "run"
+    settings = SimpleNamespace(display_uri="http://mlflow")
+    undelivered = SimpleNamespace(sentence="the end (FINISHED) of run run could not be delivered")
+
+    def __init__(self, *, told: bool) -> None:
+        self.client, self.told = self, told
+        self.ends: list[tuple[str, float | None]] = []
+
+    def start_run(self, run_id: str) -> None:
+        """It is there."""
+
+    def end_run_in_time(self, status: str, timeout_s: float | None = None) -> bool:
+        self.ends.append((status, timeout_s))
+        return self.told
+
+
+AWAY = AwayError("MLflow does not answer")
+
+
+@pytest.mark.parametrize(
+    ("trained", "registered", "told", "raised", "end"),
+    [
+        (None, None, True, None, ("FINISHED", None)),
+        (None, None, False, UndeliveredError, ("FINISHED", None)),
+        (None, AWAY, True, AwayError, ("FINISHED", None)),
+        (None, ModelMissingError("no model"), True, ModelMissingError, ("FAILED", None)),
+        (UndeliveredError("metrics"), None, True, UndeliveredError, ("FAILED", None)),
+        (TerminatedError(), None, True, TerminatedError, ("KILLED", 7)),
+    ],
+    ids=["well", "untold", "away at registration", "nothing to register", "undelivered", "sigterm"],
+)
+def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
+    *,
+    trained: BaseException | None,
+    registered: Exception | None,
+    told: bool,
+    raised: type[BaseException] | None,
+    end: tuple[str, float | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tracker = Ended(told=told)
+
+    def fail(error: BaseException | None, result: Any) -> Any:
+        if error is not None:
+            raise error
+        return result
+
+    made = SimpleNamespace(grace=SimpleNamespace(left_s=lambda: 7), train=lambda: fail(trained, {"loss": 0.5}))
+    monkeypatch.setattr(heimdall_tracking, "initialize_mlflow", lambda _: tracker)
+    monkeypatch.setattr(pipeline, "TrainingPipeline", lambda *_, **__: made)
+    monkeypatch.setattr(runs, "read_facts", lambda *_: "facts")
+    monkeypatch.setattr(registry, "register", lambda *_: fail(registered, SimpleNamespace(uri="models:/m/1")))
+    monkeypatch.setenv(training_command.LOCAL_RUN_ID, "run")
+    asked = parse({"metadata": {"name": "ends"}, "spec": {"registration": {"model": "m"}}})
+    with nullcontext() if raised is None else pytest.raises(raised):
+        training_command._train_locally(asked, tmp_path)
+    assert tracker.ends == [end]
