@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -112,16 +113,21 @@ class Uploader:
 
     def close(self, timeout_s: float) -> bool:
         """Do what can be done in time, then end the thread; whether everything was uploaded. See `left`."""
+        deadline = time.monotonic() + timeout_s
         done = self.flush(timeout_s)
+        self.stop()
+        if self._thread is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        return done
+
+    def stop(self) -> None:
+        """Begin no more uploads; returns at once, though one may be under way."""
         with self._changed:
             self._closed.set()
             for _, future in self._waiting:
                 if not future.done() and future.cancel():
                     future.set_running_or_notify_cancel()
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout=1)
-        return done
 
     def left(self) -> list[Upload]:
         """What a closed uploader did not upload; one whose answer is still out counts as not uploaded."""

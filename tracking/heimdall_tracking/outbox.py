@@ -7,6 +7,7 @@ could not be told, only the newest matters. Calls must be idempotent, since one 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -65,12 +66,17 @@ class Outbox(Generic[CallT]):
 
     def close(self, timeout_s: float) -> bool:
         """Do what can be done in time, then end the thread; whether everything was done. See `left`."""
+        deadline = time.monotonic() + timeout_s
         done = self.flush(timeout_s)
+        self.stop()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return done
+
+    def stop(self) -> None:
+        """Make no more calls; returns at once, though the answer to one may still be out."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(timeout=1)
-        return done
 
     def left(self) -> list[CallT]:
         """What a closed outbox did not do; a call whose answer is still out counts as not done."""

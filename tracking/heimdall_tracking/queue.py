@@ -10,6 +10,7 @@ spill holds older ones.
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections import deque
@@ -32,7 +33,10 @@ MEMORY_POINTS: Final = 50_000
 LINGER_S: Final = 1.0
 """How long points are gathered before a batch goes: one call a second, however short the steps."""
 DISK_RETRY_S: Final = 5.0
-"""How long a disk that takes nothing is left alone: trying costs time that training would wait for."""
+"""How long a disk that takes or gives nothing is left alone: trying costs time that training would wait for."""
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a disk that has room again when something older goes. Of others, such as too many open files, nothing is
+removed: they pass, and what lies on disk is still good."""
 RETRY_S: Final = 0.5
 RETRY_LIMIT_S: Final = 15.0
 
@@ -62,7 +66,7 @@ class MetricQueue:
             memory_points: Most points that wait in memory, beside the batch under way.
             linger_s: How long points are gathered before they go.
             retry_s: First delay after a failure; it doubles up to RETRY_LIMIT_S.
-            disk_retry_s: How long a disk that takes nothing is left alone.
+            disk_retry_s: How long a disk that takes or gives nothing is left alone.
         """
         self._send = send
         self._spill = spill
@@ -105,7 +109,7 @@ class MetricQueue:
                 return
             behind = self._tail or self._spilled()
             (self._tail if behind or len(self._head) >= self._half else self._head).extend(points)
-            while len(self._head) + len(self._tail) > 2 * self._half:
+            if len(self._head) + len(self._tail) > 2 * self._half:
                 self._make_room()
             self._changed.notify_all()
 
@@ -136,12 +140,17 @@ class MetricQueue:
         Returns:
             Whether everything was delivered, nothing dropped.
         """
+        deadline = time.monotonic() + timeout_s
         delivered = self.flush(timeout_s)
+        self.stop()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return delivered and not self.dropped and not self.waiting
+
+    def stop(self) -> None:
+        """Send nothing more; returns at once, though the answer to a batch may still be out."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(timeout=1)
-        return delivered and not self.dropped and not self.waiting
 
     def left(self) -> tuple[list[Point], list[Point]]:
         """What a closed queue did not deliver: the points before those that lie in the spill, and those behind.
@@ -176,9 +185,17 @@ class MetricQueue:
             return [] if self._closed else self._next_batch()
 
     def _refill(self) -> None:
-        """Fill the head from the disk, and from the tail where the disk holds nothing; with the lock held."""
+        """Fill the head from the disk, and from the tail where the disk holds nothing; with the lock held.
+
+        What the disk can't give now is waited for: whatever was put later must not overtake it.
+        """
         if self._spill is not None and not self._head:
-            points, lost = self._spill.read(self._half)
+            try:
+                points, lost = self._spill.read(self._half)
+            except OSError as error:
+                log.warning("metrics that wait on disk can't be read; trying again", error=error.strerror or str(error))
+                self._changed.wait_for(lambda: self._closed, self._disk_retry_s)
+                return
             self._head.extend(points)
             if lost:
                 self._give_up(lost)
@@ -227,26 +244,33 @@ class MetricQueue:
     def _make_room(self) -> None:
         """Have the tail wait on disk; where the disk takes nothing more, give up the oldest points."""
         if self._spill is not None and time.monotonic() >= self._disk_again_at:
-            if not self._tail:
-                # One call brought more than the memory's share: the newest half is written like any other.
-                self._tail.extend(islice(self._head, self._half, None))
-                self._head = deque(islice(self._head, self._half))
-            try:
-                self._spill.append(self._tail)
-            except OSError as error:
-                self._tell_of_disk(error)
-            else:
-                self._tail.clear()
-                return
-            gone = self._spill.drop_oldest()
-            if gone:
-                self._give_up(gone)
+            if self._write_tail(self._spill):
                 return
             self._disk_again_at = time.monotonic() + self._disk_retry_s
         excess = len(self._head) + len(self._tail) - 2 * self._half
         for _ in range(excess):
             (self._head or self._tail).popleft()
         self._give_up(excess)
+
+    def _write_tail(self, spill: Spill) -> bool:
+        """Have the tail wait on disk, in place of the oldest file there where that makes room; whether it does."""
+        if not self._tail:
+            # One call brought more than the memory's share: the newest half is written like any other.
+            self._tail.extend(islice(self._head, self._half, None))
+            self._head = deque(islice(self._head, self._half))
+        for may_drop in (True, False):
+            try:
+                spill.append(self._tail)
+            except OSError as error:
+                self._tell_of_disk(error)
+                gone = spill.drop_oldest() if may_drop and error.errno in NO_ROOM else 0
+                if not gone:
+                    return False
+                self._give_up(gone)
+            else:
+                self._tail.clear()
+                return True
+        return False
 
     def _tell_of_disk(self, error: OSError) -> None:
         if not self._disk_failed:

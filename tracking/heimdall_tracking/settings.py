@@ -50,7 +50,8 @@ class TrackingSettings(BaseSettings):
     )
     """S3 server of artifacts that are not proxied by MLflow."""
     ca_bundle: Path | None = Field(
-        default=None, validation_alias=AliasChoices("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE")
+        default=None,
+        validation_alias=AliasChoices("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
     )
     """File with the certificate authorities of a private MLflow server."""
     s3_ca_bundle: Path | None = Field(

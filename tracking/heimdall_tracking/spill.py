@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -87,7 +88,10 @@ class Spill:
             limit: Most points to take.
 
         Returns:
-            The points, and how many were written but can't be read any more.
+            The points, and how many were written but are there no more.
+
+        Raises:
+            OSError: The oldest can't be read now; they wait as before.
         """
         self._remove_read()
         points: list[Point] = []
@@ -96,19 +100,26 @@ class Spill:
             wanted = min(limit - len(points) - lost, file.waiting)
             if not wanted:
                 break
-            found = _read(file, wanted)
+            try:
+                found = _read(file, wanted)
+            except OSError:
+                if not points and not lost:
+                    raise
+                break  # what was taken before it goes first
             points += found
             lost += wanted - len(found)
         return points, lost
 
     def drop_oldest(self) -> int:
-        """Make room: remove the oldest file; how many points that waited in it are gone with it."""
+        """Make room: remove the oldest file, if it can be; how many points that waited in it are gone with it."""
         self._remove_read()
         if not self._files:
             return 0
-        file = self._files.popleft()
-        file.path.unlink(missing_ok=True)
-        return file.waiting
+        try:
+            self._files[0].path.unlink(missing_ok=True)
+        except OSError:
+            return 0
+        return self._files.popleft().waiting
 
     def settle(self) -> int:
         """Leave on disk exactly what was not read; how many points that is."""
@@ -142,22 +153,31 @@ class Spill:
 
     def _remove_read(self) -> None:
         while self._files and not self._files[0].waiting:
-            self._files.popleft().path.unlink(missing_ok=True)
+            # One that stays there takes room, and is delivered again at worst: the server takes equal points once.
+            with suppress(OSError):
+                self._files[0].path.unlink(missing_ok=True)
+            self._files.popleft()
 
 
 def _read(file: _File, count: int) -> list[Point]:
-    """The next points of a file, which counts them as read whether they can be read or not."""
+    """The next points of a file, which counts them as read: those that are no points too, and those of a lost file.
+
+    Raises:
+        OSError: The file is there and can't be read; nothing counts as read.
+    """
     points = []
+    end = file.read_bytes
     try:
         with file.path.open("rb") as stream:
-            stream.seek(file.read_bytes)
+            stream.seek(end)
             for _ in range(count):
                 line = stream.readline()
-                file.read_bytes += len(line)
+                end += len(line)
                 point = from_line(line)
                 if point is not None:
                     points.append(point)
-    except OSError:
-        pass
+    except FileNotFoundError:
+        points = []
+    file.read_bytes = end
     file.read_points += count
     return points

@@ -277,6 +277,16 @@ class MLflowTracker:
         self._incomplete = not delivered
         return delivered
 
+    def discard(self) -> None:
+        """Stop the background threads and forget what waits, on disk too: somebody else writes to the run now."""
+        for part in (self._metrics, self._outbox, self._uploader):
+            if part is not None:
+                part.stop()
+        if self._made_folder is not None:
+            self._made_folder.discard()
+        self._metrics = self._outbox = self._uploader = None
+        self._left_checkpoints, self._made_spill, self._made_folder = [], None, None
+
     def leave_checkpoint(self, left: LeftCheckpoint) -> None:
         """Have `close` put a checkpoint away on disk that its publisher could not deliver."""
         self._left_checkpoints.append(left)

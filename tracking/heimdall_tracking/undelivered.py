@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +95,8 @@ class Manifest(BaseModel):
             fresh.write_text(self.model_dump_json(indent=1, exclude_none=True))
             fresh.replace(folder / MANIFEST)
         except OSError:
-            fresh.unlink(missing_ok=True)
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
             raise
 
 
@@ -185,8 +187,14 @@ class UndeliveredFolder:
         """
         if self._folder is None:
             folder = _make_new(self._wanted)
-            self._lock = lock(folder)
-            self._manifest.write(folder)
+            try:
+                self._lock = lock(folder)
+                self._manifest.write(folder)
+            except OSError:
+                # The next call makes another: a disk that stays full must not fill with empty ones.
+                self._release()
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             self._folder = folder
         return self._folder
 
@@ -202,7 +210,7 @@ class UndeliveredFolder:
         """
         spilled = spill.settle()
         if not left and not spilled:
-            self._discard()
+            self.discard()
             return None
         try:
             folder = self.open()
@@ -217,14 +225,27 @@ class UndeliveredFolder:
             failed = _write_points(folder / name, points)
             if failed:
                 lost, problem = lost + len(points), failed
+        # First as they lie: copying may take longer than the process has left.
         manifest = self._manifest.model_copy(
             update={
                 "calls": list(left.calls),
-                "uploads": [_keep_upload(folder, number, item) for number, item in enumerate(left.uploads, 1)],
-                "checkpoints": [_keep_checkpoint(folder, item) for item in left.checkpoints],
+                "uploads": [_kept_upload(item, str(item.path.absolute())) for item in left.uploads],
+                "checkpoints": [_kept_checkpoint(item, str(item.file.absolute())) for item in left.checkpoints],
             }
         )
         problem = self._write(manifest) or problem
+        if left.uploads or left.checkpoints:
+            taken = {
+                "uploads": [
+                    _kept_upload(item, _take(item.path.absolute(), folder, _place(number, item)))
+                    for number, item in enumerate(left.uploads, 1)
+                ],
+                "checkpoints": [
+                    _kept_checkpoint(item, _take(item.file.absolute(), folder, Path("checkpoints") / item.file.name))
+                    for item in left.checkpoints
+                ],
+            }
+            problem = self._write(manifest.model_copy(update=taken)) or problem
         points_kept = len(left.before) + len(left.behind) - lost + spilled
         self._kept = Kept(folder=folder, manifest=self._manifest, points=points_kept, lost_points=lost, problem=problem)
         self._release()
@@ -246,7 +267,7 @@ class UndeliveredFolder:
         known = self._kept
         problem = self._write(self._manifest.model_copy(update={"status": status}))
         if known is None and status is None:
-            self._discard()
+            self.discard()
             return None
         self._kept = Kept(
             folder=folder,
@@ -268,7 +289,8 @@ class UndeliveredFolder:
             return _reason(error)
         return ""
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """Remove the folder and what lies in it."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -324,14 +346,15 @@ def _write_points(file: Path, points: Sequence[Point]) -> str:
     return ""
 
 
-def _keep_upload(folder: Path, number: int, upload: Upload) -> KeptUpload:
-    place = Path("artifacts") / f"{number:04}" / upload.path.name
-    path = _take(upload.path.absolute(), folder, place)
+def _place(number: int, upload: Upload) -> Path:
+    return Path("artifacts") / f"{number:04}" / upload.path.name
+
+
+def _kept_upload(upload: Upload, path: str) -> KeptUpload:
     return KeptUpload(path=path, target=upload.target, whole_folder=upload.whole_folder)
 
 
-def _keep_checkpoint(folder: Path, left: LeftCheckpoint) -> KeptCheckpoint:
-    path = _take(left.file.absolute(), folder, Path("checkpoints") / left.file.name)
+def _kept_checkpoint(left: LeftCheckpoint, path: str) -> KeptCheckpoint:
     return KeptCheckpoint(path=path, checkpoint=left.checkpoint, keep=left.keep, mode=left.mode)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from heimdall_api.contract import ENV_GRACE_PERIOD, TAG_BEST, TAG_PROGRESS, BestMetric, Progress
+from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
 from heimdall_trainer import group
 from heimdall_trainer.checkpoints import CheckpointPublisher
+from heimdall_trainer.grace import Grace, grace_period_s
 from heimdall_trainer.termination import TerminatedError
 
 if TYPE_CHECKING:
@@ -27,18 +27,10 @@ if TYPE_CHECKING:
 
 PROGRESS_EVERY_S: Final = 5.0
 LINE_EVERY_S: Final = 10.0
-UPLOAD_SHARE: Final = 2 / 3
-"""Share of the grace period that the last checkpoint's upload may take; the rest is for the step under way."""
-
-VALIDATION_GRACE_S: Final = 10.0
-"""How long a validation may go on after SIGTERM. One that is broken off is not made up for later."""
+VALIDATION_SHARE: Final = 1 / 6
+"""Share of the grace period that a validation may go on for. One that is broken off is not made up for later."""
 
 log = structlog.get_logger()
-
-
-def grace_period_s() -> float:
-    """Seconds between SIGTERM and SIGKILL, as the operator gives them."""
-    return float(os.environ.get(ENV_GRACE_PERIOD) or group.DEFAULT_GRACE_PERIOD_S)
 
 
 class Checkpointing:
@@ -53,8 +45,8 @@ class Checkpointing:
         self._last_time = time.monotonic()
         self._last_step = -1
         self._in_loop = False
-        self._asked_to_stop = False
-        self._asked_at = 0.0
+        self.grace = Grace()
+        """What is left of the time after SIGTERM."""
 
     def watch_sigterm(self) -> None:
         """From here on SIGTERM ends training at the next step; outside of the loop, at once."""
@@ -62,9 +54,7 @@ class Checkpointing:
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if not self._asked_to_stop:
-            self._asked_at = time.monotonic()
-        self._asked_to_stop = True
+        self.grace.begin()
         if not self._in_loop:
             raise TerminatedError("Asked to end (SIGTERM) outside of the training loop.")
 
@@ -94,7 +84,7 @@ class Checkpointing:
         if self._publisher.fence is not None:
             raise self._publisher.fence
         due = trainer.is_global_zero and time.monotonic() - self._last_time >= self._every_s
-        stop, save = group.any_of([self._asked_to_stop, due], trainer)
+        stop, save = group.any_of([self.grace.began, due], trainer)
         # Not between an epoch's last step and its validation: going on from there would leave the validation out.
         if stop and not trainer.is_last_batch:
             # Lightning logs a step's metrics after this hook, which it won't get past.
@@ -105,9 +95,9 @@ class Checkpointing:
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
         """Stop if asked to and there is no end in sight; a group stops after it, where all can agree on it."""
-        if not self._asked_to_stop or trainer.sanity_checking or group.world_size() > 1:
+        if not self.grace.began or trainer.sanity_checking or group.world_size() > 1:
             return
-        if time.monotonic() - self._asked_at >= VALIDATION_GRACE_S:
+        if self.grace.passed_s() >= VALIDATION_SHARE * grace_period_s():
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -115,13 +105,14 @@ class Checkpointing:
         del pl_module
         value = trainer.callback_metrics.get(self._monitor)
         self._save(trainer, metric=None if value is None else float(value), suffix="-end")
-        if group.any_of([self._asked_to_stop], trainer)[0]:
+        if group.any_of([self.grace.began], trainer)[0]:
             self._stop(trainer)
 
     def _stop(self, trainer: Any) -> None:
         if trainer.global_step != self._last_step:
             self._save(trainer, metric=None)
-        delivered = self._publisher.flush(UPLOAD_SHARE * grace_period_s())
+        self.grace.begin()  # in a group another process may have been told first
+        delivered = self._publisher.flush(self.grace.left_s())
         fate = "was delivered" if delivered else "could not be delivered in time; an older one is used"
         raise TerminatedError(f"Asked to end (SIGTERM) at step {trainer.global_step}; its checkpoint {fate}.")
 

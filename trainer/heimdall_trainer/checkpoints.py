@@ -33,6 +33,7 @@ PENDING_LIMIT: Final = 2
 RETRY_S: Final = 2.0
 RETRY_LIMIT_S: Final = 30.0
 METRICS_TIMEOUT_S: Final = 60.0
+JOIN_S: Final = 1.0
 
 log = structlog.get_logger()
 
@@ -101,8 +102,11 @@ class CheckpointPublisher:
             )
         return done and self.fence is None
 
-    def close(self) -> list[LeftCheckpoint]:
+    def close(self, timeout_s: float = 0) -> list[LeftCheckpoint]:
         """End the worker thread.
+
+        Args:
+            timeout_s: How long an upload that is under way may take to its end, JOIN_S at most.
 
         Returns:
             What was not published, oldest first; nothing where a newer attempt has taken over.
@@ -110,7 +114,7 @@ class CheckpointPublisher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(timeout=1)
+        self._thread.join(min(timeout_s, JOIN_S))
         if self.fence is not None:
             return []
         with self._changed:

@@ -28,9 +28,14 @@ BROKEN: Final = (
 
 def is_group() -> bool:
     """Whether torchrun is to start the processes, and has not yet."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         return False
     return int(os.environ.get("PET_NNODES", "1")) > 1 or int(os.environ.get("PET_NPROC_PER_NODE", "1")) > 1
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def become_torchrun(arguments: Sequence[str]) -> None:

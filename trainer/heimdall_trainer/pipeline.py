@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,9 +16,10 @@ import structlog
 from heimdall_api.contract import TAG_BEST
 from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
 from heimdall_trainer import group
-from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback, grace_period_s
+from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
 from heimdall_trainer.checkpoints import CheckpointPublisher
-from heimdall_trainer.errors import UndeliveredError
+from heimdall_trainer.errors import ConfigurationError, FencedError, UndeliveredError
+from heimdall_trainer.grace import Grace
 from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
 from heimdall_trainer.results import Results
@@ -27,11 +30,11 @@ if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
 
 DELIVERY_TIMEOUT_S: Final = 600
-"""How long the end waits for MLflow before it gives up."""
+"""How long the end waits for MLflow before it gives up, all waits together."""
+GROUP_DELIVERY_TIMEOUT_S: Final = 240
+"""The same with several workers: shorter than group.COLLECTIVE_TIMEOUT, for which the others wait for the first."""
 FAILURE_TIMEOUT_S: Final = 30
 """How long a training that failed waits for what it logged before it puts that away."""
-SIGTERM_SHARE: Final = 1 / 12
-"""The same after SIGTERM, as a share of the grace period: the last checkpoint has taken most of it."""
 log = structlog.get_logger()
 
 
@@ -68,6 +71,8 @@ class TrainingPipeline:
             mode=self.spec.training.early_stopping.mode,
             fenced=fenced,
         )
+        self._patience_s: float = DELIVERY_TIMEOUT_S if group.world_size() == 1 else GROUP_DELIVERY_TIMEOUT_S
+        """How much longer the end may wait for MLflow."""
         tracker.keep_undelivered_in(output_dir / "undelivered", attempt=attempt if fenced else None)
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
@@ -96,8 +101,12 @@ class TrainingPipeline:
                 raise
             raise UndeliveredError(f"{error}; {kept.sentence}") from None
         except BaseException as error:
-            ends_soon = isinstance(error, TerminatedError)
-            self.close(SIGTERM_SHARE * grace_period_s() if ends_soon else FAILURE_TIMEOUT_S)
+            if isinstance(error, FencedError) or self._publisher.fence is not None:
+                # The run is a newer attempt's: what waits here would be mixed with its metrics and progress.
+                self._publisher.close()
+                self.tracker.discard()
+            else:
+                self.close(self.grace.left_s() if isinstance(error, TerminatedError) else FAILURE_TIMEOUT_S)
             raise
         self.close()
         return metrics
@@ -116,15 +125,25 @@ class TrainingPipeline:
         metrics |= self._test(trainer)
         if group.is_first():
             self._deliver()  # loss curves are drawn of what has arrived
-            self._results.publish(self.module, self.data, self._publisher.check_fence)
+            try:
+                self._results.publish(self.module, self.data, self._publisher.check_fence)
+            except ConfigurationError:
+                self._deliver()  # what could be published was, and is worth the wait as ever
+                raise
             self._deliver()
         return metrics
 
     def close(self, timeout_s: float = 0) -> None:
         """Stop the background threads, after they had some time; what they could not deliver is kept on disk."""
-        for left in self._publisher.close():
+        deadline = time.monotonic() + timeout_s
+        for left in self._publisher.close(timeout_s):
             self.tracker.leave_checkpoint(left)
-        self.tracker.close(timeout_s)
+        self.tracker.close(max(0.0, deadline - time.monotonic()))
+
+    @property
+    def grace(self) -> Grace:
+        """What is left of the time after SIGTERM."""
+        return self._checkpointing.grace
 
     def setup_model(self) -> Any:
         """The module: the localizer on its backbone, or the user's own."""
@@ -247,7 +266,7 @@ class TrainingPipeline:
         """Load the best weights and test them."""
         import torch
 
-        if not self._publisher.flush(DELIVERY_TIMEOUT_S):
+        if not self._wait(self._publisher.flush):
             raise self._publisher.fence or UndeliveredError(
                 "the last checkpoint could not be delivered to MLflow in time"
             )
@@ -273,10 +292,15 @@ class TrainingPipeline:
         return overrides and type(source).test_dataloader is not base.test_dataloader
 
     def _deliver(self) -> None:
-        if not self.tracker.flush(DELIVERY_TIMEOUT_S):
-            raise UndeliveredError(
-                f"metrics or artifacts could not be delivered to MLflow within {DELIVERY_TIMEOUT_S} s"
-            )
+        if not self._wait(self.tracker.flush):
+            raise UndeliveredError("metrics or artifacts could not be delivered to MLflow in time")
+
+    def _wait(self, flush: Callable[[float], bool]) -> bool:
+        """Wait for MLflow, with the patience that earlier waits have left; whether everything was delivered."""
+        began = time.monotonic()
+        done = flush(self._patience_s)
+        self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
+        return done
 
 
 def _seed(seed: int) -> None:

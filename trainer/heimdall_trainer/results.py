@@ -11,6 +11,7 @@ import structlog
 
 from heimdall_api.contract import ONNX_FILE, PLOTS_DIR
 from heimdall_trainer.errors import ConfigurationError, ExportError
+from heimdall_trainer.imports import lightning_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,14 +53,13 @@ class Results:
         """
         if not self._spec.export.onnx:
             return
-        if self._localizer and rehearse:
-            self._export(module).unlink()
-        elif not self._localizer:
-            # Its layers may be made as late as when training begins: it is only asked for its example.
+        if not self._localizer:
             from heimdall_trainer.export import check_exportable
 
             with _naming_the_field():
                 check_exportable(module)
+        if rehearse and (self._localizer or _is_whole(module)):
+            self._rehearse(module)
 
     def publish(self, module: Any, data: Any, check_fence: Callable[[], None]) -> None:
         """Give the run what was asked for; artifacts are uploaded behind this, and to be waited for.
@@ -70,12 +70,17 @@ class Results:
             check_fence: Raises where a newer attempt has taken over.
 
         Raises:
-            ConfigurationError: The module can't be exported.
+            ConfigurationError: The module can't be exported; everything else was published.
             FencedError: A newer attempt has taken over: nothing is published.
             MlflowException: The server is away or refuses.
         """
         plots = self._draw(module, data)
-        onnx = self._export(module) if self._spec.export.onnx else None
+        onnx, failure = None, None
+        if self._spec.export.onnx:
+            try:
+                onnx = self._export(module)
+            except Exception as error:  # noqa: BLE001 - raised below, when what hours have made is published
+                failure = error
         if plots is not None or onnx is not None or self._spec.registration is not None:
             check_fence()
         if plots is not None:
@@ -84,6 +89,23 @@ class Results:
             self._tracker.log_artifact(onnx, str(Path(ONNX_FILE).parent))
         if self._spec.registration is not None:
             self._log_model(module, data, onnx)
+        if isinstance(failure, ConfigurationError):
+            rest = "The model was logged" if self._spec.registration is not None else "All else was published"
+            raise ConfigurationError(f"{failure}. {rest} without it.") from failure
+        if failure is not None:
+            raise failure
+
+    def _rehearse(self, module: Any) -> None:
+        """Export the untrained module, and forget it."""
+        try:
+            self._export(module).unlink()
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            if self._localizer:
+                raise
+            # A forward may need what training gives it; exported it will be when that is there.
+            log.warning("the ONNX export could not be rehearsed", error=f"{type(error).__name__}: {error}")
 
     def _export(self, module: Any) -> Path:
         from heimdall_trainer.export import export_localizer, export_module
@@ -98,7 +120,9 @@ class Results:
 
     def _draw(self, module: Any, data: Any) -> Path | None:
         """Plots of the localizer on the test split, or None where there is nothing to plot."""
-        if not (self._localizer and hasattr(data, "split") and data.split.test):
+        from heimdall_trainer.data.module import HeimdallDataModule
+
+        if not (self._localizer and isinstance(data, HeimdallDataModule) and data.split.test):
             return None
         from heimdall_trainer.evaluation import predict
         from heimdall_trainer.plots import draw
@@ -115,11 +139,12 @@ class Results:
 
     def _log_model(self, module: Any, data: Any, onnx: Path | None) -> None:
         from heimdall_trainer import modelling
+        from heimdall_trainer.data.module import HeimdallDataModule
 
         batch = next(iter((data if data is not None else module).train_dataloader()))
         if self._localizer:
             example = {name: batch[name][:1].numpy() for name in ("spectrograms", "receivers")}
-            sessions = data.state_dict() if hasattr(data, "split") else {}
+            sessions = data.state_dict() if isinstance(data, HeimdallDataModule) else {}
             modelling.log_localizer(self._tracker, module.net, example, onnx=onnx, known=sessions)
         else:
             modelling.log_module(self._tracker, module, _single_array(batch), onnx=onnx)
@@ -137,6 +162,15 @@ def _naming_the_field() -> Iterator[None]:
         yield
     except ExportError as error:
         raise ConfigurationError(f"spec.export.onnx: {error}; or set it to false") from error
+
+
+def _is_whole(module: Any) -> bool:
+    """Whether a module's layers are all there: none is made when training begins, or waits for its first batch."""
+    from torch.nn.parameter import is_lazy
+
+    base = lightning_of(module).LightningModule
+    late = any(getattr(type(module), hook) is not getattr(base, hook) for hook in ("configure_model", "setup"))
+    return not late and not any(is_lazy(each) for each in (*module.parameters(), *module.buffers()))
 
 
 def _single_array(batch: Any) -> Any:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from structlog.testing import capture_logs
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, parse_checkpoints
-from heimdall_tracking import MLflowTracker, TrackingError, TrackingSettings
+from heimdall_tracking import MLflowTracker, TrackingError, TrackingSettings, undelivered
 from heimdall_tracking import deliver as module
 from heimdall_tracking.checkpoints import sha256_of
 from heimdall_tracking.deliver import deliver
@@ -323,3 +323,44 @@ def test_the_setting_chooses_the_folder(
     training_without_server(tracker, monkeypatch, tmp_path)
 
     assert left_by(tracker) == tmp_path / "kept" / run_id
+
+
+def test_a_kill_while_files_are_put_away_loses_none_of_them(
+    tracker: MLflowTracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies may take longer than the process has left: the manifest names the files as they lie before."""
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(undelivered, "_take", kill)
+    tracker.keep_undelivered_in(tmp_path / "undelivered")
+    with pytest.raises(Killed):
+        training_without_server(tracker, monkeypatch, tmp_path)
+
+    manifest = json.loads((tmp_path / "undelivered/manifest.json").read_text())
+    assert [item["path"] for item in manifest["checkpoints"]] == [str(tmp_path / "step-7.ckpt")]
+    assert {item["path"] for item in manifest["uploads"]} == {
+        str(tmp_path / "plots/loss.txt"),
+        str(tmp_path / "plots"),
+    }
+    assert manifest["calls"]
+    tracker.discard()
+
+
+def test_a_folder_whose_manifest_can_not_be_written_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = undelivered.UndeliveredFolder(tmp_path / "undelivered", run_id="run", tracking_uri="sqlite://")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(undelivered.Manifest, "write", full)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                folder.open()
+    assert list(tmp_path.iterdir()) == []
+    assert folder.open() == tmp_path / "undelivered"
+    folder.discard()

@@ -30,7 +30,7 @@ VARIABLES = {
 @pytest.fixture(autouse=True)
 def nothing_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "HEIMDALL_", "AWS_")) or name == "REQUESTS_CA_BUNDLE":
+        if name.startswith(("MLFLOW_", "HEIMDALL_", "AWS_")) or name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
@@ -80,9 +80,10 @@ def test_a_file_of_authorities_that_there_is_not_is_named_by_its_variable(field:
         load_settings(**{field: "/nowhere/ca.pem"})
 
 
-def test_requests_own_variable_names_the_authorities_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_requests_own_variables_name_the_authorities_too(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("ca.pem").touch()
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "ca.pem")
+    monkeypatch.setenv(variable, "ca.pem")
     assert load_settings().ca_bundle == Path("ca.pem")
 
 

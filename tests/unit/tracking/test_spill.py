@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heimdall_tracking import spill as spill_module
 from heimdall_tracking.points import Point, from_line, to_lines
 from heimdall_tracking.queue import BATCH, MetricQueue
 from heimdall_tracking.spill import PATTERN, Spill
@@ -325,3 +328,100 @@ def test_a_refused_point_among_spilled_ones_is_dropped_alone(tmp_path: Path) -> 
     assert server.steps == [step for step in range(200) if step != 150]
     assert queue.dropped == 1
     queue.close(0)
+
+
+def test_files_that_can_not_be_opened_for_a_moment_cost_no_backlog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files say nothing of what lies on disk: it stays, and what memory can't hold meanwhile goes."""
+    queue, server = held_up(tmp_path)
+    for step in range(1, 200):
+        queue.put(points([step]))
+    before, queue._disk_retry_s, tries = on_disk(tmp_path), 3600, []
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        tries.append(self)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        queue.put(points(range(200, 200 + 2 * MEMORY)))
+
+    assert len(tries) <= 2, "one write and its repair: then the disk is left alone for a while"
+    assert on_disk(tmp_path) == before
+    assert queue.dropped <= 3 * MEMORY
+    server.open.set()
+    assert queue.flush(PATIENCE_S)
+    assert set(before) <= set(server.steps)
+    queue.close(0)
+
+
+def test_one_put_drops_one_file_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, server = held_up(tmp_path)
+    for step in range(1, 200):
+        queue.put(points([step]))
+    count, queue._disk_retry_s = len(files(tmp_path)), 3600
+
+    def full(points: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(queue._spill, "append", full)
+    queue.put(points(range(200, 300)))
+
+    assert len(files(tmp_path)) == count - 1
+    server.open.set()
+    queue.close(PATIENCE_S)
+
+
+def test_what_can_not_be_read_for_a_moment_is_delivered_later_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, server = held_up(tmp_path)
+    for step in range(1, 200):
+        queue.put(points([step]))
+    refused, whole_read = threading.Event(), spill_module._read
+
+    def refuse_once(file: object, count: int) -> object:
+        if not refused.is_set():
+            refused.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return whole_read(file, count)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(spill_module, "_read", refuse_once)
+    server.open.set()
+
+    assert queue.close(PATIENCE_S)
+    assert refused.is_set()
+    assert server.steps == list(range(200))
+    assert queue.dropped == 0
+
+
+def test_points_that_could_not_be_read_wait_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spill = spill_in(tmp_path)
+    spill.append(points(range(20)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(OSError, match="Input/output"):
+            spill.read(100)
+
+    assert spill.waiting == 20
+    assert spill.read(100) == (points(range(20)), 0)
+
+
+def test_files_that_can_not_be_removed_raise_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spill = spill_in(tmp_path)
+    spill.append(points(range(20)))
+    spill.append(points(range(20, 40)))
+    spill.read(20)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+
+    assert spill.drop_oldest() == 0, "what stays is not gone"
+    assert spill.read(20) == (points(range(20, 40)), 0)

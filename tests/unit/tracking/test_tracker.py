@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,11 @@ from structlog.testing import capture_logs
 
 from heimdall_tracking import tracker as module
 from heimdall_tracking.errors import TrackingError
+from heimdall_tracking.queue import MetricQueue
 from heimdall_tracking.settings import TrackingSettings
 from heimdall_tracking.tracker import INFINITY, MLflowTracker, initialize_mlflow
 from tests.unit.tracking.conftest import NewRun
-from tests.unit.tracking.fakes import PATIENCE_S
+from tests.unit.tracking.fakes import PATIENCE_S, join
 
 # MLflow's own use of SQLAlchemy, not ours.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -296,3 +299,57 @@ def test_archiving_one_version_leaves_the_stages_of_another(
 def test_a_stage_of_a_version_that_is_not_there_is_an_error(started: MLflowTracker, name: str) -> None:
     with pytest.raises(MlflowException, match="not found"):
         started.transition_model_stage(name, "1", "Production")
+
+
+def test_what_is_discarded_is_neither_sent_nor_kept(
+    started: MLflowTracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MetricQueue.__init__.__kwdefaults__, "memory_points", 10)
+    run_id, hanging, called = started.run_id, threading.Event(), threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        called.set()
+        hanging.wait(PATIENCE_S)
+
+    monkeypatch.setattr(started, "_given_client", SimpleNamespace(log_batch=hang, set_tag=hang, log_artifact=hang))
+    started.keep_undelivered_in(tmp_path / "undelivered")
+    (tmp_path / "file").touch()
+    started.put_tag("first", 1)
+    assert called.wait(PATIENCE_S)
+    for step in range(100):
+        started.log_metrics({"loss": step}, step)
+    started.put_tag("second", 2)
+    started.log_artifact(tmp_path / "file")
+    assert (tmp_path / "undelivered").exists()
+    threads = [part._thread for part in (started._metrics, started._outbox, started._uploader) if part is not None]
+
+    started.discard()
+
+    assert not (tmp_path / "undelivered").exists()
+    assert started.close(0)
+    assert started.undelivered is None
+    hanging.set()
+    for thread in threads:
+        assert thread is not None
+        join(thread)
+    assert "second" not in client.get_run(run_id).data.tags
+    assert not (tmp_path / "undelivered").exists()
+
+
+def test_closing_without_time_waits_for_no_thread(
+    started: MLflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, waits = threading.Event(), list[float | None]()
+    monkeypatch.setattr(started.client, "log_batch", lambda *_, **__: hanging.wait(PATIENCE_S))
+    monkeypatch.setattr(started.client, "set_tag", lambda *_, **__: hanging.wait(PATIENCE_S))
+    monkeypatch.setattr(started.client, "log_artifact", lambda *_, **__: hanging.wait(PATIENCE_S))
+    (tmp_path / "file").touch()
+    started.log_metrics({"loss": 1}, 1)
+    started.put_tag("tag", 1)
+    started.log_artifact(tmp_path / "file")
+    monkeypatch.setattr(threading.Thread, "join", lambda self, timeout=None: waits.append(timeout))
+
+    assert not started.close(0)
+
+    assert waits == [0, 0, 0]
+    hanging.set()

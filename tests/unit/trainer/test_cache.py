@@ -89,3 +89,17 @@ def test_a_disk_that_takes_nothing_is_told_once_and_costs_no_training(
     assert [line["error"] for line in lines] == ["No space left on device"]
     assert len(tries) == 1, "it is left alone for a while"
     assert cache.get(key(0)) is None
+
+
+def test_a_cache_of_another_user_is_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FolderCache(tmp_path, limit_bytes=100 * ENTRY_BYTES)
+    cache.put(key(1), features(1))
+    file = next(tmp_path.rglob("*.features"))
+    assert file.stat().st_mode & 0o777 == 0o644, "every user may read it"
+    os.utime(file, (0, 0))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.get(key(1)) is not None

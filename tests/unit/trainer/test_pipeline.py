@@ -38,12 +38,13 @@ from heimdall_api.contract import (
 from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
-from heimdall_trainer import callbacks, cli, pipeline
+from heimdall_trainer import callbacks, cli, export, pipeline
 from heimdall_trainer.config import parse
-from heimdall_trainer.errors import ConfigurationError
+from heimdall_trainer.errors import ConfigurationError, ExportError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.pipeline import TrainingPipeline
+from heimdall_trainer.results import Results
 from heimdall_trainer.settings import DataSettings
 from heimdall_trainer.termination import TerminatedError, run_to_exit_code
 from tests.unit.trainer import user_modules
@@ -322,7 +323,7 @@ def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
 def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     trained: Trained, bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callbacks, "VALIDATION_GRACE_S", 0.0)
+    monkeypatch.setattr(callbacks, "VALIDATION_SHARE", 0.0)
     run_id = bench.new_run()
     with monkeypatch.context() as patch:
         sigterm_at("validation_step", 3, patch)
@@ -447,6 +448,21 @@ def test_a_module_with_an_example_is_there_as_onnx(bench: Bench) -> None:
     found = open_onnx(file)({"x": torch.tensor([[0.5], [1.0], [-1.0]])})["output"]
     assert found.shape == (3, 1)
     assert not bench.client.list_artifacts(run_id, PLOTS_DIR)
+
+
+def test_a_graph_that_fails_after_the_training_leaves_the_model_in_the_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(module: Any, file: Path) -> None:
+        raise ExportError("it differs")
+
+    monkeypatch.setattr(Results, "_rehearse", lambda *_: None)
+    monkeypatch.setattr(export, "export_module", refuse)
+    run_id = bench.new_run()
+    spec = user_spec("LineWithExample", epochs=1, export={"onnx": True}, registration={"model": "differs"})
+    with pytest.raises(ConfigurationError, match=r"spec\.export\.onnx: it differs.*The model was logged without it"):
+        bench.train(spec, run_id)
+    assert load_model(model_of(bench, run_id).artifact_location).predict(np.ones((1, 1), np.float32)).shape == (1, 1)
 
 
 def test_a_data_module_of_one_s_own_is_used_for_training_validation_and_test(bench: Bench) -> None:

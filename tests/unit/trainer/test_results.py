@@ -10,10 +10,12 @@ import torch
 from structlog.testing import capture_logs
 
 from heimdall_api.types import TrainingRunSpec
-from heimdall_trainer import export
+from heimdall_trainer import export, modelling
+from heimdall_trainer.data.module import HeimdallDataModule
 from heimdall_trainer.data.split import Split
 from heimdall_trainer.errors import ConfigurationError, ExportError, FencedError
 from heimdall_trainer.results import Results
+from tests.unit.trainer.user_modules import LineWithExample
 
 
 class Tracker:
@@ -38,11 +40,49 @@ class Module(torch.nn.Module):
     net = torch.nn.Identity()
 
 
-class Data:
-    split = Split(train=("a",), validation=(), test=("b",))
+class Data(HeimdallDataModule):
+    split = Split(train=("a",), validation=(), test=("b",))  # type: ignore[assignment]
 
-    def dataset(self, sessions: tuple[str, ...]) -> Any:
+    def __init__(self) -> None:
+        """Without settings: nothing is read."""
+
+    def dataset(self, session_ids: tuple[str, ...], *, training: bool = False) -> Any:
         raise RuntimeError("no such recording")
+
+
+class OwnData:
+    """A user's data, which means something of its own by `split`."""
+
+    split = "train"
+
+    def train_dataloader(self) -> Any:
+        return [{"spectrograms": torch.zeros(2, 1), "receivers": torch.zeros(2, 1)}]
+
+
+class Late(LineWithExample):
+    """Its layer is made when training begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = None  # type: ignore[assignment]
+
+    def configure_model(self) -> None:
+        self.layer = torch.nn.Linear(1, 1)
+
+
+class Lazy(LineWithExample):
+    """Its layer waits for the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.LazyLinear(1)
+
+
+class Needy(LineWithExample):
+    """Its forward needs what training gives it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not before training")
 
 
 @pytest.fixture
@@ -117,3 +157,72 @@ def test_a_network_that_can_not_be_exported_names_the_field_before_it_is_trained
     monkeypatch.setattr(export, "export_localizer", refuse)
     with pytest.raises(ConfigurationError, match=r"^spec\.export\.onnx: it can't be exported .* or set it to false"):
         results(Tracker(), export={"onnx": True}).check(Module(), rehearse=True)
+
+
+def refuse(net: Any, file: Path) -> export.Exported:
+    raise ExportError("its output y differs")
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each logged model was given."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(modelling, "log_localizer", lambda *_, **given: made.append(given))
+    return made
+
+
+@pytest.mark.parametrize("error", [ExportError("its output y differs"), RuntimeError("no memory")])
+def test_a_graph_that_fails_after_the_training_costs_neither_model_nor_plots(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
+) -> None:
+    def fail(net: Any, file: Path) -> export.Exported:
+        raise error
+
+    monkeypatch.setattr(export, "export_localizer", fail)
+    monkeypatch.setattr(Results, "_draw", lambda *_: Path("plots"))
+    tracker = Tracker()
+    spec = results(tracker, export={"onnx": True}, registration={"model": "m"})
+    expected = (
+        pytest.raises(
+            ConfigurationError,
+            match=r"^spec\.export\.onnx: its output y differs; or set it to false\. The model was logged without it\.",
+        )
+        if isinstance(error, ExportError)
+        else pytest.raises(RuntimeError, match="no memory")
+    )
+    with expected:
+        spec.publish(Module(), OwnData(), no_fence)
+    assert tracker.given == ["plots"]
+    assert [each["onnx"] for each in logged] == [None]
+
+
+def test_data_of_one_s_own_may_have_a_split_of_its_own(logged: list[dict[str, Any]]) -> None:
+    tracker = Tracker()
+    results(tracker, registration={"model": "m"}).publish(Module(), OwnData(), no_fence)
+    assert tracker.given == []
+    assert [each["known"] for each in logged] == [{}]
+
+
+OWN = {"model": {"module": "tests.unit.trainer.user_modules:LineWithExample"}, "export": {"onnx": True}}
+
+
+def test_a_module_of_one_s_own_is_rehearsed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "export_module", refuse)
+    results(Tracker(), **OWN).check(LineWithExample(), rehearse=False)
+    with pytest.raises(ConfigurationError, match=r"^spec\.export\.onnx: its output y differs"):
+        results(Tracker(), **OWN).check(LineWithExample(), rehearse=True)
+
+
+@pytest.mark.parametrize("module", [Late, Lazy])
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_module_whose_layers_come_later_is_not_rehearsed(
+    module: type[LineWithExample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "export_module", refuse)
+    results(Tracker(), **OWN).check(module(), rehearse=True)
+
+
+def test_a_forward_that_fails_before_training_is_no_reason_to_refuse_it() -> None:
+    with capture_logs() as lines:
+        results(Tracker(), **OWN).check(Needy(), rehearse=True)
+    assert [line["event"] for line in lines] == ["the ONNX export could not be rehearsed"]

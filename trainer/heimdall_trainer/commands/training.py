@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from heimdall_api.types import TrainingRun
+    from heimdall_tracking import MLflowTracker
+    from heimdall_tracking.registry import Registration
 
 LOCAL_RUN_ID: Final = "HEIMDALL_LOCAL_RUN_ID"
 """Where a group's processes without an operator find the run that was made for them all."""
@@ -92,10 +94,12 @@ def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
 
 def _train_locally(run: TrainingRun, output_dir: Path) -> None:
     """Without an operator this process owns the run, with the operator's own code."""
-    from heimdall_tracking import initialize_mlflow, load_settings, registry, runs
+    from heimdall_api.contract import ExitCode
+    from heimdall_tracking import initialize_mlflow, load_settings, runs
     from heimdall_trainer import group
+    from heimdall_trainer.errors import UndeliveredError
     from heimdall_trainer.pipeline import TrainingPipeline
-    from heimdall_trainer.termination import TerminatedError
+    from heimdall_trainer.termination import TerminatedError, judge
 
     tracker = initialize_mlflow(load_settings(experiment_name=run.spec.tracking.experiment))
     if LOCAL_RUN_ID not in os.environ:
@@ -116,21 +120,38 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
         TrainingPipeline(run, tracker, output_dir=output_dir / run_id).train()
         return
     tracker.start_run(run_id=run_id)
+    delivered = False
     try:
-        metrics = TrainingPipeline(run, tracker, output_dir=output_dir / run_id).train()
-        registration = None
-        if run.spec.registration is not None:
-            found = runs.read_facts(tracker.client, run_id)
-            assert found is not None  # noqa: S101 - it was just trained
-            registration = registry.register(tracker.client, found, run.spec.registration)
-    except BaseException as error:
-        tracker.end_run_in_time("KILLED" if isinstance(error, TerminatedError) else "FAILED")
+        training = TrainingPipeline(run, tracker, output_dir=output_dir / run_id)
+        metrics = training.train()
+        delivered = True
+        registration = _register(run, tracker)
+    except TerminatedError:
+        tracker.end_run_in_time("KILLED", training.grace.left_s())
         raise
-    runs.end_run(tracker.client, run_id, "FINISHED")
+    except BaseException as error:
+        # A server that goes away while the model is registered makes a training that is delivered no failure.
+        away = judge(error)[0] == ExitCode.UNDELIVERED
+        tracker.end_run_in_time("FINISHED" if delivered and away else "FAILED")
+        raise
+    ended = tracker.end_run_in_time("FINISHED")
     for name, value in sorted(metrics.items()):
         print(f"  {name:34}{value:12.4f}")
     if registration is not None:
         print(f"model:   {registration.uri}")
+    if not ended and tracker.undelivered is not None:
+        raise UndeliveredError(tracker.undelivered.sentence)
+
+
+def _register(run: TrainingRun, tracker: MLflowTracker) -> Registration | None:
+    """Register the model, if that was asked for."""
+    from heimdall_tracking import registry, runs
+
+    if run.spec.registration is None:
+        return None
+    found = runs.read_facts(tracker.client, tracker.run_id)
+    assert found is not None  # noqa: S101 - it was just trained
+    return registry.register(tracker.client, found, run.spec.registration)
 
 
 def _validate(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -104,10 +105,12 @@ class FolderCache:
             with file.open("rb") as stream:
                 features = unpack(stream.read(ENTRY_BYTES + 1))
                 used = os.fstat(stream.fileno()).st_mtime
-            if features is not None and time.time() - used > min(TOUCH_AFTER_S, self._unused_s / 2):
-                os.utime(file)
         except OSError:
             return None
+        if features is not None and time.time() - used > min(TOUCH_AFTER_S, self._unused_s / 2):
+            # Another's file, or a folder that is read only, is as good a cache; its owner knows when it was used.
+            with suppress(OSError):
+                os.utime(file)
         return features
 
     def put(self, key: str, features: Features) -> None:

@@ -29,6 +29,7 @@ DATA: Final = ".sigmf-data"
 SIGMF_VERSION: Final = "1.2.0"
 EXTENSION: Final = "heimdall"
 FULL_SCALE: Final = "heimdall:full_scale_dbm"
+READABLE: Final = 0o644
 SAMPLE_BYTES: Final = {"ci16_le": 4, "cf32_le": 8}
 S3_TIMEOUT_S: Final = 30
 S3_TRIES: Final = 5
@@ -195,12 +196,13 @@ def open_objects(settings: DataSettings, url: str = "") -> ObjectStore:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it, so that no process ever reads half of it."""
+    """Write a file beside its place and rename it, so that no process ever reads half of it; every user may read it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as handle:
             handle.write(content)
+        Path(name).chmod(READABLE)  # a temporary file is its owner's alone
         Path(name).replace(file)
     except BaseException:
         Path(name).unlink(missing_ok=True)

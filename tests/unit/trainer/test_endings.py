@@ -1,0 +1,246 @@
+"""How long a training's end takes, added up with a clock of the test's own; and what a fenced one leaves behind."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import heimdall_tracking
+from heimdall_api.contract import ENV_GRACE_PERIOD
+from heimdall_tracking import registry, runs
+from heimdall_tracking.errors import AwayError
+from heimdall_tracking.registry import ModelMissingError
+from heimdall_trainer import callbacks, checkpoints, grace, group, pipeline
+from heimdall_trainer.commands import training as training_command
+from heimdall_trainer.config import parse
+from heimdall_trainer.errors import FencedError, UndeliveredError
+from heimdall_trainer.pipeline import TrainingPipeline
+from heimdall_trainer.termination import TerminatedError
+
+
+class Clock:
+    """Time that passes where something waits."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, timeout_s: float) -> bool:
+        """In vain, for as long as one may."""
+        self.now += timeout_s
+        return False
+
+
+class Run:
+    """A run, and its own client, whose server stays away: every wait takes all of its time."""
+
+    run_id = "run"
+    undelivered = None
+
+    def __init__(self, clock: Clock) -> None:
+        self.client, self.clock = self, clock
+        self.done: list[str] = []
+
+    def get_run(self, run_id: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(tags={}))
+
+    def keep_undelivered_in(self, *_: object, **__: object) -> None:
+        """It keeps nothing."""
+
+    def flush(self, timeout_s: float) -> bool:
+        return self.clock.wait(timeout_s)
+
+    def close(self, timeout_s: float) -> bool:
+        self.done.append("closed")
+        return self.clock.wait(timeout_s)
+
+    def discard(self) -> None:
+        self.done.append("discarded")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in (grace, pipeline):
+        monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def training(clock: Clock, folder: Path) -> tuple[TrainingPipeline, Run]:
+    run = Run(clock)
+    made = TrainingPipeline(
+        parse({"metadata": {"name": "ends"}, "spec": {}}),
+        run,
+        output_dir=folder,
+        fenced=True,  # type: ignore[arg-type]
+    )
+    publisher: Any = made._publisher
+    publisher.close()
+    publisher.flush = clock.wait
+
+    def close(timeout_s: float = 0) -> list[Any]:
+        clock.wait(min(timeout_s, checkpoints.JOIN_S))
+        return []
+
+    publisher.close = close
+    return made, run
+
+
+@pytest.mark.parametrize("period_s", [10, 15, 60, 600])
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_all_waits_after_sigterm_together_leave_the_reserve(
+    period_s: int, torchrun: bool, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_GRACE_PERIOD, str(period_s))
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        period_s -= group.SHUTDOWN_MARGIN_S
+    made, run = training(clock, tmp_path)
+    checkpointing = made._checkpointing
+
+    def told_to_end_in_validation() -> dict[str, float]:
+        checkpointing._in_loop = True
+        checkpointing._on_sigterm(signal.SIGTERM, None)
+        clock.wait(callbacks.VALIDATION_SHARE * grace.grace_period_s() + 0.001)
+        trainer = SimpleNamespace(sanity_checking=False, global_step=checkpointing._last_step)
+        checkpointing.on_validation_batch_end(trainer)
+        raise AssertionError("a validation with no end in sight is broken off")
+
+    monkeypatch.setattr(made, "_train", told_to_end_in_validation)
+    began = clock.now
+    with pytest.raises(TerminatedError, match="could not be delivered in time"):
+        made.train()
+    clock.wait(made.grace.left_s())  # the run's end, without an operator
+
+    assert run.done == ["closed"]
+    assert clock.now - began == pytest.approx(period_s - max(grace.RESERVE_S, period_s * grace.RESERVE_SHARE))
+
+
+def test_a_second_sigterm_does_not_begin_the_grace_period_anew(clock: Clock) -> None:
+    counted = grace.Grace()
+    counted.begin()
+    left = counted.left_s()
+    clock.wait(5)
+    counted.begin()
+    assert counted.left_s() == left - 5
+
+
+@pytest.mark.parametrize("how", ["raised", "noticed by the publisher"])
+def test_a_fenced_attempt_forgets_what_waits_at_once(
+    how: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, run = training(clock, tmp_path)
+    fence = FencedError("attempt 2 has taken over")
+
+    def fenced() -> dict[str, float]:
+        if how == "raised":
+            raise fence
+        made._publisher.fence = fence
+        raise TerminatedError
+
+    monkeypatch.setattr(made, "_train", fenced)
+    began = clock.now
+    with pytest.raises((FencedError, TerminatedError)):
+        made.train()
+    assert run.done == ["discarded"]
+    assert clock.now == began
+
+
+def test_a_failure_waits_for_what_was_logged(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, run = training(clock, tmp_path)
+    monkeypatch.setattr(made, "_train", lambda: 1 / 0)
+    began = clock.now
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    assert run.done == ["closed"]
+    assert clock.now - began == pipeline.FAILURE_TIMEOUT_S
+
+
+def test_the_waits_at_the_end_share_one_time(clock: Clock, tmp_path: Path) -> None:
+    made, _ = training(clock, tmp_path)
+    began = clock.now
+    for _ in range(3):
+        with pytest.raises(UndeliveredError):
+            made._deliver()
+    assert clock.now - began == pipeline.DELIVERY_TIMEOUT_S
+
+
+def test_several_workers_do_not_wait_for_the_first_longer_than_they_can(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made, _ = training(clock, tmp_path)
+    began = clock.now
+    with pytest.raises(UndeliveredError):
+        made._test(None)
+    assert clock.now - began < group.COLLECTIVE_TIMEOUT.total_seconds()
+
+
+class Ended:
+    """A tracker that tells how its run was ended, and whether that could be told."""
+
+    run_id = "run"
+    settings = SimpleNamespace(display_uri="http://mlflow")
+    undelivered = SimpleNamespace(sentence="the end (FINISHED) of run run could not be delivered")
+
+    def __init__(self, *, told: bool) -> None:
+        self.client, self.told = self, told
+        self.ends: list[tuple[str, float | None]] = []
+
+    def start_run(self, run_id: str) -> None:
+        """It is there."""
+
+    def end_run_in_time(self, status: str, timeout_s: float | None = None) -> bool:
+        self.ends.append((status, timeout_s))
+        return self.told
+
+
+AWAY = AwayError("MLflow does not answer")
+
+
+@pytest.mark.parametrize(
+    ("trained", "registered", "told", "raised", "end"),
+    [
+        (None, None, True, None, ("FINISHED", None)),
+        (None, None, False, UndeliveredError, ("FINISHED", None)),
+        (None, AWAY, True, AwayError, ("FINISHED", None)),
+        (None, ModelMissingError("no model"), True, ModelMissingError, ("FAILED", None)),
+        (UndeliveredError("metrics"), None, True, UndeliveredError, ("FAILED", None)),
+        (TerminatedError(), None, True, TerminatedError, ("KILLED", 7)),
+    ],
+    ids=["well", "untold", "away at registration", "nothing to register", "undelivered", "sigterm"],
+)
+def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
+    *,
+    trained: BaseException | None,
+    registered: Exception | None,
+    told: bool,
+    raised: type[BaseException] | None,
+    end: tuple[str, float | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tracker = Ended(told=told)
+
+    def fail(error: BaseException | None, result: Any) -> Any:
+        if error is not None:
+            raise error
+        return result
+
+    made = SimpleNamespace(grace=SimpleNamespace(left_s=lambda: 7), train=lambda: fail(trained, {"loss": 0.5}))
+    monkeypatch.setattr(heimdall_tracking, "initialize_mlflow", lambda _: tracker)
+    monkeypatch.setattr(pipeline, "TrainingPipeline", lambda *_, **__: made)
+    monkeypatch.setattr(runs, "read_facts", lambda *_: "facts")
+    monkeypatch.setattr(registry, "register", lambda *_: fail(registered, SimpleNamespace(uri="models:/m/1")))
+    monkeypatch.setenv(training_command.LOCAL_RUN_ID, "run")
+    asked = parse({"metadata": {"name": "ends"}, "spec": {"registration": {"model": "m"}}})
+    with nullcontext() if raised is None else pytest.raises(raised):
+        training_command._train_locally(asked, tmp_path)
+    assert tracker.ends == [end]
