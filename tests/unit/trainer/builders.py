@@ -23,6 +23,7 @@ SESSIONS: Final[dict[str, Any]] = {
 }
 """What the shared recordings are generated with."""
 ORIGIN: Final = (52.0, 10.0)
+FREQUENCY_HZ = 433.92e6
 STARTED_AT: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -73,6 +74,7 @@ def transmission(number: int, *, session_id: str = "s1", receivers: int = 3) -> 
         longitude=ORIGIN[1] + 0.002 * (number % 5),
         modulation="fm",
         origin=ORIGIN,
+        center_frequency_hz=FREQUENCY_HZ,
         recordings=tuple(recording(session_id, identity, index) for index in range(receivers)),
     )
 
@@ -83,7 +85,7 @@ def session(identity: str, *, status: Status = "approved", transmissions: int = 
         id=identity,
         name=f"session {identity}",
         status=status,
-        center_frequency_hz=433.92e6,
+        center_frequency_hz=FREQUENCY_HZ,
         sample_rate_hz=200e3,
         origin=ORIGIN,
         receivers=tuple(receiver(index) for index in range(3)),
