@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ CANARY_KEYS = {
     "object-store": ("root-password", "mlflow-secret-key", "writer-secret-key", "reader-secret-key"),
     "tracking": ("admin-password", "operator-password", "trainer-password", "flask-secret-key"),
 }
-MONITORING = f"{NAMESPACE}-monitoring"
-"""Where Prometheus would be."""
+MONITORING = "monitoring"
+"""Where Prometheus would be: ends the name of its namespace."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,16 +136,20 @@ def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: di
 NET = Path("/sys/class/net")
 CRD = "trainingruns.training.heimdall.dev"
 OTHER_NODE, GPU_NODE = "heimdall-worker", "heimdall-worker2"
+PLACES = tuple(
+    option
+    for role in ("operator", "tracking", "database", "objectStore")
+    for option in ("--set", f"{role}.nodeSelector.kubernetes\\.io/hostname={OTHER_NODE}")
+)
+"""Nodes are stopped and drained: the one with the GPUs, which nothing but training pods runs on."""
 INSTALL_OPTIONS = (
     *("--set", "operator.progressSeconds=3,operator.resyncSeconds=30,operator.lostPodSeconds=10"),
     *("--set", "trainer.gracePeriodSeconds=15"),
-    *("--set", f"networkPolicies.metrics.namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name={MONITORING}"),
-    # Nodes are stopped and drained: the one with the GPUs, which nothing but training pods runs on.
     *(
-        option
-        for role in ("operator", "tracking", "database", "objectStore")
-        for option in ("--set", f"{role}.nodeSelector.kubernetes\\.io/hostname={OTHER_NODE}")
+        "--set",
+        f"networkPolicies.metrics.namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name={NAMESPACE}-{MONITORING}",
     ),
+    *PLACES,
 )
 
 
@@ -172,6 +177,20 @@ def remove_release(installed: Cluster) -> None:
         installed.run("kubectl", "-n", NAMESPACE, "delete", "trainingruns", "--all", "--timeout=120s", check=False)
         installed.run("helm", "-n", NAMESPACE, "uninstall", "heimdall", "--wait", "--timeout", "120s", check=False)
         installed.run("kubectl", "delete", "namespace", NAMESPACE, "--timeout=180s")
+
+
+@contextmanager
+def namespace(release: Cluster, suffix: str) -> Iterator[Cluster]:
+    """Another namespace beside the release's, restricted as that is; removed with everything in it."""
+    made = Cluster(release.env, f"{release.namespace}-{suffix}")
+    release.run("kubectl", "create", "namespace", made.namespace)
+    try:
+        release.run("kubectl", "label", "namespace", made.namespace, RESTRICTED)
+        yield made
+    finally:
+        # Runs first: their operator may still have to end them.
+        made.run("kubectl", "-n", made.namespace, "delete", "trainingruns", "--all", "--timeout=120s", check=False)
+        release.run("kubectl", "delete", "namespace", made.namespace, "--timeout=180s")
 
 
 @dataclass(frozen=True)

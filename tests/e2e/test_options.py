@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from tests.e2e.cluster import Cluster, condition, port_forward, wait_for
-from tests.e2e.conftest import GPU_NODE, RESTRICTED, Mlflow, contract_run, wait_for_step
+from tests.e2e.conftest import GPU_NODE, Mlflow, contract_run, namespace, wait_for_step
 
 LIFE_S = 120.0
 QUEUE = "kueue.x-k8s.io/queue-name"
@@ -135,10 +135,7 @@ def read_artifact(mlflow: Mlflow, run_id: str, path: str) -> str:
 
 
 def test_a_namespace_without_the_secret_says_so(release: Cluster, name: str) -> None:
-    bare = Cluster(release.env, f"{release.namespace}-bare")
-    release.run("kubectl", "create", "namespace", bare.namespace)
-    release.run("kubectl", "label", "namespace", bare.namespace, RESTRICTED)
-    try:
+    with namespace(release, "bare") as bare:
         bare.apply(contract_run(name, steps=3))
         said = wait_for(
             lambda: (
@@ -154,9 +151,6 @@ def test_a_namespace_without_the_secret_says_so(release: Cluster, name: str) -> 
         assert there is not None
         bare.apply({**there, "metadata": {"name": "heimdall-trainer"}})
         assert bare.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
-        bare.kubectl("delete", "trainingrun", name, "--timeout=120s")
-    finally:
-        release.run("kubectl", "delete", "namespace", bare.namespace, "--timeout=120s")
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from heimdall_trainer.data.sessions import Recording, Session, Transmission
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
 from tests.integration.servers import Minio, Postgres
+from tests.trainer_command import heimdall_train
 
 SEED = 7
 SIZE: dict[str, Any] = {"transmissions_per_session": 2, "receivers": 3, "samples": 4096, "seed": SEED}
@@ -184,22 +184,10 @@ def test_the_command_line_writes_to_the_same_places(settings: DataSettings, mini
         "HEIMDALL_S3_SECRET_KEY": settings.s3_secret_key.get_secret_value(),
     }
 
-    def heimdall_train(*arguments: str) -> str:
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / "heimdall-train"), "data", *arguments],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    data = partial(heimdall_train, "data", env=env, cwd=tmp_path)
     size = ["--sessions", "1", "--transmissions", "1", "--receivers", "2", "--samples", "1024", "--seed", "3"]
-    assert heimdall_train("generate", *size) == "1 sessions added, 0 were there\n"
-    assert heimdall_train("inspect") == "generated-3-000: 1 transmissions, 2 recordings\n"
+    assert data("generate", *size) == "1 sessions added, 0 were there\n"
+    assert data("inspect") == "generated-3-000: 1 transmissions, 2 recordings\n"
     assert len(objects(settings, minio)) == 4
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import yaml
 
 from heimdall_api.contract import ONNX_FILE, PLOTS_DIR
 from heimdall_tracking.runs import find_model, read_facts
+from tests import trainer_command
 from tests.integration.conftest import Stack
 
-TIMEOUT_S = 420
 RECEIVERS = 3
 SPEC: dict[str, Any] = {
     "model": {"backbone": "test_resnet"},
@@ -48,20 +47,7 @@ def heimdall_train(stack: Stack, name: str, tmp_path: Path) -> HeimdallTrain:
         "OMP_NUM_THREADS": "1",
     }
 
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / "heimdall-train"), *arguments],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    return partial(trainer_command.heimdall_train, env=env, cwd=tmp_path)
 
 
 def in_minio(stack: Stack, location: str, path: str) -> bytes:

@@ -10,34 +10,24 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, port_forward, wait_for
-from tests.e2e.conftest import OTHER_NODE, RESTRICTED
+from tests.e2e.conftest import PLACES, namespace
 
 NAME = "again"
 INSTALL_TIMEOUT = "420s"
 SECRETS = tuple(f"{NAME}-heimdall-{role}" for role in ("database", "object-store", "tracking"))
 VOLUMES = {f"data-{NAME}-heimdall-database-0", f"data-{NAME}-heimdall-object-store-0"}
 # Its operator watches its own namespace alone, which the other release's watches too: nothing is trained here.
-OPTIONS = (
-    *("--set", "crd.install=false"),
-    *(
-        option
-        for role in ("operator", "tracking", "database", "objectStore")
-        for option in ("--set", f"{role}.nodeSelector.kubernetes\\.io/hostname={OTHER_NODE}")
-    ),
-)
+OPTIONS = ("--set", "crd.install=false", *PLACES)
 
 
 @pytest.fixture
 def again(release: Cluster) -> Iterator[Cluster]:
     """An empty namespace; removed with everything in it."""
-    made = Cluster(release.env, f"{release.namespace}-again")
-    made.run("kubectl", "create", "namespace", made.namespace)
-    made.run("kubectl", "label", "namespace", made.namespace, RESTRICTED)
-    try:
-        yield made
-    finally:
-        made.run("helm", "-n", made.namespace, "uninstall", NAME, "--wait", "--timeout", "120s", check=False)
-        made.run("kubectl", "delete", "namespace", made.namespace, "--timeout=180s")
+    with namespace(release, "again") as made:
+        try:
+            yield made
+        finally:
+            made.run("helm", "-n", made.namespace, "uninstall", NAME, "--wait", "--timeout", "120s", check=False)
 
 
 def install(again: Cluster, verb: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, wait_for
-from tests.e2e.conftest import MONITORING, OTHER_NODE, RESTRICTED
+from tests.e2e.conftest import MONITORING, OTHER_NODE, namespace
 
 IMAGE = "heimdall/contract:dev"
 SERVE = "import http.server as s; s.ThreadingHTTPServer(('', 29400), s.SimpleHTTPRequestHandler).serve_forever()"
@@ -96,19 +96,16 @@ class Network:
 
 @pytest.fixture(scope="module")
 def network(release: Cluster) -> Iterator[Network]:
-    monitoring = Cluster(release.env, MONITORING)
-    release.run("kubectl", "create", "namespace", MONITORING)
-    try:
-        release.run("kubectl", "label", "namespace", MONITORING, RESTRICTED)
-        monitoring.apply(probe("prometheus", {"app": "prometheus"}))
-        for name, labels in PROBES.items():
-            release.apply(probe(name, labels))
-        for where in (release, monitoring):
-            where.kubectl("wait", "--for=condition=Ready", "pod", "-l", "flow", "--timeout=120s")
-        yield Network(release, monitoring)
-    finally:
-        release.kubectl("delete", "pods", "-l", "flow", "--ignore-not-found", "--timeout=60s")
-        release.run("kubectl", "delete", "namespace", MONITORING, "--timeout=120s")
+    with namespace(release, MONITORING) as monitoring:
+        try:
+            monitoring.apply(probe("prometheus", {"app": "prometheus"}))
+            for name, labels in PROBES.items():
+                release.apply(probe(name, labels))
+            for where in (release, monitoring):
+                where.kubectl("wait", "--for=condition=Ready", "pod", "-l", "flow", "--timeout=120s")
+            yield Network(release, monitoring)
+        finally:
+            release.kubectl("delete", "pods", "-l", "flow", "--ignore-not-found", "--timeout=60s")
 
 
 ALLOWED = [

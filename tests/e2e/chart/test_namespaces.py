@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from tests.e2e.chart.test_rights import can_i
 from tests.e2e.cluster import Cluster
-from tests.e2e.conftest import RESTRICTED, Mlflow, contract_run
+from tests.e2e.conftest import Mlflow, contract_run, namespace
 
 LIFE_S = 180.0
 ON_CPU = {"resources": {"gpusPerWorker": 0, "cpu": "20m", "memory": "256Mi"}}
-
-
-@contextmanager
-def namespace(release: Cluster, suffix: str) -> Iterator[Cluster]:
-    other = Cluster(release.env, f"{release.namespace}-{suffix}")
-    release.run("kubectl", "create", "namespace", other.namespace)
-    release.run("kubectl", "label", "namespace", other.namespace, RESTRICTED)
-    try:
-        yield other
-    finally:
-        other.run("kubectl", "-n", other.namespace, "delete", "trainingruns", "--all", "--timeout=120s", check=False)
-        release.run("kubectl", "delete", "namespace", other.namespace, "--timeout=120s")
 
 
 def test_an_upgrade_to_a_list_of_namespaces_and_back(release: Cluster, mlflow: Mlflow, name: str) -> None:

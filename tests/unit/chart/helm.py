@@ -22,6 +22,17 @@ RELEASE = "heimdall"
 NAMESPACE = "ml"
 
 Manifest = dict[str, Any]
+EVERY_ROLE_EXTERNAL: dict[str, Any] = {
+    "tracking.external": True,
+    "tracking.externalUrl": "https://mlflow.example.com",
+    "database.external": True,
+    "database.externalHost": "db.example.com",
+    "database.existingSecret": "db",
+    "objectStore.external": True,
+    "objectStore.externalUrl": "https://s3.example.com",
+    "objectStore.existingSecret": "s3",
+    "trainer.createSecrets": False,
+}
 
 
 class Loader(yaml.SafeLoader):

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
 
 import pytest
 import yaml
 
 from heimdall_api.contract import GROUP, PLURAL
 from tests.unit.chart.helm import CHART, NAMESPACE, Manifest, Rendered, render
-
-EVERY_ROLE_EXTERNAL: dict[str, Any] = {
-    "tracking.external": True,
-    "tracking.externalUrl": "https://mlflow.example.com",
-    "database.external": True,
-    "database.externalHost": "db.example.com",
-    "database.existingSecret": "db",
-    "objectStore.external": True,
-    "objectStore.externalUrl": "https://s3.example.com",
-    "objectStore.existingSecret": "s3",
-    "trainer.createSecrets": False,
-}
-
 
 SPREAD = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
 

@@ -9,19 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.chart.helm import NAMESPACE, Manifest, Rendered, flags, refused, render
+from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, NAMESPACE, Manifest, Rendered, flags, refused, render
 
-EVERY_ROLE_EXTERNAL: dict[str, Any] = {
-    "tracking.external": True,
-    "tracking.externalUrl": "https://mlflow.example.com",
-    "database.external": True,
-    "database.externalHost": "db.example.com",
-    "database.existingSecret": "db",
-    "objectStore.external": True,
-    "objectStore.externalUrl": "https://s3.example.com",
-    "objectStore.existingSecret": "s3",
-    "trainer.createSecrets": False,
-}
 EXISTING_SECRETS: dict[str, Any] = {
     "database.existingSecret": "db",
     "objectStore.existingSecret": "s3",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.trainer_command import heimdall_train
 from tests.unit.documents.documents import ROOT, blocks, commands
 
 PAGE = ROOT / "docs/howto/own-model.md"
-TIMEOUT_S = 600
 pytestmark = pytest.mark.slow
 
 
@@ -21,21 +19,10 @@ def test_the_module_of_the_page_is_trained_exported_and_registered(tmp_path: Pat
         if block.document == PAGE:
             (tmp_path / block.text.splitlines()[0].removeprefix("# ")).write_text(block.text)
     given = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HEIMDALL_"))}
-    program = Path(sys.executable).parent / "heimdall-train"
     typed = [item.words for item in commands() if item.where.startswith("docs/howto/own-model.md: heimdall-train")]
     assert [words[1:] for words in typed] == [["validate", "-f", "line.yaml"], ["run", "-f", "line.yaml"]]
 
-    for words in typed:
-        done = subprocess.run(
-            [program, *words[1:]],
-            cwd=tmp_path,
-            env=given,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    printed = [heimdall_train(*words[1:], env=given, cwd=tmp_path) for words in typed]
 
-    assert "val/loss" in done.stdout
-    assert "model:   models:/line/1" in done.stdout
+    assert "val/loss" in printed[-1]
+    assert "model:   models:/line/1" in printed[-1]
