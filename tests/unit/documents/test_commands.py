@@ -246,7 +246,10 @@ def test_a_file_of_the_repository_is_there(command: Command) -> None:
 
 @pytest.mark.parametrize("command", [pytest.param(item, id=item.where) for item in commands()])
 def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
-    """By a test, or by `make demo`, which people run; with other names and options there. Targets of make are only there."""
+    """By a test, or by `make demo`, which people run; with other names and options there.
+
+    Of targets of make it is known that they are there.
+    """
     if command.is_marked or command.words[0] in NOTHING_TO_RUN:
         return
     start = " ".join([command.words[0], *plain(command.words[1:])])
