@@ -67,7 +67,7 @@ def _up(_: argparse.Namespace) -> None:
     parts.ensure(["kind", "helm"])
     if kind.is_healthy():
         say("the cluster is up")
-        kind.simulate_gpus()
+        kind.settle()
     else:
         kind.create()
         parts.ensure(["minio", "mc", "kubeconform"])

@@ -19,6 +19,8 @@ WORKERS: Final = (f"{NAME}-worker", f"{NAME}-worker2")
 GPU_NODE: Final = WORKERS[1]
 GPUS: Final = 2
 GPU_RESOURCE: Final = "nvidia.com/gpu"
+SERVICES: Final = (("kube-system", "coredns"), ("local-path-storage", "local-path-provisioner"))
+"""What pods of any node stand on: namespace and name of Deployments."""
 NODE_GRACE_S: Final = 20
 NODES_TIMEOUT_S: Final = 180
 LOAD_TIMEOUT_S: Final = 900
@@ -135,7 +137,7 @@ def _create(node_image: str | None) -> None:
             _apply(KUBE_ROUTER_MANIFEST)
     with step("waiting for the nodes"):
         wait_until(is_healthy, what="that all nodes are Ready", timeout_s=NODES_TIMEOUT_S)
-    simulate_gpus()
+    settle()
 
 
 def _apply(manifest: Path) -> None:
@@ -146,6 +148,29 @@ def gpu_patch() -> dict[str, Any]:
     """The patch of a node's status that makes it offer GPUs."""
     amount = {GPU_RESOURCE: str(GPUS)}
     return {"status": {"capacity": amount, "allocatable": amount}}
+
+
+def settle() -> None:
+    """Have the cluster be what tests and demonstration count on, unless it is."""
+    keep_services_off_workers()
+    simulate_gpus()
+
+
+def service_patch() -> dict[str, Any]:
+    """The patch that keeps a Deployment's pods on the control plane."""
+    return {"spec": {"template": {"spec": {"nodeSelector": {"node-role.kubernetes.io/control-plane": ""}}}}}
+
+
+def keep_services_off_workers() -> None:
+    """Have names resolved and volumes made on the control plane: workers are stopped, and must take neither along."""
+    patch = json.dumps(service_patch())
+    for namespace, name in SERVICES:
+        deployment = f"deployment/{name}"
+        done = kubectl("-n", namespace, "patch", deployment, "-p", patch)
+        timeout = f"--timeout={NODES_TIMEOUT_S}s"
+        rolled = kubectl("-n", namespace, "rollout", "status", deployment, timeout, timeout_s=NODES_TIMEOUT_S + 10)
+        if done is None or rolled is None:
+            raise ClusterError(f"{name} could not be kept on the control plane")
 
 
 def simulate_gpus() -> None:

@@ -40,6 +40,23 @@ def test_an_own_network_and_cgroup_v1_are_told_to_kind() -> None:
     assert any(patch.get("failCgroupV1") is False for patch in patches(document))
 
 
+def test_what_pods_of_any_node_stand_on_is_kept_off_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, ...]] = []
+
+    def kubectl(*arguments: str, timeout_s: float = 60) -> str:
+        called.append(arguments)
+        return ""
+
+    monkeypatch.setattr(kind, "kubectl", kubectl)
+
+    kind.keep_services_off_workers()
+
+    patched = {words[3]: json.loads(words[-1]) for words in called if words[2] == "patch"}
+    assert patched.keys() == {"deployment/coredns", "deployment/local-path-provisioner"}
+    selectors = [patch["spec"]["template"]["spec"]["nodeSelector"] for patch in patched.values()]
+    assert selectors == [{"node-role.kubernetes.io/control-plane": ""}] * 2
+
+
 def test_each_worker_has_an_image_store_that_outlives_the_cluster() -> None:
     document = kind.config(own_cni=True, cgroup_v1=False, kept=[Path("/kept/one"), Path("/kept/two")])
 
@@ -91,7 +108,7 @@ def test_a_cluster_that_does_not_come_up_with_kept_images_is_made_without(
     monkeypatch.setattr(kind, "delete", lambda: did.append("delete"))
     monkeypatch.setattr(images, "ensure_node", lambda: "node:1")
     monkeypatch.setattr(parts, "ensure", lambda _: None)
-    monkeypatch.setattr(kind, "simulate_gpus", lambda: None)
+    monkeypatch.setattr(kind, "settle", lambda: None)
 
     kind.create()
 
