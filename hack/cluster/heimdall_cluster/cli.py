@@ -17,7 +17,8 @@ from heimdall_cluster import debian, engine, images, kind, parts
 from heimdall_cluster.paths import BIN, CACHE, KUBECONFIG, LOCK
 from heimdall_cluster.steps import ClusterError, say, step
 
-LOCK_TIMEOUT_S: Final = 1800
+LOCK_TIMEOUT_S: Final = 3600
+"""Longer than a first `up` takes, which builds everything."""
 DISK_NEEDED_GB: Final = 58
 DISK_NEEDED_WARM_GB: Final = 8
 MEMORY_NEEDED_GB: Final = 8

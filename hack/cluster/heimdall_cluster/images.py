@@ -119,7 +119,9 @@ def ensure_node() -> str | None:
     with step("building the node image"):
         kind = parts.path_of("kind")
         command = [kind, "build", "node-image", "--type", "file", tarball, "--base-image", NODE_BASE, "--image", NODE]
-        run(command, log=LOGS / "node-image.log", env=client_environment())
+        # kind leaves what it unpacks, 1 GB, in the folder for temporary files.
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            run(command, log=LOGS / "node-image.log", env={**client_environment(), "TMPDIR": scratch})
         tarball.unlink()
         read([engine.docker(), "image", "rm", NODE_BASE], env=engine.environment())
     return NODE
