@@ -34,7 +34,7 @@ PLACE = re.compile(r"^(?:\./)?(?:manifests|charts|hack|images|tests|docs)/[\w./-
 PLACEHOLDER = re.compile(r"^[A-Z][A-Z-]*$|^NAME-aN$")
 VERBS = {
     *("get", "describe", "apply", "wait", "create", "label", "delete", "patch", "logs", "exec", "rollout", "explain"),
-    *("port-forward", "top"),
+    *("port-forward", "scale", "top"),
 }
 KINDS = {
     "configmap": {"configmap", "cm"},
@@ -80,6 +80,10 @@ RUN_BY = {
     "helm test": ("tests/e2e/chart/test_again.py", 'helm("test"'),
     "helm rollback": ("tests/e2e/chart/test_again.py", 'helm("rollback"'),
 }
+RUN_WHOLE = {
+    "docs/howto/backup.md": "tests/e2e/chart/test_backup.py",
+}
+"""Pages whose commands a test runs as they stand there."""
 NOTHING_TO_RUN = {".", "export", "base64", "eval"}
 
 
@@ -127,6 +131,7 @@ def names() -> set[str]:
     found = {f"heimdall-{suffix}" for suffix in re.findall(r'printf "%s-([a-z-]+?)"', templates)}
     found |= {values()["trainer"]["secretName"], values()["trainer"]["writerSecretName"]}
     found |= {f"{name}-0" for name in found}
+    found |= {f"data-{name}" for name in found}
     found |= {"heimdall", "argocd", "argocd-cm", "kubernetes", "trainingruns.training.heimdall.dev"}
     manifests = [path.read_text() for path in (ROOT / "manifests/examples").glob("*.yaml")]
     for text in [*manifests, *(block.text for block in blocks("yaml"))]:
@@ -246,12 +251,14 @@ def test_a_file_of_the_repository_is_there(command: Command) -> None:
 
 @pytest.mark.parametrize("command", [pytest.param(item, id=item.where) for item in commands()])
 def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
-    """By a test, or by `make demo`, which people run; with other names and options there.
+    """By a test, or by `make demo`, which people run; with other names and options there, unless it runs a whole page.
 
     Of targets of make it is known that they are there.
     """
     if command.is_marked or command.words[0] in NOTHING_TO_RUN:
         return
+    if command.where.partition(":")[0] in RUN_WHOLE:
+        return  # the next test looks at these
     start = " ".join([command.words[0], *plain(command.words[1:])])
     found = [where for begin, where in RUN_BY.items() if f"{start} ".startswith(f"{begin} ")]
     assert found, f"no test runs it: begin its block with `{NOT_RUN}: WHY`"
@@ -259,8 +266,17 @@ def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
         assert words in (ROOT / file).read_text(), f"{file} runs it no more"
 
 
+@pytest.mark.parametrize(("page", "test"), RUN_WHOLE.items(), ids=RUN_WHOLE)
+def test_a_page_that_is_run_whole_has_each_section_typed_by_its_test(page: str, test: str) -> None:
+    headings = {block.heading for block in blocks("sh") if block.where == page and not block.is_marked}
+    text = (ROOT / test).read_text()
+
+    assert headings
+    assert [words for words in [page, *headings] if f'"{words}"' not in text] == []
+
+
 def test_a_mark_says_why() -> None:
-    marks = [block.text.splitlines()[0] for block in blocks("sh") if block.text.startswith(NOT_RUN)]
+    marks = [block.text.splitlines()[0] for block in blocks("sh") if block.is_marked]
 
     assert marks
     assert [mark for mark in marks if not re.fullmatch(rf"{NOT_RUN}( in these words)?: .+", mark)] == []
