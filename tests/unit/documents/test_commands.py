@@ -49,6 +49,8 @@ KINDS = {
     "pvc": {"pvc"},
     "secret": {"secret", "secrets"},
     "service": {"service", "svc"},
+    "statefulset": {"statefulset"},
+    "storageclass": {"storageclass"},
     "trainingrun": {"trainingrun", "trainingruns", "tr"},
 }
 WITH_VALUE = {"-n", "-l", "-o", "-f", "-p", "-c", "-U", "--namespace", "--timeout", "--patch-file", "--set"}
@@ -72,7 +74,8 @@ RUN_BY = {
     "kubectl get trainingruns": ("tests/e2e/test_resource.py", '"get", "tr"'),
     "kubectl get trainingrun": ("tests/e2e/cluster.py", '"get"'),
     "kubectl describe trainingrun": ("hack/demo/__main__.py", '"describe", "trainingrun"'),
-    "kubectl rollout restart": ("hack/demo/__main__.py", '"rollout", "restart"'),
+    "kubectl rollout status": ("tests/e2e/conftest.py", '"rollout", "status"'),
+    "kubectl exec": ("tests/e2e/chart/test_runbooks.py", '"docs/runbooks/passwords.md"'),
     "kubectl explain": ("tests/e2e/test_resource.py", '"explain"'),
     "kubectl get secret": ("tests/e2e/chart/test_again.py", '"get", "secret"'),
     "helm install": ("tests/e2e/chart/test_again.py", 'install(again, "install")'),
@@ -82,6 +85,7 @@ RUN_BY = {
 }
 RUN_WHOLE = {
     "docs/howto/backup.md": "tests/e2e/chart/test_backup.py",
+    "docs/runbooks/volume-full.md": "tests/e2e/chart/test_runbooks.py",
 }
 """Pages whose commands a test runs as they stand there."""
 NOTHING_TO_RUN = {".", "export", "base64", "eval"}
