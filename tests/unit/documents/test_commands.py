@@ -60,20 +60,21 @@ HELM_FLAGS = {
 }
 RUN_BY = {
     # What a command begins with: where a test runs it, and words by which it is found there.
-    "make": ("Makefile", "test: venv needs"),
+    "make test": (".ci/run", "make test"),  # by continuous integration
+    "make venv": ("Makefile", "test: venv needs"),  # by `make test`
     "heimdall-train data generate": ("tests/integration/test_data.py", 'data("generate"'),
     "heimdall-train run": ("tests/unit/documents/test_own_model.py", '["run", "-f"'),
     "heimdall-train validate": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
     "python3 hack/cluster env": ("tests/e2e/cluster.py", '"hack/cluster", "env"'),
     "python3 hack/cluster down": ("tests/e2e/conftest.py", 'hack("hack/cluster", "down")'),
-    "python3 hack/images list": ("hack/demo/__main__.py", '"hack/images", "list"'),
+    "python3 hack/images list": ("tests/unit/hack/test_images.py", '"hack/images", "list"'),
     "kubectl create namespace": ("tests/e2e/conftest.py", '"kubectl", "create", "namespace"'),
     "kubectl label namespace": ("tests/e2e/conftest.py", '"kubectl", "label", "namespace"'),
     "kubectl apply": ("tests/e2e/test_localizer.py", 'kubectl("apply", "-f"'),
     "kubectl wait": ("tests/e2e/test_localizer.py", '"wait", "--for=condition=Complete"'),
     "kubectl get trainingruns": ("tests/e2e/test_resource.py", '"get", "tr"'),
     "kubectl get trainingrun": ("tests/e2e/cluster.py", '"get"'),
-    "kubectl describe trainingrun": ("hack/demo/__main__.py", '"describe", "trainingrun"'),
+    "kubectl describe trainingrun": ("tests/e2e/test_resource.py", '"describe", "trainingrun"'),
     "kubectl rollout status": ("tests/e2e/conftest.py", '"rollout", "status"'),
     "kubectl exec": ("tests/e2e/chart/test_runbooks.py", '"docs/runbooks/passwords.md"'),
     "kubectl explain": ("tests/e2e/test_resource.py", '"explain"'),
@@ -255,10 +256,7 @@ def test_a_file_of_the_repository_is_there(command: Command) -> None:
 
 @pytest.mark.parametrize("command", [pytest.param(item, id=item.where) for item in commands()])
 def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
-    """By a test, or by `make demo`, which people run; with other names and options there, unless it runs a whole page.
-
-    Of targets of make it is known that they are there.
-    """
+    """With other names and options there, unless the test runs the whole page."""
     if command.is_marked or command.words[0] in NOTHING_TO_RUN:
         return
     if command.where.partition(":")[0] in RUN_WHOLE:
