@@ -107,3 +107,6 @@ def test_explain_and_columns_read_well(release: Cluster, name: str) -> None:
     release.apply(contract_run(name, spec={"suspend": True}))
     header = release.kubectl("get", "tr", name).splitlines()[0].split()
     assert header == ["NAME", "PHASE", "PROGRESS", "ATTEMPTS", "GPUS", "RUN-ID", "MODEL-VERSION", "AGE"]
+
+    release.wait_for_phase(name, "Suspended", timeout_s=60)
+    assert "Suspended by spec.suspend" in release.kubectl("describe", "trainingrun", name)

@@ -26,6 +26,9 @@ app.kubernetes.io/component: {{ .role }}
 {{- end }}
 
 {{- define "heimdall.trackingSecret" -}}
+{{- if and (include "heimdall.hasAuth" .) (not .Values.trainer.createSecrets) (not .Values.tracking.auth.existingSecret) }}
+{{- fail (printf "tracking.auth.existingSecret is needed with trainer.createSecrets=false: MLflow's passwords would be made up, and the Secret %s, which is yours then, must hold one of them. Name a Secret with the keys admin-password, operator-password, trainer-password and flask-secret-key (one that the chart made before is named %s-tracking), or set tracking.auth.enabled=false" .Values.trainer.secretName (include "heimdall.fullname" .)) }}
+{{- end }}
 {{- .Values.tracking.auth.existingSecret | default (printf "%s-tracking" (include "heimdall.fullname" .)) }}
 {{- end }}
 

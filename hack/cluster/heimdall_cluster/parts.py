@@ -66,7 +66,8 @@ NODE_PARTS: Final = (
     *("etcd", "coredns", "local-path-provisioner", "kube-router"),
 )
 ON_PATH: Final = {"kind": ("kind",), "helm": ("helm",), "kubeconform": ("kubeconform",), "minio": ("minio",)} | {
-    "kubernetes": ("kubectl",)
+    "mc": ("mc",),
+    "kubernetes": ("kubectl",),
 }
 """Which binaries of which part are put on the user's PATH."""
 

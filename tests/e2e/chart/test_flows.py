@@ -23,6 +23,9 @@ except OSError:
     sys.exit(7)
 """
 OPEN, CLOSED = 0, 7
+DIAL = ("timeout", "5", "bash", "-c", "exec 3<>/dev/tcp/$0/$1")
+"""Opens a connection with what is in every image: the official ones of PostgreSQL and MinIO have no Python."""
+DIAL_REFUSED, DIAL_TIMED_OUT = 1, 124
 SETTLE_S = 60.0
 """How long a network takes at most to hear of a pod or a policy."""
 TRAINING = {
@@ -72,6 +75,13 @@ class Network:
         command = ("kubectl", "-n", where.namespace, "exec", pod, "--", "python3", "-c", CONNECT)
         done = self.release.run(*command, self.address(target), str(port), check=False)
         assert done.returncode in (OPEN, CLOSED), f"{source} could not even try: {done.stderr}"
+        return done.returncode == OPEN
+
+    def dial(self, pod: str, address: str, port: int) -> bool:
+        """Whether a pod of the release's namespace opens a connection to an address."""
+        command = ("kubectl", "-n", self.release.namespace, "exec", pod, "--", *DIAL, address, str(port))
+        done = self.release.run(*command, check=False)
+        assert done.returncode in (OPEN, DIAL_REFUSED, DIAL_TIMED_OUT), f"{pod} could not even try: {done.stderr}"
         return done.returncode == OPEN
 
     def place(self, source: str) -> tuple[Cluster, str]:
@@ -137,13 +147,14 @@ def test_what_nobody_needs_is_refused(network: Network, source: str, target: str
     wait_for(lambda: not network.ask(source, target, port), what=f"{target} closed to {source}", timeout_s=SETTLE_S)
 
 
-@pytest.mark.parametrize("pod", ["heimdall-database-0", "heimdall-object-store-0"])
-def test_what_keeps_data_begins_no_connection(network: Network, pod: str) -> None:
-    chosen = ("-l", "app.kubernetes.io/component=tracking", "-o", "jsonpath={.items[0].status.podIP}")
-    address = network.release.kubectl("get", "pods", *chosen)
-    command = ("kubectl", "-n", network.release.namespace, "exec", pod, "--", "timeout", "5", "bash", "-c")
+@pytest.mark.parametrize(("role", "port"), [("database", 5432), ("object-store", 9000)])
+def test_what_keeps_data_begins_no_connection(network: Network, role: str, port: int) -> None:
+    """To a pod that no policy keeps anybody out of: so it is the policy of this end that stops them."""
+    open_to_all, keeper = network.address("stranger"), f"heimdall-{role}-0"
+    assert network.dial("flow-recorder", open_to_all, 29400), "the same words from elsewhere get there"
+    assert network.dial(keeper, "127.0.0.1", port), "the same words from here reach what is here"
     wait_for(
-        lambda: network.release.run(*command, f"exec 3<>/dev/tcp/{address}/5000", check=False).returncode != 0,
-        what=f"{pod} refused",
+        lambda: not network.dial(keeper, open_to_all, 29400),
+        what=f"{open_to_all} closed to {keeper}",
         timeout_s=SETTLE_S,
     )

@@ -31,6 +31,7 @@ EVERY_ROLE_EXTERNAL: dict[str, Any] = {
     "objectStore.external": True,
     "objectStore.externalUrl": "https://s3.example.com",
     "objectStore.existingSecret": "s3",
+    "tracking.auth.existingSecret": "logins",
     "trainer.createSecrets": False,
 }
 

@@ -151,6 +151,27 @@ def test_an_existing_secret_that_can_not_be_read_is_refused_rather_than_invented
     assert "trainer.createSecrets=false" in said
 
 
+def test_logins_that_nobody_could_give_to_training_pods_are_refused() -> None:
+    said = refused(*flags({"trainer.createSecrets": False, "trainer.secretName": "ours"}))
+    assert "tracking.auth.existingSecret is needed with trainer.createSecrets=false" in said
+    for remedy in ("Secret ours", "trainer-password", "named heimdall-tracking", "tracking.auth.enabled=false"):
+        assert remedy in said, remedy
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"tracking.auth.existingSecret": "logins"},
+        {"tracking.auth.enabled": False},
+        {"tracking.external": True, "tracking.externalUrl": "https://mlflow.example.com"},
+    ],
+    ids=",".join,
+)
+def test_where_logins_are_known_or_not_asked_for_no_secret_is_made_for_training_pods(value: dict[str, Any]) -> None:
+    rendered = render({"trainer.createSecrets": False, **value})
+    assert not {"heimdall-trainer", "heimdall-tracking"} & rendered.names("Secret")
+
+
 def test_with_existing_secrets_the_chart_renders_without_a_cluster_and_makes_none() -> None:
     rendered = render(EXISTING_SECRETS)
     assert not rendered.of_kind("Secret")
@@ -176,7 +197,7 @@ def test_an_external_mlflows_credentials_reach_the_operator() -> None:
 
 
 def test_an_external_database_and_store_are_what_mlflow_is_told() -> None:
-    values = {name: value for name, value in EVERY_ROLE_EXTERNAL.items() if not name.startswith("tracking")}
+    values = {name: value for name, value in EVERY_ROLE_EXTERNAL.items() if not name.startswith("tracking.external")}
     rendered = render({**values, "database.sslMode": "verify-full", "objectStore.region": "eu-central-1"})
     assert "StatefulSet" not in {item["kind"] for item in rendered.manifests}
     said = environment(server(rendered))
@@ -202,7 +223,7 @@ def test_an_external_service_without_its_address_or_secret_is_refused(left_out: 
     values = {
         name: value
         for name, value in EVERY_ROLE_EXTERNAL.items()
-        if name != left_out and (name.startswith((role, "trainer")))
+        if name != left_out and name.startswith((role, "trainer", "tracking.auth"))
     }
     assert left_out in refused(*flags(values))
 

@@ -21,6 +21,8 @@ NOT_RUN: Final = "# not run by a test"
 """How a block of commands begins that no test runs; the reason follows."""
 
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<kind>\w+)\n(?P<text>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
+_HERE_DOCUMENT = re.compile(r"<<'(\w+)'\n.*?^\1$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 
@@ -32,6 +34,13 @@ class Block:
     document: Path
     kind: str
     text: str
+    heading: str
+    """Of the section that it is in."""
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether it says that no test runs it."""
+        return self.text.startswith(NOT_RUN)
 
     @property
     def where(self) -> str:
@@ -52,10 +61,12 @@ class Command:
 def blocks(*kinds: str) -> list[Block]:
     found = []
     for document in DOCUMENTS:
-        for match in _BLOCK.finditer(document.read_text()):
+        page = document.read_text()
+        for match in _BLOCK.finditer(page):
             if match["kind"] in kinds:
                 text = re.sub(rf"^{match['indent']}", "", match["text"], flags=re.MULTILINE)
-                found.append(Block(document, match["kind"], text))
+                headings = _HEADING.findall(_FENCE.sub("", page[: match.start()]))
+                found.append(Block(document, match["kind"], text, headings[-1] if headings else ""))
     return found
 
 
@@ -63,10 +74,9 @@ def commands() -> list[Command]:
     """Every command of every shell block, split as a shell splits it."""
     found = []
     for block in blocks("sh"):
-        for line in block.text.replace("\\\n", " ").splitlines():
-            for words in split(line):
-                is_marked = block.text.startswith(NOT_RUN)
-                found.append(Command(f"{block.where}: {line.strip()}", line, words, is_marked))
+        for line in _HERE_DOCUMENT.sub("", block.text).replace("\\\n", " ").splitlines():
+            where = f"{block.where}: {line.strip()}"
+            found.extend(Command(where, line, words, block.is_marked) for words in split(line))
     return found
 
 

@@ -34,7 +34,7 @@ PLACE = re.compile(r"^(?:\./)?(?:manifests|charts|hack|images|tests|docs)/[\w./-
 PLACEHOLDER = re.compile(r"^[A-Z][A-Z-]*$|^NAME-aN$")
 VERBS = {
     *("get", "describe", "apply", "wait", "create", "label", "delete", "patch", "logs", "exec", "rollout", "explain"),
-    *("port-forward", "top"),
+    *("port-forward", "scale", "top"),
 }
 KINDS = {
     "configmap": {"configmap", "cm"},
@@ -49,6 +49,8 @@ KINDS = {
     "pvc": {"pvc"},
     "secret": {"secret", "secrets"},
     "service": {"service", "svc"},
+    "statefulset": {"statefulset"},
+    "storageclass": {"storageclass"},
     "trainingrun": {"trainingrun", "trainingruns", "tr"},
 }
 WITH_VALUE = {"-n", "-l", "-o", "-f", "-p", "-c", "-U", "--namespace", "--timeout", "--patch-file", "--set"}
@@ -58,21 +60,23 @@ HELM_FLAGS = {
 }
 RUN_BY = {
     # What a command begins with: where a test runs it, and words by which it is found there.
-    "make": ("Makefile", "test: venv needs"),
+    "make test": (".ci/run", "make test"),  # by continuous integration
+    "make venv": ("Makefile", "test: venv needs"),  # by `make test`
     "heimdall-train data generate": ("tests/integration/test_data.py", 'data("generate"'),
     "heimdall-train run": ("tests/unit/documents/test_own_model.py", '["run", "-f"'),
     "heimdall-train validate": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
     "python3 hack/cluster env": ("tests/e2e/cluster.py", '"hack/cluster", "env"'),
     "python3 hack/cluster down": ("tests/e2e/conftest.py", 'hack("hack/cluster", "down")'),
-    "python3 hack/images list": ("hack/demo/__main__.py", '"hack/images", "list"'),
+    "python3 hack/images list": ("tests/unit/hack/test_images.py", '"hack/images", "list"'),
     "kubectl create namespace": ("tests/e2e/conftest.py", '"kubectl", "create", "namespace"'),
     "kubectl label namespace": ("tests/e2e/conftest.py", '"kubectl", "label", "namespace"'),
     "kubectl apply": ("tests/e2e/test_localizer.py", 'kubectl("apply", "-f"'),
     "kubectl wait": ("tests/e2e/test_localizer.py", '"wait", "--for=condition=Complete"'),
     "kubectl get trainingruns": ("tests/e2e/test_resource.py", '"get", "tr"'),
     "kubectl get trainingrun": ("tests/e2e/cluster.py", '"get"'),
-    "kubectl describe trainingrun": ("hack/demo/__main__.py", '"describe", "trainingrun"'),
-    "kubectl rollout restart": ("hack/demo/__main__.py", '"rollout", "restart"'),
+    "kubectl describe trainingrun": ("tests/e2e/test_resource.py", '"describe", "trainingrun"'),
+    "kubectl rollout status": ("tests/e2e/conftest.py", '"rollout", "status"'),
+    "kubectl exec": ("tests/e2e/chart/test_runbooks.py", '"docs/runbooks/passwords.md"'),
     "kubectl explain": ("tests/e2e/test_resource.py", '"explain"'),
     "kubectl get secret": ("tests/e2e/chart/test_again.py", '"get", "secret"'),
     "helm install": ("tests/e2e/chart/test_again.py", 'install(again, "install")'),
@@ -80,6 +84,11 @@ RUN_BY = {
     "helm test": ("tests/e2e/chart/test_again.py", 'helm("test"'),
     "helm rollback": ("tests/e2e/chart/test_again.py", 'helm("rollback"'),
 }
+RUN_WHOLE = {
+    "docs/howto/backup.md": "tests/e2e/chart/test_backup.py",
+    "docs/runbooks/volume-full.md": "tests/e2e/chart/test_runbooks.py",
+}
+"""Pages whose commands a test runs as they stand there."""
 NOTHING_TO_RUN = {".", "export", "base64", "eval"}
 
 
@@ -127,6 +136,7 @@ def names() -> set[str]:
     found = {f"heimdall-{suffix}" for suffix in re.findall(r'printf "%s-([a-z-]+?)"', templates)}
     found |= {values()["trainer"]["secretName"], values()["trainer"]["writerSecretName"]}
     found |= {f"{name}-0" for name in found}
+    found |= {f"data-{name}" for name in found}
     found |= {"heimdall", "argocd", "argocd-cm", "kubernetes", "trainingruns.training.heimdall.dev"}
     manifests = [path.read_text() for path in (ROOT / "manifests/examples").glob("*.yaml")]
     for text in [*manifests, *(block.text for block in blocks("yaml"))]:
@@ -246,12 +256,11 @@ def test_a_file_of_the_repository_is_there(command: Command) -> None:
 
 @pytest.mark.parametrize("command", [pytest.param(item, id=item.where) for item in commands()])
 def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
-    """By a test, or by `make demo`, which people run; with other names and options there.
-
-    Of targets of make it is known that they are there.
-    """
+    """With other names and options there, unless the test runs the whole page."""
     if command.is_marked or command.words[0] in NOTHING_TO_RUN:
         return
+    if command.where.partition(":")[0] in RUN_WHOLE:
+        return  # the next test looks at these
     start = " ".join([command.words[0], *plain(command.words[1:])])
     found = [where for begin, where in RUN_BY.items() if f"{start} ".startswith(f"{begin} ")]
     assert found, f"no test runs it: begin its block with `{NOT_RUN}: WHY`"
@@ -259,8 +268,17 @@ def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
         assert words in (ROOT / file).read_text(), f"{file} runs it no more"
 
 
+@pytest.mark.parametrize(("page", "test"), RUN_WHOLE.items(), ids=RUN_WHOLE)
+def test_a_page_that_is_run_whole_has_each_section_typed_by_its_test(page: str, test: str) -> None:
+    headings = {block.heading for block in blocks("sh") if block.where == page and not block.is_marked}
+    text = (ROOT / test).read_text()
+
+    assert headings
+    assert [words for words in [page, *headings] if f'"{words}"' not in text] == []
+
+
 def test_a_mark_says_why() -> None:
-    marks = [block.text.splitlines()[0] for block in blocks("sh") if block.text.startswith(NOT_RUN)]
+    marks = [block.text.splitlines()[0] for block in blocks("sh") if block.is_marked]
 
     assert marks
     assert [mark for mark in marks if not re.fullmatch(rf"{NOT_RUN}( in these words)?: .+", mark)] == []
