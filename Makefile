@@ -43,7 +43,7 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@$(PYTHON) hack/cluster parts helm prometheus
+	@$(PYTHON) hack/cluster parts helm prometheus gitops-health
 	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit
 	@# Servers that go away are mostly waited for: meanwhile the cluster's tests run.
 	@mkdir -p build; $(BIN)/pytest --durations=10 -m "integration or slow" tests/integration tests/unit > build/integration.log 2>&1 & integration=$$!; \
