@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from heimdall_api.contract import Reason
+
 if TYPE_CHECKING:
     from heimdall_api.types import TrainingRunStatus
     from heimdall_operator.controller import Controller
@@ -32,6 +34,9 @@ FIRST_STEP_SECONDS: Final = Histogram(
     registry=REGISTRY,
 )
 ATTEMPTS: Final = Counter("heimdall_attempts", "Attempts that ended, by reason", ["reason"], registry=REGISTRY)
+for _reason in Reason:
+    # Prometheus sees an increase from a series' second sample on: the first attempt would not count.
+    ATTEMPTS.labels(_reason)
 LOOK_SECONDS: Final = Histogram(
     "heimdall_look_seconds", "Time of one look at a TrainingRun", buckets=_CALLS_S, registry=REGISTRY
 )

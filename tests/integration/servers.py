@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import secrets
@@ -14,11 +15,14 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from tests.programs import CACHE
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 HOST: Final = "127.0.0.1"
@@ -282,7 +286,7 @@ class Minio(Server):
         self._data = folder / "objects"
         self._home = folder / "minio-home"
         self._home.mkdir()
-        self._program = minio_program()
+        self._program = built_program("minio")
 
     def command(self) -> list[str]:
         addresses = ["--address", f"{HOST}:{self.port}", "--console-address", f"{HOST}:{self._console_port}"]
@@ -356,6 +360,37 @@ class Redis(Server):
         return redis.Redis.from_url(self.url, socket_timeout=5)
 
 
+class Prometheus(Server):
+    """Prometheus, which scrapes one endpoint every second as a ServiceMonitor would have it scraped."""
+
+    name = "prometheus"
+    namespace = "heimdall"
+
+    def __init__(self, folder: Path, target_port: int) -> None:
+        super().__init__(folder)
+        self._program = built_program("prometheus")
+        self._config = folder / "prometheus.yml"
+        targets = [{"targets": [f"{HOST}:{target_port}"], "labels": {"namespace": self.namespace}}]
+        scraped = {"job_name": "operator", "scrape_interval": "1s", "static_configs": targets}
+        self._config.write_text(json.dumps({"scrape_configs": [scraped]}))
+
+    def command(self) -> list[str]:
+        storage = f"--storage.tsdb.path={self._config.with_name('prometheus')}"
+        return [
+            *(str(self._program), f"--config.file={self._config}", storage),
+            *(f"--web.listen-address={HOST}:{self.port}", "--log.level=warn"),
+        ]
+
+    def is_ready(self) -> bool:
+        return answers(f"http://{HOST}:{self.port}/-/ready")
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """Data that its HTTP API has."""
+        url = f"http://{HOST}:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+
 class Mlflow(Server):
     """MLflow's server with its metadata in PostgreSQL and artifacts in MinIO, which it alone has the keys of."""
 
@@ -407,13 +442,11 @@ class Mlflow(Server):
         return content
 
 
-def minio_program() -> Path:
-    """MinIO's binary in the project's cache; built there where it is missing, which takes minutes."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("HEIMDALL_CACHE") or Path(base) / "heimdall")
-    program = cache / "parts/minio/minio"
+def built_program(name: str) -> Path:
+    """A program in the project's cache; made there by the cluster tool where it is missing, which takes minutes."""
+    program = CACHE / "bin" / name
     if not program.is_file():
-        command = [sys.executable, "hack/cluster", "parts", "minio"]
+        command = [sys.executable, "hack/cluster", "parts", name]
         subprocess.run(command, cwd=ROOT, check=True, timeout=BUILD_TIMEOUT_S)
     return program
 

@@ -1,7 +1,7 @@
 """Parts: programs built from Go modules, once, into the cache.
 
-Each part is a go.mod with a `tool` block; its go.sum holds the checksums of everything that goes into it. A stamp
-beside the binaries tells what they were built from and their own checksums.
+Each part is a go.mod with a `tool` block; its go.sum holds the checksums of everything that goes into it. A tool may be
+our own program beside the go.mod. A stamp beside the binaries tells what they were built from and their own checksums.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ CATALOGUE: Final = dict(
         _part("kind"),
         _part("helm"),
         _part("kubeconform"),
+        _part("gitops-health"),
         _part("minio"),
         _part("mc"),
         _part("buildx"),
@@ -65,9 +66,8 @@ NODE_PARTS: Final = (
     *("kubernetes", "containerd", "crictl", "cni-plugins"),
     *("etcd", "coredns", "local-path-provisioner", "kube-router"),
 )
-ON_PATH: Final = {"kind": ("kind",), "helm": ("helm",), "kubeconform": ("kubeconform",), "minio": ("minio",)} | {
-    "mc": ("mc",),
-    "kubernetes": ("kubectl",),
+ON_PATH: Final = {name: (name,) for name in ("kind", "helm", "kubeconform", "gitops-health", "minio", "mc")} | {
+    "kubernetes": ("kubectl",)
 }
 """Which binaries of which part are put on the user's PATH."""
 
@@ -109,7 +109,7 @@ def fingerprint(part: Part) -> str:
     """What a part is built from, as a checksum."""
     source = PARTS_SOURCE / part.name
     digest = hashlib.sha256()
-    for file in (source / "go.mod", source / "go.sum"):
+    for file in sorted(source.iterdir()):
         digest.update(file.read_bytes())
     digest.update(repr((part.binaries, part.rename, part.ldflags)).encode())
     return digest.hexdigest()

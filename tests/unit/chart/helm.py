@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+
+from tests.programs import program
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "charts/heimdall"
-CACHE = Path(os.environ.get("HEIMDALL_CACHE", Path.home() / ".cache/heimdall"))
 TIMEOUT_S = 60
 RELEASE = "heimdall"
 NAMESPACE = "ml"
@@ -43,16 +41,8 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^-?\d+(\.\d+)?e[-+]?\d+$"), list("-0123456789"))
 
 
-def program() -> str:
-    """Path of helm; the test is skipped where there is none."""
-    found = shutil.which("helm", path=f"{CACHE / 'bin'}:{os.environ.get('PATH', '')}")
-    if found is None:
-        pytest.skip("helm is not there: python3 hack/cluster parts helm")
-    return found
-
-
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program(), *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    return subprocess.run([program("helm"), *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
 def refused(*options: str) -> str:

@@ -13,30 +13,8 @@ import pytest
 from kubernetes import client
 
 from tests.unit.chart.helm import Manifest, render
-from tests.unit.chart.test_services import EVERY_ROLE_EXTERNAL, EXISTING_SECRETS, PEM
+from tests.unit.chart.variants import NOT_KUBERNETES, VARIANTS
 
-NOT_KUBERNETES = {"ServiceMonitor", "PrometheusRule"}
-VALUES: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "everything external": EVERY_ROLE_EXTERNAL,
-    "existing secrets": EXISTING_SECRETS,
-    "everything": {
-        "tracking.replicas": 3,
-        "caBundle.certificates": PEM,
-        "trainer.namespaces": ["team"],
-        "operator.namespaces": ["team"],
-        "monitoring.serviceMonitor.enabled": True,
-        "monitoring.rules.enabled": True,
-        "monitoring.dashboard.enabled": True,
-        "imagePullSecrets": [{"name": "registry"}],
-        "operator.tolerations": [{"key": "dedicated", "operator": "Exists"}],
-        "tracking.topologySpreadConstraints": [
-            {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
-        ],
-        "networkPolicies.apiServer.cidrs": ["10.0.0.0/8"],
-        "networkPolicies.trainer.egress": [{"ports": [{"port": 443}]}],
-    },
-}
 PLAIN: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
@@ -79,10 +57,10 @@ def model_of(manifest: Manifest) -> str:
     return f"{version[0].upper()}{version[1:]}{manifest['kind']}"
 
 
-@pytest.mark.parametrize("case", VALUES)
+@pytest.mark.parametrize("case", VARIANTS)
 def test_kubernetes_knows_every_field(case: str) -> None:
     found = []
-    for manifest in render(VALUES[case]).manifests:
+    for manifest in render(VARIANTS[case]).manifests:
         if manifest["kind"] not in NOT_KUBERNETES:
             name = f"{manifest['kind']}/{manifest['metadata']['name']}"
             found += problems(manifest, model_of(manifest), name)

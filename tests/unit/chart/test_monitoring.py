@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,8 @@ import yaml
 
 from heimdall_api.contract import Reason
 from heimdall_operator import metrics
-from tests.unit.chart.helm import CACHE, NAMESPACE, ROOT, Rendered, render
+from tests.programs import program
+from tests.unit.chart.helm import NAMESPACE, ROOT, Rendered, render
 
 TIMEOUT_S = 60
 ENABLED = {
@@ -80,14 +80,12 @@ def test_alerts_are_of_metrics_and_reasons_that_there_are_and_lead_to_a_runbook(
 
 
 def test_each_alert_fires_when_it_should(rendered: Rendered, tmp_path: Path) -> None:
-    program = shutil.which("promtool", path=f"{CACHE / 'bin'}:{os.environ.get('PATH', '')}")
-    if program is None:
-        pytest.skip("promtool is not there: python3 hack/cluster parts promtool")
+    promtool = program("promtool", part="prometheus")
     (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(rendered.one("PrometheusRule", "heimdall")["spec"]))
     shutil.copy(Path(__file__).with_name("alerts_test.yaml"), tmp_path)
     for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
         done = subprocess.run(
-            [program, *command], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            [promtool, *command], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

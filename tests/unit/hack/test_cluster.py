@@ -200,6 +200,12 @@ def test_a_part_of_another_version_is_built_anew(part: parts.Part, tmp_path: Pat
     assert not parts.is_built(part)
 
 
+def test_a_part_whose_own_source_changed_is_built_anew(part: parts.Part, tmp_path: Path) -> None:
+    (tmp_path / "source/tool/main.go").write_text("package main\n")
+
+    assert not parts.is_built(part)
+
+
 @pytest.mark.parametrize("damage", ["binary", "stamp", "half a stamp"])
 def test_a_part_that_a_kill_left_half_done_is_built_anew(part: parts.Part, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "parts/tool"

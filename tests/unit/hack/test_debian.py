@@ -1,4 +1,4 @@
-"""A program is taken out of a Debian package once, and nothing of the machine is changed."""
+"""Programs are taken out of a Debian package once, and nothing of the machine is changed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def package(folder: Path, path: str) -> None:
+def package(folder: Path, paths: tuple[str, ...]) -> None:
     """A package as apt-get would bring it."""
     root = folder / "root"
     (root / "DEBIAN").mkdir(parents=True)
     (root / "DEBIAN/control").write_text("Package: p\nVersion: 1\nArchitecture: all\nMaintainer: m\nDescription: d\n")
-    (root / path).parent.mkdir(parents=True)
-    (root / path).write_text("program")
-    (root / "usr/share").mkdir(parents=True, exist_ok=True)
-    (root / "usr/share/much").write_text("more")
+    for path in (*paths, "usr/share/much"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(path)
     done = subprocess.run(["dpkg-deb", "--build", root, folder / "p.deb"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def bring(monkeypatch: pytest.MonkeyPatch, path: str) -> list[list[str]]:
+def bring(monkeypatch: pytest.MonkeyPatch, *paths: str) -> list[list[str]]:
     """Stand in for apt-get; what is run."""
     ran: list[list[str]] = []
     really = debian.run
@@ -40,7 +39,7 @@ def bring(monkeypatch: pytest.MonkeyPatch, path: str) -> list[list[str]]:
         ran.append([str(part) for part in command])
         if command[0] == "apt-get":
             folder = Path(str(more["cwd"]))
-            package(folder / "made", path)
+            package(folder / "made", paths)
             (folder / "made/p.deb").rename(folder / "p.deb")
             return
         really(command, **more)  # type: ignore[arg-type]
@@ -49,20 +48,20 @@ def bring(monkeypatch: pytest.MonkeyPatch, path: str) -> list[list[str]]:
     return ran
 
 
-def test_only_the_program_is_kept_and_taken_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    ran = bring(monkeypatch, "usr/bin/promtool")
+def test_only_the_programs_are_kept_and_taken_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    ran = bring(monkeypatch, "usr/bin/prometheus", "usr/bin/promtool")
 
-    debian.ensure("promtool")
-    debian.ensure("promtool")
+    debian.ensure("prometheus")
+    debian.ensure("prometheus")
 
     assert [command[0] for command in ran] == ["apt-get", "dpkg-deb"]
-    assert (cache / "bin/promtool").read_text() == "program"
-    files = [path.name for path in (cache / "parts").rglob("*") if path.is_file()]
-    assert files == ["promtool"]
+    assert (cache / "bin/promtool").read_text() == "usr/bin/promtool"
+    files = {path.name for path in (cache / "parts").rglob("*") if path.is_file()}
+    assert files == {"prometheus", "promtool"}
 
 
-def test_a_package_without_the_program_is_told(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    bring(monkeypatch, "usr/bin/another")
+def test_a_package_without_a_program_is_told(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    bring(monkeypatch, "usr/bin/prometheus")
 
     with pytest.raises(ClusterError, match="has no usr/bin/promtool"):
-        debian.ensure("promtool")
+        debian.ensure("prometheus")
