@@ -1,16 +1,19 @@
 """Where features are kept between trainings: a folder, and a Redis that several machines share.
 
-An entry carries its own checksum: what is cut short, or was changed on disk, counts as missing. A cache that is full,
-broken or away costs time, never a training.
+Features are whatever is computed from recordings: spectrograms, times of arrival. Each entry is named after all that it
+depends on, and carries its own checksum: what is cut short, or was changed on disk, counts as missing. A cache that is
+full, broken or away costs time, never a training.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -27,7 +30,8 @@ from heimdall_trainer.settings import DataSettings
 SUFFIX: Final = ".features"
 TYPE: Final = np.dtype("<f4")
 CHECKSUM_BYTES: Final = 32
-ENTRY_BYTES: Final = int(np.prod(SHAPE)) * TYPE.itemsize + CHECKSUM_BYTES
+ENTRY_BYTES: Final = math.prod(SHAPE) * TYPE.itemsize + CHECKSUM_BYTES
+"""Size of an entry that holds the spectrograms of a recording."""
 TOUCH_AFTER_S: Final = 3600
 """How old a time of last use may be before a use renews it."""
 UNUSED_S: Final = 2 * TOUCH_AFTER_S
@@ -42,6 +46,7 @@ REDIS_KEEP_S: Final = 30 * 24 * 3600
 REDIS_PREFIX: Final = "heimdall:features:"
 
 Features = NDArray[np.float32]
+Shape = tuple[int, ...]
 
 _LOOKING: Final = threading.Lock()
 """One thread looks at a folder, and the others find what it has found."""
@@ -52,19 +57,58 @@ log = structlog.get_logger(__name__)
 class FeatureCache(Protocol):
     """Features by key. Neither call ever raises because the cache can't be used."""
 
-    def get(self, key: str) -> Features | None:
-        """The features, or None where there are none, or none that are whole."""
+    def get(self, key: str, shape: Shape = SHAPE) -> Features | None:
+        """The features of that shape, or None where there are none, or none that are whole."""
 
     def put(self, key: str, features: Features) -> None:
         """Keep features, whole or not at all."""
 
 
-def open_caches(settings: DataSettings) -> list[FeatureCache]:
-    """The caches that the settings name, the nearest first."""
-    folder = FolderCache(settings.cache_dir / "features", limit_bytes=int(settings.cache_limit_gib * 2**30))
-    if settings.redis_url is None:
-        return [folder]
-    return [folder, RedisCache(settings.redis_url.get_secret_value())]
+class Caches:
+    """Several caches as one."""
+
+    def __init__(self, caches: Sequence[FeatureCache]) -> None:
+        """Args: caches: The nearest first."""
+        self._caches = tuple(caches)
+
+    @classmethod
+    def open(cls, settings: DataSettings) -> Caches:
+        """The caches that the settings name."""
+        folder = FolderCache(settings.cache_dir / "features", limit_bytes=int(settings.cache_limit_gib * 2**30))
+        if settings.redis_url is None:
+            return cls([folder])
+        return cls([folder, RedisCache(settings.redis_url.get_secret_value())])
+
+    def get(self, key: str, shape: Shape, compute: Callable[[], Features]) -> Features:
+        """Features from the nearest cache that holds them, or computed; kept in all that are nearer.
+
+        Args:
+            key: Names everything that they depend on, see `key_of`.
+            shape: Their shape.
+            compute: Makes them; what it raises is raised here.
+        """
+        for number, cache in enumerate(self._caches):
+            found = cache.get(key, shape)
+            if found is not None:
+                self._keep(key, found, number)
+                return found
+        features = compute()
+        self._keep(key, features, len(self._caches))
+        return features
+
+    def _keep(self, key: str, features: Features, count: int) -> None:
+        """Keep features in the first caches, which did not have them."""
+        for cache in self._caches[:count]:
+            cache.put(key, features)
+
+
+def key_of(about: Sequence[object]) -> str:
+    """The name of features: a digest of the contents and the parameters that they are computed from.
+
+    Args:
+        about: What JSON can hold.
+    """
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def pack(features: Features) -> bytes:
@@ -73,13 +117,17 @@ def pack(features: Features) -> bytes:
     return content + hashlib.sha256(content).digest()
 
 
-def unpack(entry: bytes) -> Features | None:
+def unpack(entry: bytes, shape: Shape = SHAPE) -> Features | None:
     """The features of an entry; None where it is not what was kept."""
     content, checksum = entry[:-CHECKSUM_BYTES], entry[-CHECKSUM_BYTES:]
-    if len(entry) != ENTRY_BYTES or hashlib.sha256(content).digest() != checksum:
+    if len(entry) != _entry_bytes(shape) or hashlib.sha256(content).digest() != checksum:
         return None
     # A copy: an array on bytes can't be written to.
-    return np.frombuffer(content, dtype=TYPE).reshape(SHAPE).astype(np.float32)
+    return np.frombuffer(content, dtype=TYPE).reshape(shape).astype(np.float32)
+
+
+def _entry_bytes(shape: Shape) -> int:
+    return math.prod(shape) * TYPE.itemsize + CHECKSUM_BYTES
 
 
 class FolderCache:
@@ -98,12 +146,12 @@ class FolderCache:
         self._full_until = 0.0
         self._told: set[str] = set()
 
-    def get(self, key: str) -> Features | None:
+    def get(self, key: str, shape: Shape = SHAPE) -> Features | None:
         """The features, read from their file."""
         file = self._file(key)
         try:
             with file.open("rb") as stream:
-                features = unpack(stream.read(ENTRY_BYTES + 1))
+                features = unpack(stream.read(_entry_bytes(shape) + 1), shape)
                 used = os.fstat(stream.fileno()).st_mtime
         except OSError:
             return None
@@ -115,11 +163,12 @@ class FolderCache:
 
     def put(self, key: str, features: Features) -> None:
         """Write the features' file, if there is room."""
+        size = _entry_bytes(features.shape)
         try:
-            if self._room < ENTRY_BYTES and not self._make_room():
+            if self._room < size and not self._make_room(size):
                 return
             write_whole(self._file(key), pack(features))
-            self._room -= ENTRY_BYTES
+            self._room -= size
         except OSError as error:
             self._full_until = time.monotonic() + PAUSE_S
             self._room = 0
@@ -128,22 +177,22 @@ class FolderCache:
     def _file(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}{SUFFIX}"
 
-    def _make_room(self) -> bool:
-        """Look how much there is, and remove what nobody uses; whether something may be written."""
+    def _make_room(self, wanted: int) -> bool:
+        """Look how much there is, and remove what nobody uses; whether so many bytes may be written."""
         with _LOOKING:
-            return self._room >= ENTRY_BYTES or (time.monotonic() >= self._full_until and self._look())
+            return self._room >= wanted or (time.monotonic() >= self._full_until and self._look(wanted))
 
-    def _look(self) -> bool:
+    def _look(self, wanted: int) -> bool:
         found = sorted(self._entries())
         size = sum(length for _, length, _ in found)
         unused_since = time.time() - self._unused_s
         for used, length, file in found:
-            if size + ENTRY_BYTES <= self._limit * (PART - 1) / PART or used > unused_since:
+            if size + wanted <= self._limit * (PART - 1) / PART or used > unused_since:
                 break
             file.unlink(missing_ok=True)
             size -= length
-        self._room = min(self._limit - size, max(ENTRY_BYTES, self._limit // PART))
-        if self._room >= ENTRY_BYTES:
+        self._room = min(self._limit - size, max(wanted, self._limit // PART))
+        if self._room >= wanted:
             return True
         self._room, self._full_until = 0, time.monotonic() + PAUSE_S
         self._tell("the feature cache is full; raise HEIMDALL_CACHE_LIMIT_GIB to keep more", bytes=size)
@@ -186,10 +235,10 @@ class RedisCache:
         # A client does not survive a pickle, nor does the clock of another process mean anything.
         return {**self.__dict__, "_made": None, "_away_until": 0.0}
 
-    def get(self, key: str) -> Features | None:
+    def get(self, key: str, shape: Shape = SHAPE) -> Features | None:
         """The features, asked of the server."""
         entry = self._ask("get", REDIS_PREFIX + key)
-        return unpack(entry) if isinstance(entry, bytes) else None
+        return unpack(entry, shape) if isinstance(entry, bytes) else None
 
     def put(self, key: str, features: Features) -> None:
         """Give the features to the server, which forgets them after a month, or sooner by its own rules."""

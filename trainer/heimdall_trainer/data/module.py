@@ -12,9 +12,11 @@ import torch
 from heimdall_api.types import DataSpec
 from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation
+from heimdall_trainer.data.cache import Caches
 from heimdall_trainer.data.dataset import HeimdallDataset
 from heimdall_trainer.data.features import FeatureSource, keep_readable
 from heimdall_trainer.data.loader import ResumableLoader
+from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.data.split import SESSIONS, Split, split_sessions
 from heimdall_trainer.errors import DataError
@@ -55,8 +57,9 @@ class HeimdallDataModule(L.LightningDataModule):
         self._num_workers = num_workers
         self._seed = seed
         self._augmentation = (augmentation or Augmentation()) if augment else None
-        self._source = FeatureSource.open(settings)
-        self._arrivals = ArrivalSource.open(settings) if data.arrivals else None
+        store, caches = RecordingStore.open(settings), Caches.open(settings)
+        self._source = FeatureSource(store, caches)
+        self._arrivals = ArrivalSource(store, caches) if data.arrivals else None
         self._found: tuple[Split, list[Transmission]] | None = None
 
     @property
