@@ -128,10 +128,11 @@ def test_the_spec_asks_for_arrivals_on_all_sides(recorded: DataSettings, tmp_pat
 
 
 def test_spectrograms_and_arrivals_have_one_bound(recorded: DataSettings, tmp_path: Path) -> None:
-    limit = 5 * ENTRY_BYTES
+    limit = 5 * ENTRY_BYTES + ENTRY_BYTES // 2
     settings = recorded.model_copy(update={"cache_dir": tmp_path, "cache_limit_gib": limit / 2**30})
     data = HeimdallDataModule(settings, DataSpec(arrivals=True), batch_size=4)
     batch = next(iter(data.train_dataloader()))
     assert batch["receivers"].shape[-1] == 4
     sizes = [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()]
+    assert {ENTRY_BYTES, ARRIVAL_BYTES} <= set(sizes), "both are kept"
     assert sum(sizes) <= limit

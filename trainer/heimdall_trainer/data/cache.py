@@ -40,7 +40,7 @@ it uses itself would have each of them computed anew every epoch."""
 PART: Final = 20
 """A process looks at the whole folder again when it has written this part of the limit."""
 PAUSE_S: Final = 60.0
-"""How long a cache that failed, or is full, is left alone."""
+"""How long a cache that failed is left alone."""
 REDIS_TIMEOUT_S: Final = 1.0
 REDIS_KEEP_S: Final = 30 * 24 * 3600
 REDIS_PREFIX: Final = "heimdall:features:"
@@ -49,7 +49,7 @@ Features = NDArray[np.float32]
 Shape = tuple[int, ...]
 
 _LOOKING: Final = threading.Lock()
-"""One thread looks at a folder, and the others find what it has found."""
+"""Around the room in a folder: one thread looks, and the others find what it has found."""
 
 log = structlog.get_logger(__name__)
 
@@ -134,6 +134,8 @@ class FolderCache:
     """Entries as files, which any number of processes may share: written beside, then renamed.
 
     It stays within about its limit: what nobody used for a while goes first; where nothing may go, nothing is added.
+    To look at all files of a large folder takes seconds. Who finds it full therefore leaves a mark for all processes,
+    until when nothing can have been unused for long enough, and nobody looks again before that.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int, unused_s: float = UNUSED_S) -> None:
@@ -141,9 +143,15 @@ class FolderCache:
         self._folder = folder
         self._limit = limit_bytes
         self._unused_s = unused_s
+        self._mark = folder / f".full-{limit_bytes}"
+        """Full, for whoever has the same limit, until the time of its last change."""
         self._room = 0
         """Bytes that may be written before the folder is looked at again."""
+        self._under_way = 0
+        """Bytes that other threads are writing, which a look may find or not."""
         self._full_until = 0.0
+        """The same, where the mark can't be made."""
+        self._failed_until = 0.0
         self._told: set[str] = set()
 
     def get(self, key: str, shape: Shape = SHAPE) -> Features | None:
@@ -165,40 +173,76 @@ class FolderCache:
         """Write the features' file, if there is room."""
         size = _entry_bytes(features.shape)
         try:
-            if self._room < size and not self._make_room(size):
-                return
-            write_whole(self._file(key), pack(features))
-            self._room -= size
+            if self._take_room(size):
+                self._write(key, features, size)
         except OSError as error:
-            self._full_until = time.monotonic() + PAUSE_S
-            self._room = 0
+            self._failed_until = time.monotonic() + PAUSE_S
             self._tell("the feature cache can't be written; features are computed again", error=error.strerror)
+
+    def _write(self, key: str, features: Features, size: int) -> None:
+        written = 0
+        try:
+            write_whole(self._file(key), pack(features))
+            written = size
+        finally:
+            with _LOOKING:
+                self._under_way -= size
+                self._room += size - written
 
     def _file(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}{SUFFIX}"
 
-    def _make_room(self, wanted: int) -> bool:
-        """Look how much there is, and remove what nobody uses; whether so many bytes may be written."""
+    def _take_room(self, wanted: int) -> bool:
+        """Take so many bytes of what may be written; looks at the folder where that is not known."""
+        if time.monotonic() < self._failed_until:
+            return False
         with _LOOKING:
-            return self._room >= wanted or (time.monotonic() >= self._full_until and self._look(wanted))
+            if self._room >= wanted or (not self._is_marked() and self._look(wanted)):
+                self._room -= wanted
+                self._under_way += wanted
+                return True
+        self._tell("the feature cache is full; raise HEIMDALL_CACHE_LIMIT_GIB to keep more", limit_bytes=self._limit)
+        return False
+
+    def _is_marked(self) -> bool:
+        """Whether the folder was found full, here or by another process, and nothing can have become unused since."""
+        now = time.time()
+        if now < self._full_until:
+            return True
+        try:
+            until = self._mark.stat().st_mtime
+        except OSError:
+            return False
+        # A clock that was put back leaves no mark for years.
+        return now < until <= now + max(self._unused_s, PAUSE_S)
 
     def _look(self, wanted: int) -> bool:
-        found = sorted(self._entries())
-        size = sum(length for _, length, _ in found)
-        unused_since = time.time() - self._unused_s
-        for used, length, file in found:
-            if size + wanted <= self._limit * (PART - 1) / PART or used > unused_since:
+        """Look how much there is, and remove what nobody uses; whether so many bytes may be written."""
+        now = time.time()
+        size, first_used, unused = self._under_way, now, []
+        for used, length, file in self._entries():
+            size += length
+            if used <= now - self._unused_s:
+                unused.append((used, length, file))
+            else:
+                first_used = min(first_used, used)
+        for _, length, file in sorted(unused):
+            if size + wanted <= self._limit * (PART - 1) / PART:
                 break
-            file.unlink(missing_ok=True)
+            Path(file).unlink(missing_ok=True)
             size -= length
         self._room = min(self._limit - size, max(wanted, self._limit // PART))
         if self._room >= wanted:
             return True
-        self._room, self._full_until = 0, time.monotonic() + PAUSE_S
-        self._tell("the feature cache is full; raise HEIMDALL_CACHE_LIMIT_GIB to keep more", bytes=size)
+        until = max(first_used + self._unused_s, now + PAUSE_S)
+        try:
+            self._mark.touch()
+            os.utime(self._mark, (until, until))
+        except OSError:
+            self._full_until = until  # another user's folder: each process has to find out for itself
         return False
 
-    def _entries(self) -> Iterator[tuple[float, int, Path]]:
+    def _entries(self) -> Iterator[tuple[float, int, str]]:
         """Time of last use, size and path of all files; those of writes that a kill cut short are among them."""
         if not self._folder.is_dir():
             return
@@ -211,7 +255,7 @@ class FolderCache:
                         about = file.stat()
                     except FileNotFoundError:
                         continue  # another process has removed it
-                    yield about.st_mtime, about.st_size, Path(file.path)
+                    yield about.st_mtime, about.st_size, file.path
 
     def _tell(self, event: str, **more: object) -> None:
         if event not in self._told:
