@@ -64,6 +64,8 @@ class TrainingPipeline:
         self.output_dir = output_dir
         self.module: Any = None
         self.data: Any = None
+        self._resumed: Path | None = None
+        """The checkpoint that training goes on from."""
         self._publisher = CheckpointPublisher(
             tracker,
             attempt=attempt,
@@ -114,6 +116,7 @@ class TrainingPipeline:
     def _train(self) -> dict[str, float]:
         self._checkpointing.watch_sigterm()
         (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._resumed = self._publisher.newest_file(self.output_dir / "resumed")
         self.setup_model()
         if group.is_first():
             self._results.check(self.module, rehearse=not self._publisher.listed)
@@ -185,6 +188,8 @@ class TrainingPipeline:
                 num_workers=training.data_loader_workers,
                 seed=training.seed,
             )
+            if self._resumed is not None:
+                self.data.load_state_dict(_state_of(self.data, self._resumed))
             self.data.setup()
         return self.data
 
@@ -256,11 +261,10 @@ class TrainingPipeline:
     def _fit(self, trainer: Any) -> None:
         tags = self.tracker.client.get_run(self.tracker.run_id).data.tags
         self._progress.restore_best(tags.get(TAG_BEST))
-        resumed = self._publisher.newest_file(self.output_dir / "resumed")
         with warnings.catch_warnings():
             # A checkpoint in mid-epoch is resumed on purpose.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=resumed, weights_only=False)
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=self._resumed, weights_only=False)
 
     def _test(self, trainer: Any) -> dict[str, float]:
         """Load the best weights and test them."""
@@ -301,6 +305,15 @@ class TrainingPipeline:
         done = flush(self._patience_s)
         self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
         return done
+
+
+def _state_of(data: Any, checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds of its data module; the weights are left where they are."""
+    import torch
+
+    held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    state: dict[str, Any] = held.get(type(data).__qualname__, {})
+    return state
 
 
 def _seed(seed: int) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from structlog.testing import capture_logs
 
 from heimdall_api.contract import (
     ENV_ATTEMPT,
@@ -40,7 +42,9 @@ from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
 from heimdall_trainer import callbacks, cli, export, pipeline
 from heimdall_trainer.config import parse
-from heimdall_trainer.errors import ConfigurationError, ExportError
+from heimdall_trainer.data.generator import generate
+from heimdall_trainer.data.sessions import SessionStore
+from heimdall_trainer.errors import ConfigurationError, DataError, ExportError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.pipeline import TrainingPipeline
@@ -48,6 +52,7 @@ from heimdall_trainer.results import Results
 from heimdall_trainer.settings import DataSettings
 from heimdall_trainer.termination import TerminatedError, run_to_exit_code
 from tests.unit.trainer import user_modules
+from tests.unit.trainer.builders import SESSIONS, data_settings
 
 pytestmark = [
     # MLflow's own use of SQLAlchemy, not ours.
@@ -333,6 +338,59 @@ def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     bench.train(localizer, run_id, attempt=2)
     stopped, whole = (dict(bench.history(each, "train/loss_step")) for each in (run_id, trained.run.info.run_id))
     assert stopped == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.fixture
+def mine(
+    recorded: DataSettings, localizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> DataSettings:
+    """A copy of the shared recordings, to be changed; the variables name it."""
+    source = Path(recorded.recordings_url.removeprefix("file:"))
+    shutil.copytree(source, tmp_path / "recordings")
+    shutil.copy(source.parent / "heimdall.db", tmp_path)
+    settings = data_settings(tmp_path, cache_dir=recorded.cache_dir)
+    for name, value in variables(settings).items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+def stop_in_mid_epoch(bench: Bench, spec: dict[str, Any], run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        sigterm_at("training_step", 4, patch)
+        with pytest.raises(TerminatedError, match="at step 5; its checkpoint was delivered"):
+            bench.train(spec, run_id)
+
+
+def test_sessions_that_were_approved_or_withdrawn_meanwhile_change_nothing_in_a_run_that_goes_on(
+    trained: Trained, bench: Bench, localizer: dict[str, Any], mine: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = bench.new_run()
+    stop_in_mid_epoch(bench, localizer, run_id, monkeypatch)
+    generate(mine, **{**SESSIONS, "sessions": 10, "seed": 8}, report=lambda _: None)
+    database = SessionStore.open(mine)
+    database.set_status("generated-7-000", "rejected")
+    database.close()
+    with capture_logs() as lines:
+        metrics = bench.train(localizer, run_id, attempt=2)
+
+    for name in ("train/loss_step", "val/loss"):
+        stopped, whole = (dict(bench.history(each, name)) for each in (run_id, trained.run.info.run_id))
+        assert stopped == pytest.approx(whole, rel=1e-6)
+    assert metrics["test/loss"] == pytest.approx(trained.metrics["test/loss"], rel=1e-6)
+    told = [line["sessions"] for line in lines if "approved no longer" in line["event"]]
+    assert told == [["generated-7-000"]]
+    assert not [line for line in lines if line["event"] == "a parameter was not logged"], "it is the same data set"
+
+
+def test_a_run_whose_sessions_are_gone_does_not_go_on_without_them(
+    bench: Bench, localizer: dict[str, Any], mine: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = bench.new_run()
+    stop_in_mid_epoch(bench, localizer, run_id, monkeypatch)
+    Path(mine.database_url.get_secret_value().removeprefix("sqlite:///")).unlink()
+    generate(mine, **{**SESSIONS, "seed": 8}, report=lambda _: None)
+    with pytest.raises(DataError, match=r"no longer holds: generated-7-000, .*restore them, or begin a new run"):
+        bench.train(localizer, run_id, attempt=2)
 
 
 def test_a_checkpoint_at_an_epoch_s_end_is_not_mistaken_for_one_of_its_last_step(bench: Bench) -> None:
