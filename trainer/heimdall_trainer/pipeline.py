@@ -66,6 +66,8 @@ class TrainingPipeline:
         self.data: Any = None
         self._resumed: Path | None = None
         """The checkpoint that training goes on from."""
+        self._weights: Path | None = None
+        """The file that the backbone's weights came from, where it was not the library's."""
         self._publisher = CheckpointPublisher(
             tracker,
             attempt=attempt,
@@ -160,6 +162,8 @@ class TrainingPipeline:
             from heimdall_trainer.model.weights import find_weights
 
             backbone = model.backbone or DEFAULT_BACKBONE
+            if model.pretrained and self._resumed is None:
+                self._weights = find_weights(load_data_settings(), backbone)
             self.module = LocalizationModule(
                 backbone,
                 pretrained=model.pretrained,
@@ -167,8 +171,9 @@ class TrainingPipeline:
                 learning_rate=training.learning_rate,
                 weight_decay=training.weight_decay,
                 loss=training.loss,
-                weights=find_weights(load_data_settings(), backbone) if model.pretrained else None,
+                weights=self._weights,
                 arrivals=self.spec.data.arrivals,
+                resumed=self._resumed is not None,
             )
         return self.module
 
@@ -255,6 +260,8 @@ class TrainingPipeline:
             "precision": trainer.precision,
         }
         self.tracker.log_params({"environment": environment})
+        if self._weights is not None:
+            self.tracker.log_params({"weights": f"{self._weights.parent.name}/{self._weights.name}"})
         if hasattr(self.data, "dataset_identity"):
             self.tracker.log_params({"dataset": self.data.dataset_identity()})
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
 from heimdall_api.contract import (
@@ -47,6 +48,7 @@ from heimdall_trainer.data.sessions import SessionStore
 from heimdall_trainer.errors import ConfigurationError, DataError, ExportError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
+from heimdall_trainer.model.net import make_backbone
 from heimdall_trainer.pipeline import TrainingPipeline
 from heimdall_trainer.results import Results
 from heimdall_trainer.settings import DataSettings
@@ -391,6 +393,28 @@ def test_a_run_whose_sessions_are_gone_does_not_go_on_without_them(
     generate(mine, **{**SESSIONS, "seed": 8}, report=lambda _: None)
     with pytest.raises(DataError, match=r"no longer holds: generated-7-000, .*restore them, or begin a new run"):
         bench.train(localizer, run_id, attempt=2)
+
+
+def test_an_attempt_that_goes_on_fetches_no_pretrained_weights(
+    bench: Bench, localizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    state = make_backbone("test_resnet", pretrained=False).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "test_resnet.safetensors")
+    monkeypatch.setenv("HEIMDALL_WEIGHTS_URL", f"file:{folder}")
+    spec = {**localizer, "model": {**localizer["model"], "pretrained": True}}
+    run_id = bench.new_run()
+    stop_in_mid_epoch(bench, spec, run_id, monkeypatch)
+    shutil.rmtree(folder)
+    with capture_logs() as lines:
+        bench.train(spec, run_id, attempt=2)
+    params = bench.client.get_run(run_id).data.params
+    assert params["module.pretrained"] == "True"
+    assert params["weights"].endswith("/test_resnet.safetensors")
+    assert not [line for line in lines if line["event"] == "a parameter was not logged"]
+    with pytest.raises(ConfigurationError, match="HEIMDALL_WEIGHTS_URL"):
+        bench.train(spec, bench.new_run())
 
 
 def test_a_checkpoint_at_an_epoch_s_end_is_not_mistaken_for_one_of_its_last_step(bench: Bench) -> None:
