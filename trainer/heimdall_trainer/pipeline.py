@@ -33,6 +33,8 @@ DELIVERY_TIMEOUT_S: Final = 600
 """How long the end waits for MLflow before it gives up, all waits together."""
 GROUP_DELIVERY_TIMEOUT_S: Final = 240
 """The same with several workers: shorter than group.COLLECTIVE_TIMEOUT, for which the others wait for the first."""
+LOOK_EVERY_S: Final = 1.0
+"""How often an end that waits looks whether SIGTERM has made its time shorter."""
 FAILURE_TIMEOUT_S: Final = 30
 """How long a training that failed waits for what it logged before it puts that away."""
 log = structlog.get_logger()
@@ -47,7 +49,14 @@ class TrainingPipeline:
     """
 
     def __init__(
-        self, run: TrainingRun, tracker: MLflowTracker, *, output_dir: Path, attempt: int = 1, fenced: bool = False
+        self,
+        run: TrainingRun,
+        tracker: MLflowTracker,
+        *,
+        output_dir: Path,
+        attempt: int = 1,
+        fenced: bool = False,
+        grace: Grace | None = None,
     ) -> None:
         """Prepare; nothing is read or built yet.
 
@@ -57,11 +66,14 @@ class TrainingPipeline:
             output_dir: Folder for checkpoints on their way.
             attempt: Number of this attempt.
             fenced: Whether a newer attempt may take over.
+            grace: Of the process, if it watches for SIGTERM already.
         """
         self.run = run
         self.spec = run.spec
         self.tracker = tracker
         self.output_dir = output_dir
+        self.grace = grace or Grace()
+        """What is left of the time after SIGTERM."""
         self.module: Any = None
         self.data: Any = None
         self._resumed: Path | None = None
@@ -81,7 +93,9 @@ class TrainingPipeline:
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training)
-        self._checkpointing = Checkpointing(self._publisher, self.spec.training, output_dir / "checkpoints", attempt)
+        self._checkpointing = Checkpointing(
+            self._publisher, self.spec.training, output_dir / "checkpoints", attempt, self.grace
+        )
 
     def train(self) -> dict[str, float]:
         """Train, test, and leave in the run what was asked for.
@@ -98,25 +112,29 @@ class TrainingPipeline:
         """
         try:
             metrics = self._train()
-        except UndeliveredError as error:
-            self.close()
-            kept = self.tracker.undelivered
-            if kept is None:
-                raise
-            raise UndeliveredError(f"{error}; {kept.sentence}") from None
         except BaseException as error:
-            if isinstance(error, FencedError) or self._publisher.fence is not None:
-                # The run is a newer attempt's: what waits here would be mixed with its metrics and progress.
-                self._publisher.close()
-                self.tracker.discard()
-            else:
-                self.close(self.grace.left_s() if isinstance(error, TerminatedError) else FAILURE_TIMEOUT_S)
+            self.grace.settle()
+            self._end(error)
+            kept = self.tracker.undelivered
+            if isinstance(error, UndeliveredError) and kept is not None:
+                raise UndeliveredError(f"{error}; {kept.sentence}") from None
             raise
         self.close()
         return metrics
 
+    def _end(self, error: BaseException) -> None:
+        """Deliver, put away or forget what waits, as the reason of the end wants it."""
+        if isinstance(error, FencedError) or self._publisher.fence is not None:
+            # The run is a newer attempt's: what waits here would be mixed with its metrics and progress.
+            self._publisher.close()
+            self.tracker.discard()
+        elif isinstance(error, UndeliveredError):
+            self.close()
+        else:
+            self.close(self.grace.left_s() if isinstance(error, TerminatedError) else FAILURE_TIMEOUT_S)
+
     def _train(self) -> dict[str, float]:
-        self._checkpointing.watch_sigterm()
+        self.grace.watch()
         (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._resumed = self._publisher.newest_file(self.output_dir / "resumed")
         self.setup_model()
@@ -139,16 +157,22 @@ class TrainingPipeline:
         return metrics
 
     def close(self, timeout_s: float = 0) -> None:
-        """Stop the background threads, after they had some time; what they could not deliver is kept on disk."""
+        """Stop the background threads, after they had some time; what they could not deliver is kept on disk.
+
+        Args:
+            timeout_s: How long they have; once SIGTERM was received, no longer than the grace period has left.
+        """
         deadline = time.monotonic() + timeout_s
         for left in self._publisher.close(timeout_s):
             self.tracker.leave_checkpoint(left)
-        self.tracker.close(max(0.0, deadline - time.monotonic()))
+        while (left_s := self._left_s(deadline)) > 0 and not self.tracker.flush(min(left_s, LOOK_EVERY_S)):
+            pass
+        self.tracker.close(0)
 
-    @property
-    def grace(self) -> Grace:
-        """What is left of the time after SIGTERM."""
-        return self._checkpointing.grace
+    def _left_s(self, deadline: float) -> float:
+        """Seconds until a deadline, or until the grace period is over, if that has begun and is sooner."""
+        left_s = deadline - time.monotonic()
+        return min(left_s, self.grace.left_s()) if self.grace.began else left_s
 
     def setup_model(self) -> Any:
         """The module: the localizer on its backbone, or the user's own."""

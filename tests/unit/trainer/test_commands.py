@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 import yaml
 from structlog.testing import capture_logs
 
+from heimdall_api.contract import ENV_TERMINATION_MESSAGE, ExitCode, Reason, TerminationMessage
 from heimdall_api.types import RegistrationSpec
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.registry import register
@@ -52,6 +56,35 @@ def test_help_imports_nothing_that_is_heavy() -> None:
     imported = set(json.loads(done.stderr.replace("'", '"')))
     assert "heimdall_trainer" in imported
     assert imported & HEAVY == set()
+
+
+def test_sigterm_before_anything_was_read_is_handled(tmp_path: Path) -> None:
+    """A container's first process would ignore it otherwise. The run file is a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "run.json")
+    words = tmp_path / "termination-log"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "heimdall_trainer.cli", "run", "-f", str(tmp_path / "run.json")],
+        env={**os.environ, ENV_TERMINATION_MESSAGE: str(words)},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not handles_sigterm(process.pid):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == ExitCode.SIGTERM, printed
+    assert TerminationMessage.model_validate_json(words.read_text()).reason is Reason.PREEMPTED
+
+
+def handles_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,8 @@ def test_all_waits_after_sigterm_together_leave_the_reserve(
     checkpointing = made._checkpointing
 
     def told_to_end_in_validation() -> dict[str, float]:
-        checkpointing._in_loop = True
-        checkpointing._on_sigterm(signal.SIGTERM, None)
+        made.grace.enter_loop()
+        made.grace._on_sigterm(signal.SIGTERM, None)
         clock.wait(callbacks.VALIDATION_SHARE * grace.grace_period_s() + 0.001)
         trainer = SimpleNamespace(sanity_checking=False, global_step=checkpointing._last_step)
         checkpointing.on_validation_batch_end(trainer)
@@ -130,6 +130,51 @@ def test_a_second_sigterm_does_not_begin_the_grace_period_anew(clock: Clock) -> 
     clock.wait(5)
     counted.begin()
     assert counted.left_s() == left - 5
+
+
+@pytest.mark.parametrize("failure", [TerminatedError("asked to end"), RuntimeError("boom")], ids=["told", "failed"])
+def test_sigterm_while_what_is_left_is_delivered_breaks_nothing_off_and_shortens_the_wait(
+    failure: BaseException, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the only one, after a failure; or as one more."""
+    monkeypatch.setenv(ENV_GRACE_PERIOD, "12")
+    made, run = training(clock, tmp_path)
+
+    def train() -> dict[str, float]:
+        if isinstance(failure, TerminatedError):
+            made.grace._on_sigterm(signal.SIGTERM, None)
+        raise failure
+
+    def told_meanwhile(timeout_s: float) -> bool:
+        if not run.done:
+            run.done.append("told")
+            made.grace._on_sigterm(signal.SIGTERM, None)
+        return clock.wait(timeout_s)
+
+    monkeypatch.setattr(made, "_train", train)
+    run.flush = told_meanwhile  # type: ignore[method-assign]
+    began = clock.now
+    with pytest.raises(type(failure)):
+        made.train()
+    assert run.done == ["told", "closed"]
+    assert clock.now - began <= 12 - grace.RESERVE_S + checkpoints.JOIN_S
+
+
+def test_sigterm_interrupts_except_in_the_loop_and_at_the_end() -> None:
+    watched = grace.Grace()
+
+    def receive() -> None:
+        watched._on_sigterm(signal.SIGTERM, None)
+
+    watched.enter_loop()
+    receive()
+    assert watched.began
+    watched.leave_loop()
+    for _ in range(2):
+        with pytest.raises(TerminatedError):
+            receive()
+    watched.settle()
+    receive()
 
 
 @pytest.mark.parametrize("how", ["raised", "noticed by the publisher"])
@@ -234,7 +279,8 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
             raise error
         return result
 
-    made = SimpleNamespace(grace=SimpleNamespace(left_s=lambda: 7), train=lambda: fail(trained, {"loss": 0.5}))
+    left = SimpleNamespace(left_s=lambda: 7, settle=lambda: None)
+    made = SimpleNamespace(train=lambda: fail(trained, {"loss": 0.5}))
     monkeypatch.setattr(heimdall_tracking, "initialize_mlflow", lambda _: tracker)
     monkeypatch.setattr(pipeline, "TrainingPipeline", lambda *_, **__: made)
     monkeypatch.setattr(runs, "read_facts", lambda *_: "facts")
@@ -242,5 +288,5 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
     monkeypatch.setenv(training_command.LOCAL_RUN_ID, "run")
     asked = parse({"metadata": {"name": "ends"}, "spec": {"registration": {"model": "m"}}})
     with nullcontext() if raised is None else pytest.raises(raised):
-        training_command._train_locally(asked, tmp_path)
+        training_command._train_locally(asked, tmp_path, left)  # type: ignore[arg-type]
     assert tracker.ends == [end]

@@ -41,7 +41,7 @@ from heimdall_api.contract import (
 from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
-from heimdall_trainer import callbacks, cli, export, pipeline
+from heimdall_trainer import callbacks, cli, export, modelling, pipeline
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
 from heimdall_trainer.data.sessions import SessionStore
@@ -340,6 +340,43 @@ def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     bench.train(localizer, run_id, attempt=2)
     stopped, whole = (dict(bench.history(each, "train/loss_step")) for each in (run_id, trained.run.info.run_id))
     assert stopped == pytest.approx(whole, rel=1e-6)
+
+
+LATE: dict[str, tuple[Any, str]] = {
+    "behind the last epoch": (user_modules.LineWithoutData, "on_train_epoch_end"),
+    "in the test": (user_modules.LineWithoutData, "test_step"),
+    "while the model is saved": (modelling, "log_module"),
+}
+
+
+@pytest.mark.parametrize("place", LATE.values(), ids=LATE.keys())
+def test_sigterm_between_the_last_epoch_and_the_model_publishes_nothing_by_halves(
+    place: tuple[Any, str], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = 2
+    spec = user_spec("LineWithoutData", epochs, data={"module": f"{MODULES}:Points"}, registration={"model": "late"})
+    owner, name = place
+    whole = getattr(owner, name)
+
+    def told_to_end(*arguments: Any, **more: Any) -> Any:
+        if not isinstance(arguments[0], user_modules.Line) or arguments[0].global_step == epochs:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*arguments, **more)
+
+    run_id = bench.new_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, told_to_end)
+        with pytest.raises(TerminatedError):
+            bench.train(spec, run_id)
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.last_checkpoint is not None
+    assert facts.last_checkpoint.step == epochs
+    assert find_model(bench.client, facts) is None
+
+    metrics = bench.train(spec, run_id, attempt=2)
+    assert metrics["test/loss"] == pytest.approx(min(value for _, value in bench.history(run_id, "val/loss")))
+    assert load_model(model_of(bench, run_id).artifact_location).metadata.signature is not None
 
 
 @pytest.fixture
@@ -726,6 +763,19 @@ def test_a_training_that_is_told_to_end_without_an_operator_is_killed_in_mlflow(
     assert code == ExitCode.SIGTERM
     assert message.reason is Reason.PREEMPTED
     assert run.info.status == "KILLED"
+
+
+def test_one_that_is_told_so_twice_when_its_last_epoch_is_over_ends_no_otherwise(
+    run_locally: Any, bench: Bench
+) -> None:
+    code, message, run = run_locally(user_spec("StoppedLate", registration={"model": "late"}), "late")
+    assert code == ExitCode.SIGTERM
+    assert message.reason is Reason.PREEMPTED
+    assert "at step 4; its checkpoint was delivered" in message.message
+    assert run.info.status == "KILLED"
+    facts = read_facts(bench.client, run.info.run_id)
+    assert facts is not None
+    assert find_model(bench.client, facts) is None
 
 
 # --- the pod ------------------------------------------------------------------------------------------------------

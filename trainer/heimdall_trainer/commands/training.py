@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from heimdall_api.types import TrainingRun
     from heimdall_tracking import MLflowTracker
     from heimdall_tracking.registry import Registration
+    from heimdall_trainer.grace import Grace
 
 LOCAL_RUN_ID: Final = "HEIMDALL_LOCAL_RUN_ID"
 """Where a group's processes without an operator find the run that was made for them all."""
@@ -51,18 +52,29 @@ def _run(arguments: argparse.Namespace) -> None:
     from heimdall_trainer import group
     from heimdall_trainer.config import load_training_config
 
+    grace = _watch_sigterm()
     run = load_training_config(arguments.file or os.environ.get(ENV_RUN_FILE, RUN_FILE))
     if ENV_MLFLOW_RUN_ID in os.environ:
         if group.is_group():
             group.become_torchrun(sys.argv[1:])
-        _train_in_pod(run, arguments.output_dir or Path.cwd() / "outputs")
+        _train_in_pod(run, arguments.output_dir or Path.cwd() / "outputs", grace)
     else:
-        _train_locally(run, arguments.output_dir or Path("outputs"))
+        _train_locally(run, arguments.output_dir or Path("outputs"), grace)
+
+
+def _watch_sigterm() -> Grace:
+    """From the start: a container's first process ignores the signals that it does not handle."""
+    from heimdall_trainer.grace import Grace
+
+    grace = Grace()
+    grace.watch()
+    return grace
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from heimdall_trainer.config import load_training_config, override, parse
 
+    grace = _watch_sigterm()
     run = (
         load_training_config(arguments.config)
         if arguments.config
@@ -77,10 +89,10 @@ def _train(arguments: argparse.Namespace) -> None:
         "training.epochs": arguments.epochs,
         "tracking.runName": arguments.run_name,
     }
-    _train_locally(override(run, flags), arguments.output_dir or Path("outputs"))
+    _train_locally(override(run, flags), arguments.output_dir or Path("outputs"), grace)
 
 
-def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
+def _train_in_pod(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     """The operator owns the run: it is neither created nor ended here."""
     from heimdall_api.contract import ENV_ATTEMPT, ENV_MLFLOW_RUN_ID
     from heimdall_tracking import initialize_mlflow
@@ -89,10 +101,10 @@ def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
     tracker = initialize_mlflow()
     tracker.attach(os.environ[ENV_MLFLOW_RUN_ID])
     attempt = int(os.environ.get(ENV_ATTEMPT, "1"))
-    TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True).train()
+    TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True, grace=grace).train()
 
 
-def _train_locally(run: TrainingRun, output_dir: Path) -> None:
+def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     """Without an operator this process owns the run, with the operator's own code."""
     from heimdall_api.contract import ExitCode
     from heimdall_tracking import initialize_mlflow, load_settings, runs
@@ -117,19 +129,21 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
     run_id = os.environ[LOCAL_RUN_ID]
     if not group.is_first():
         tracker.attach(run_id)
-        TrainingPipeline(run, tracker, output_dir=output_dir / run_id).train()
+        TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace).train()
         return
     tracker.start_run(run_id=run_id)
     delivered = False
     try:
-        training = TrainingPipeline(run, tracker, output_dir=output_dir / run_id)
-        metrics = training.train()
+        metrics = TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace).train()
         delivered = True
         registration = _register(run, tracker)
+        grace.settle()
     except TerminatedError:
-        tracker.end_run_in_time("KILLED", training.grace.left_s())
+        grace.settle()
+        tracker.end_run_in_time("KILLED", grace.left_s())
         raise
     except BaseException as error:
+        grace.settle()
         # A server that goes away while the model is registered makes a training that is delivered no failure.
         away = judge(error)[0] == ExitCode.UNDELIVERED
         tracker.end_run_in_time("FINISHED" if delivered and away else "FAILED")
