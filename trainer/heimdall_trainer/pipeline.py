@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -15,6 +16,8 @@ import structlog
 
 from heimdall_api.contract import TAG_BEST
 from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
+from heimdall_tracking.redact import redact
+from heimdall_tracking.waiting import in_time
 from heimdall_trainer import group
 from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
 from heimdall_trainer.checkpoints import CheckpointPublisher
@@ -35,6 +38,9 @@ GROUP_DELIVERY_TIMEOUT_S: Final = 240
 """The same with several workers: shorter than group.COLLECTIVE_TIMEOUT, for which the others wait for the first."""
 LOOK_EVERY_S: Final = 1.0
 """How often an end that waits looks whether SIGTERM has made its time shorter."""
+CURVES_TIMEOUT_S: Final = 60
+"""How long the end waits for metrics that loss curves are to show."""
+FENCE_TIMEOUT_S: Final = 10
 FAILURE_TIMEOUT_S: Final = 30
 """How long a training that failed waits for what it logged before it puts that away."""
 log = structlog.get_logger()
@@ -74,6 +80,8 @@ class TrainingPipeline:
         self.output_dir = output_dir
         self.grace = grace or Grace()
         """What is left of the time after SIGTERM."""
+        self.is_whole = False
+        """Whether everything was made that was asked for; what was not delivered of it is put away when it ends."""
         self.module: Any = None
         self.data: Any = None
         self._resumed: Path | None = None
@@ -147,12 +155,13 @@ class TrainingPipeline:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         metrics |= self._test(trainer)
         if group.is_first():
-            self._deliver()  # loss curves are drawn of what has arrived
+            self._wait(self.tracker.flush, CURVES_TIMEOUT_S)
             try:
-                self._results.publish(self.module, self.data, self._publisher.check_fence)
+                self._results.publish(self.module, self.data, self._check_fence)
             except ConfigurationError:
                 self._deliver()  # what could be published was, and is worth the wait as ever
                 raise
+            self.is_whole = True
             self._deliver()
         return metrics
 
@@ -328,12 +337,26 @@ class TrainingPipeline:
 
     def _deliver(self) -> None:
         if not self._wait(self.tracker.flush):
-            raise UndeliveredError("metrics or artifacts could not be delivered to MLflow in time")
+            self._check_fence()
+            raise UndeliveredError("metrics, artifacts or the model could not be delivered to MLflow in time")
 
-    def _wait(self, flush: Callable[[float], bool]) -> bool:
+    def _check_fence(self) -> None:
+        """Look whether a newer attempt has taken over; what is uploaded later looks again.
+
+        Raises:
+            FencedError: One has, and MLflow says so.
+        """
+        try:
+            in_time(self._publisher.check_fence, FENCE_TIMEOUT_S)
+        except FencedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - MLflow is away: nobody knows
+            log.warning("whether a newer attempt has taken over is not known", error=redact(error))
+
+    def _wait(self, flush: Callable[[float], bool], at_most_s: float = math.inf) -> bool:
         """Wait for MLflow, with the patience that earlier waits have left; whether everything was delivered."""
         began = time.monotonic()
-        done = flush(self._patience_s)
+        done = flush(min(self._patience_s, at_most_s))
         self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
         return done
 

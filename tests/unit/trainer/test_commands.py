@@ -101,6 +101,7 @@ class Looked:
 def looked(mlflow_uri: str, recorded: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> Looked:
     """Untrained: what is looked at are commands."""
     torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("looked")
     module = LocalizationModule("test_resnet").eval()
     tracker = MLflowTracker(load_settings(tracking_uri=mlflow_uri))
     run_id = tracker.start_run("looked-at")
@@ -108,14 +109,14 @@ def looked(mlflow_uri: str, recorded: DataSettings, tmp_path_factory: pytest.Tem
         tracker.log_metrics({"train/loss_step": 1.0 - 0.1 * step, "val/loss": 0.5}, step)
     sample = HeimdallDataset.open(recorded)[0]
     example = {name: sample[name][None].numpy() for name in ("spectrograms", "receivers")}  # type: ignore[literal-required]
-    log_localizer(tracker, module.net, example, onnx=None, known={"sessions": SESSIONS})
+    log_localizer(tracker, module.net, example, folder=folder, onnx=None, known={"sessions": SESSIONS})
     assert tracker.end_run(timeout_s=60)
     facts = read_facts(tracker.client, run_id)
     assert facts is not None
     registered = register(tracker.client, facts, RegistrationSpec(model=NAME, aliases=["candidate"]))
     checkpoint = {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    file = tmp_path_factory.mktemp("checkpoint") / "best.ckpt"
+    file = folder / "best.ckpt"
     torch.save({**checkpoint, "HeimdallDataModule": {"sessions": SESSIONS}}, file)
     return Looked(module, run_id, registered.version, str(file))
 

@@ -12,6 +12,7 @@ import pytest
 
 import heimdall_tracking
 from heimdall_api.contract import ENV_GRACE_PERIOD
+from heimdall_api.types import RegistrationSpec
 from heimdall_tracking import registry, runs
 from heimdall_tracking.errors import AwayError
 from heimdall_tracking.registry import ModelMissingError
@@ -238,6 +239,10 @@ class Ended:
     def __init__(self, *, told: bool) -> None:
         self.client, self.told = self, told
         self.ends: list[tuple[str, float | None]] = []
+        self.left: list[str] = []
+
+    def leave_registration(self, spec: RegistrationSpec) -> None:
+        self.left.append(spec.model)
 
     def start_run(self, run_id: str) -> None:
         """It is there."""
@@ -251,24 +256,31 @@ AWAY = AwayError("MLflow does not answer")
 
 
 @pytest.mark.parametrize(
-    ("trained", "registered", "told", "raised", "end"),
+    ("whole", "trained", "registered", "told", "raised", "end", "left"),
     [
-        (None, None, True, None, ("FINISHED", None)),
-        (None, None, False, UndeliveredError, ("FINISHED", None)),
-        (None, AWAY, True, AwayError, ("FINISHED", None)),
-        (None, ModelMissingError("no model"), True, ModelMissingError, ("FAILED", None)),
-        (UndeliveredError("metrics"), None, True, UndeliveredError, ("FAILED", None)),
-        (TerminatedError(), None, True, TerminatedError, ("KILLED", 7)),
+        (True, None, None, True, None, ("FINISHED", None), []),
+        (True, None, None, False, UndeliveredError, ("FINISHED", None), []),
+        (True, None, AWAY, True, UndeliveredError, ("FINISHED", None), ["m"]),
+        (True, None, ModelMissingError("no model"), True, ModelMissingError, ("FAILED", None), []),
+        (True, UndeliveredError("the model"), None, True, UndeliveredError, ("FINISHED", None), ["m"]),
+        (False, UndeliveredError("metrics"), None, True, UndeliveredError, ("FAILED", None), []),
+        (True, TerminatedError(), None, True, TerminatedError, ("FINISHED", 7), ["m"]),
+        (False, TerminatedError(), None, True, TerminatedError, ("KILLED", 7), []),
     ],
-    ids=["well", "untold", "away at registration", "nothing to register", "undelivered", "sigterm"],
+    ids=[
+        *("well", "untold", "away at registration", "nothing to register", "undelivered model", "undelivered"),
+        *("sigterm when all is made", "sigterm"),
+    ],
 )
 def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
     *,
+    whole: bool,
     trained: BaseException | None,
     registered: Exception | None,
     told: bool,
     raised: type[BaseException] | None,
     end: tuple[str, float | None],
+    left: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -279,8 +291,8 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
             raise error
         return result
 
-    left = SimpleNamespace(left_s=lambda: 7, settle=lambda: None)
-    made = SimpleNamespace(train=lambda: fail(trained, {"loss": 0.5}))
+    time_left = SimpleNamespace(left_s=lambda: 7, settle=lambda: None)
+    made = SimpleNamespace(train=lambda: fail(trained, {"loss": 0.5}), is_whole=whole)
     monkeypatch.setattr(heimdall_tracking, "initialize_mlflow", lambda _: tracker)
     monkeypatch.setattr(pipeline, "TrainingPipeline", lambda *_, **__: made)
     monkeypatch.setattr(runs, "read_facts", lambda *_: "facts")
@@ -288,5 +300,5 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
     monkeypatch.setenv(training_command.LOCAL_RUN_ID, "run")
     asked = parse({"metadata": {"name": "ends"}, "spec": {"registration": {"model": "m"}}})
     with nullcontext() if raised is None else pytest.raises(raised):
-        training_command._train_locally(asked, tmp_path, left)  # type: ignore[arg-type]
-    assert tracker.ends == [end]
+        training_command._train_locally(asked, tmp_path, time_left)  # type: ignore[arg-type]
+    assert (tracker.ends, tracker.left) == ([end], left)

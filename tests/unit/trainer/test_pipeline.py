@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
@@ -776,6 +778,67 @@ def test_one_that_is_told_so_twice_when_its_last_epoch_is_over_ends_no_otherwise
     facts = read_facts(bench.client, run.info.run_id)
     assert facts is not None
     assert find_model(bench.client, facts) is None
+
+
+MODEL_CALLS = ("create_logged_model", "log_model_artifacts", "finalize_logged_model")
+
+
+def away(*_: Any, **__: Any) -> Any:
+    raise MlflowException("MLflow does not answer")
+
+
+@pytest.mark.parametrize("call", MODEL_CALLS)
+def test_a_server_that_goes_away_while_the_model_is_logged_gets_it_when_it_is_back(
+    call: str, run_locally: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = getattr(MlflowClient, call), list[str]()
+
+    def away_once(*arguments: Any, **more: Any) -> Any:
+        calls.append(call)
+        return away() if len(calls) == 1 else whole(*arguments, **more)
+
+    monkeypatch.setattr(MlflowClient, call, away_once)
+    name = f"back-{call.replace('_', '-')}"
+    code, _, run = run_locally(user_spec("Line", epochs=1, registration={"model": name}), name)
+    assert code == ExitCode.SUCCESS
+    assert len(calls) == 2
+    (model,) = bench.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert str(model.status) == "READY"
+    assert [str(item.version) for item in bench.client.search_model_versions(f"name = '{name}'")] == ["1"]
+
+
+@pytest.mark.parametrize("call", [*MODEL_CALLS, "create_registered_model"])
+def test_a_model_whose_server_stays_away_is_delivered_and_registered_by_the_command_that_is_named(
+    call: str, run_locally: Any, bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver = TrainingPipeline._deliver
+
+    def impatient(self: TrainingPipeline) -> None:
+        self._patience_s = 1
+        deliver(self)
+
+    name = f"stays-{call.replace('_', '-')}"
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, away)
+        if call in MODEL_CALLS:
+            patch.setattr(TrainingPipeline, "_deliver", impatient)
+        code, message, run = run_locally(user_spec("Line", epochs=1, registration={"model": name}), name)
+    assert code == ExitCode.UNDELIVERED, message
+    assert f"the registration as {name}" in message.message
+    facts = read_facts(bench.client, run.info.run_id)
+    assert facts is not None
+    assert (find_model(bench.client, facts) is None) == (call in MODEL_CALLS)
+
+    command = shlex.split(message.message.rpartition("with: ")[2])
+    arguments = cli._parser().parse_args(command[1:])
+    assert run_to_exit_code(lambda: arguments.call(arguments)) == ExitCode.SUCCESS
+    assert f"Registered as version 1 of {name}" in capsys.readouterr().out
+    (version,) = bench.client.search_model_versions(f"name = '{name}'")
+    assert version.run_id == run.info.run_id
+    model = load_model(model_of(bench, run.info.run_id).artifact_location)
+    assert model.predict(model.input_example).shape == (1, 1)
+    assert bench.client.get_run(run.info.run_id).info.status == "FINISHED"
+    assert not Path(command[2]).exists()
 
 
 # --- the pod ------------------------------------------------------------------------------------------------------

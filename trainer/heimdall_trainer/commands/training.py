@@ -106,12 +106,10 @@ def _train_in_pod(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
 
 def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     """Without an operator this process owns the run, with the operator's own code."""
-    from heimdall_api.contract import ExitCode
     from heimdall_tracking import initialize_mlflow, load_settings, runs
     from heimdall_trainer import group
     from heimdall_trainer.errors import UndeliveredError
     from heimdall_trainer.pipeline import TrainingPipeline
-    from heimdall_trainer.termination import TerminatedError, judge
 
     tracker = initialize_mlflow(load_settings(experiment_name=run.spec.tracking.experiment))
     if LOCAL_RUN_ID not in os.environ:
@@ -132,21 +130,16 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
         TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace).train()
         return
     tracker.start_run(run_id=run_id)
-    delivered = False
+    training: TrainingPipeline | None = None
     try:
-        metrics = TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace).train()
-        delivered = True
+        training = TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace)
+        metrics = training.train()
         registration = _register(run, tracker)
         grace.settle()
-    except TerminatedError:
-        grace.settle()
-        tracker.end_run_in_time("KILLED", grace.left_s())
-        raise
     except BaseException as error:
         grace.settle()
-        # A server that goes away while the model is registered makes a training that is delivered no failure.
-        away = judge(error)[0] == ExitCode.UNDELIVERED
-        tracker.end_run_in_time("FINISHED" if delivered and away else "FAILED")
+        is_whole = training is not None and training.is_whole
+        _end_without_success(run, tracker, error, is_whole=is_whole, left_s=grace.left_s())
         raise
     ended = tracker.end_run_in_time("FINISHED")
     for name, value in sorted(metrics.items()):
@@ -155,6 +148,30 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
         print(f"model:   {registration.uri}")
     if not ended and tracker.undelivered is not None:
         raise UndeliveredError(tracker.undelivered.sentence)
+
+
+def _end_without_success(
+    run: TrainingRun, tracker: MLflowTracker, error: BaseException, *, is_whole: bool, left_s: float
+) -> None:
+    """End the run. One that is whole is finished, though a server was away: what is left of it can be made up for.
+
+    Raises:
+        UndeliveredError: It is whole, with the command that does the rest.
+    """
+    from heimdall_api.contract import ExitCode
+    from heimdall_trainer.errors import UndeliveredError
+    from heimdall_trainer.termination import TerminatedError, judge
+
+    told = isinstance(error, TerminatedError)
+    whole = is_whole and (told or judge(error)[0] == ExitCode.UNDELIVERED)
+    if whole and run.spec.registration is not None:
+        tracker.leave_registration(run.spec.registration)
+    if told:
+        tracker.end_run_in_time("FINISHED" if whole else "KILLED", left_s)
+        return
+    tracker.end_run_in_time("FINISHED" if whole else "FAILED")
+    if whole and tracker.undelivered is not None:
+        raise UndeliveredError(f"the training is whole, but {tracker.undelivered.sentence}") from error
 
 
 def _register(run: TrainingRun, tracker: MLflowTracker) -> Registration | None:
