@@ -58,6 +58,11 @@ e2e: venv needs ## The tests on a real cluster alone
 chaos: venv needs ## Kill the operator at random for five minutes, take away what it stands on, check everything
 	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 $(BIN)/pytest -s tests/e2e/chaos
 
+.PHONY: outages
+outages: venv needs ## MLflow, PostgreSQL, MinIO stay away for three minutes in mid-training, each and all: half an hour
+	HEIMDALL_OUTAGE_S=180 $(BIN)/pytest -s tests/integration/test_outages.py
+	HEIMDALL_OUTAGE_S=180 $(BIN)/pytest -s tests/integration/test_tracking.py -k servers_are_away
+
 .PHONY: fuzz
 fuzz: venv needs ## 1,000 generated specs: each refused, failed with a reason, or trained
 	HEIMDALL_FUZZ_SPECS=1000 $(BIN)/pytest -s tests/e2e/test_fuzz.py

@@ -23,6 +23,35 @@ POINTS = 30_000
 """So many that a delivery can be killed in the middle."""
 HEIMDALL_TRAIN = Path(sys.executable).parent / "heimdall-train"
 EPOCHS = 6
+IMPATIENT_FOR_THE_MODEL = """
+from heimdall_trainer import cli
+from heimdall_trainer.pipeline import TrainingPipeline
+deliver = TrainingPipeline._deliver
+
+def impatient(self):
+    self._patience_s = 3
+    deliver(self)
+
+TrainingPipeline._deliver = impatient
+cli.main()
+"""
+LOGGING = """
+import time
+from pathlib import Path
+from tests.unit.trainer.user_modules import Line
+
+class Logging(Line):
+    def on_train_end(self):
+        Path("trained").touch()
+
+    def train_dataloader(self):
+        if Path("trained").exists():  # asked for an example, for the model
+            Path("logging").touch()
+            deadline = time.monotonic() + 120
+            while not Path("go-on").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return super().train_dataloader()
+"""
 MODULE = """
 import os, time
 from pathlib import Path
@@ -98,14 +127,7 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
         f"spec: {{model: {{module: 'waiting:Waiting'}}, training: {{epochs: {EPOCHS}}}, "
         f"tracking: {{experiment: {name}}}}}\n"
     )
-    training = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, "run", "-f", "run.yaml", "--output-dir", "out"],
-        cwd=tmp_path,
-        env={**os.environ, "MLFLOW_TRACKING_URI": stack.mlflow.url, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    training = start_training(IMPATIENT, stack, tmp_path)
     try:
         run_id = when_steps_arrive(stack, name, training)
         stack.mlflow.kill()
@@ -135,6 +157,57 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
         content = stack.mlflow.artifact(run, checkpoint.path)
         assert hashlib.sha256(content).hexdigest() == checkpoint.sha256
     assert not Path(command[2]).exists()
+
+
+def test_a_model_whose_server_goes_away_while_it_is_logged_is_delivered_and_registered_later(
+    stack: Stack, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "logging_module.py").write_text(LOGGING)
+    (tmp_path / "run.yaml").write_text(
+        f"metadata: {{name: {name}}}\n"
+        f"spec: {{model: {{module: 'logging_module:Logging'}}, training: {{epochs: {EPOCHS}}}, "
+        f"tracking: {{experiment: {name}}}, registration: {{model: {name}, aliases: [candidate]}}}}\n"
+    )
+    training = start_training(IMPATIENT_FOR_THE_MODEL, stack, tmp_path)
+    try:
+        wait_until((tmp_path / "logging").exists, what="the model is about to be logged", timeout_s=TIMEOUT_S)
+        stack.mlflow.kill()
+        (tmp_path / "go-on").touch()
+        printed, _ = training.communicate(timeout=TIMEOUT_S)
+    finally:
+        training.kill()
+        training.wait()
+    assert training.returncode == ExitCode.UNDELIVERED, printed
+    (words,) = [line for line in printed.splitlines() if line.startswith("TrackingUnavailable: ")]
+    assert "1 model, the registration as" in words
+    command = shlex.split(words.rpartition("with: ")[2])
+
+    stack.mlflow.start()
+    delivery = deliver(stack, command[2])
+    told, _ = delivery.communicate(timeout=TIMEOUT_S)
+    assert delivery.returncode == 0, told
+    client = stack.client()
+    version = client.get_model_version_by_alias(name, "candidate")
+    run = client.get_run(version.run_id)
+    assert (str(version.version), run.info.status) == ("1", "FINISHED")
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert str(model.status) == "READY"
+    key = f"{model.artifact_location.removeprefix('mlflow-artifacts:/')}/MLmodel"
+    kept = stack.minio.s3.get_object(Bucket=stack.mlflow.bucket, Key=key)["Body"].read().decode()
+    assert f"model_id: {model.model_id}\n" in kept
+    assert not Path(command[2]).exists()
+
+
+def start_training(program: str, stack: Stack, folder: Path) -> subprocess.Popen[str]:
+    """Train the folder's run.yaml with a program that has little patience for a server that is away."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, "run", "-f", "run.yaml", "--output-dir", "out"],
+        cwd=folder,
+        env={**os.environ, "MLFLOW_TRACKING_URI": stack.mlflow.url, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def when_steps_arrive(stack: Stack, experiment: str, training: subprocess.Popen[str]) -> str:

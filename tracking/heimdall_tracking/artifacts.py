@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from heimdall_tracking import models
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import TrackingError, is_permanent
 from heimdall_tracking.redact import redact
+from heimdall_tracking.runs import check_attempt
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,13 +38,23 @@ class Upload:
     target: str | None = None
     """Artifact folder; the run's root if None."""
     whole_folder: bool = False
+    model: str | None = None
+    """Key of the logged model that the folder becomes, see models.publish; None for an artifact."""
+    attempt: int | None = None
+    """The attempt that it comes from, where newer ones may take over."""
 
     def make(self, client: MlflowClient, run_id: str) -> None:
         """Upload it; made again, it lies there once.
 
         Raises:
+            OvertakenError: A newer attempt has taken over.
             Exception: The server is away or refuses, or the file can't be read.
         """
+        if self.model is not None:
+            models.publish(client, run_id, self.path, self.model, attempt=self.attempt)
+            return
+        if self.attempt is not None:
+            check_attempt(client.get_run(run_id), self.attempt)
         log_it = client.log_artifacts if self.whole_folder else client.log_artifact
         log_it(run_id, str(self.path), self.target)
 

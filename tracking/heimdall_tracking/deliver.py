@@ -1,8 +1,8 @@
 """Delivering later what a process had to leave: the other half of heimdall_tracking.undelivered.
 
 The manifest is the state: what was delivered is taken out of it at once. Interrupted at any moment and begun again, the
-little that is delivered twice arrives once: MLflow takes equal points once, tags and parameters keep one value, and an
-artifact of one name lies there once.
+little that is delivered twice arrives once: MLflow takes equal points once, tags and parameters keep one value, an
+artifact of one name lies there once, a logged model is found by its key, and a version by its run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING
 import structlog
 from pydantic import ValidationError
 
-from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, parse_checkpoints
+from heimdall_api.contract import TAG_CHECKPOINTS, parse_checkpoints
+from heimdall_api.types import RegistrationSpec
 from heimdall_tracking.artifacts import Upload
 from heimdall_tracking.checkpoints import publish, remove
-from heimdall_tracking.errors import AwayError, TrackingError, is_permanent, is_refusal
+from heimdall_tracking.errors import AwayError, OvertakenError, TrackingError, is_permanent, is_refusal
 from heimdall_tracking.points import Point, from_line
 from heimdall_tracking.queue import BATCH, log_refused
 from heimdall_tracking.redact import MASK, redact
+from heimdall_tracking.registry import ModelMissingError, register
+from heimdall_tracking.runs import check_attempt, read_facts
 from heimdall_tracking.settings import TrackingSettings, load_settings
 from heimdall_tracking.spill import PATTERN
 from heimdall_tracking.tracker import MLflowTracker, send_points
@@ -91,15 +94,28 @@ class _Delivery:
         self._client: MlflowClient = MLflowTracker(_reachable(settings, manifest)).client
         self._run_id = manifest.run_id
         self._points = 0
+        self._has_model = False
+        self._registered = ""
         self._impossible: list[str] = []
 
     @property
     def sentence(self) -> str:
-        """What was delivered."""
-        return f"everything of run {self._run_id} is delivered: {self._points:,} metric points and what belongs to them"
+        """What was delivered, and what somebody else has to do."""
+        told = f"everything of run {self._run_id} is delivered: {self._points:,} metric points and what belongs to them"
+        if self._registered:
+            return f"{told}. {self._registered}"
+        if self._has_model:
+            told += (
+                "; its model is in the run, and not registered by this: the operator registers the model of a "
+                "TrainingRun that succeeds, any other is registered by hand"
+            )
+        return told
 
     def run(self) -> None:
-        """Deliver everything: metrics before the checkpoints that know of them, the end of the run last."""
+        """Deliver everything: metrics before the checkpoints that know of them, the end of the run last.
+
+        A model is registered when all else is there.
+        """
         run = self._client.get_run(self._run_id)
         self._check_run(run)
         for file in sorted(self._folder.glob(PATTERN)):
@@ -111,6 +127,8 @@ class _Delivery:
             self._deliver_upload(upload)
         for checkpoint in self._manifest.checkpoints:
             self._deliver_checkpoint(checkpoint)
+        if self._manifest.registration is not None and not self._impossible:
+            self._register(self._manifest.registration)
         if self._manifest.status is not None and run.info.status == "RUNNING":
             self._client.set_terminated(self._run_id, self._manifest.status)
         if self._impossible:
@@ -125,12 +143,12 @@ class _Delivery:
                 f"run {self._run_id} was deleted: restore it (`mlflow runs restore --run-id {self._run_id}`), "
                 f"or remove {self._folder}"
             )
-        mine, newest = self._manifest.attempt, run.data.tags.get(TAG_ATTEMPT, "0")
-        if mine is not None and newest.isdigit() and int(newest) > mine:
+        try:
+            check_attempt(run, self._manifest.attempt)
+        except OvertakenError as error:
             raise TrackingError(
-                f"attempt {newest} of run {self._run_id} has taken over: what attempt {mine} left is not wanted any "
-                f"more; remove {self._folder}"
-            )
+                f"what was left of run {self._run_id} is not wanted any more: {error}; remove {self._folder}"
+            ) from None
 
     def _deliver_points(self, file: Path) -> None:
         for points, offset in _batches(file, self._manifest.offsets.get(file.name, 0)):
@@ -155,13 +173,21 @@ class _Delivery:
 
     def _deliver_upload(self, kept: KeptUpload) -> None:
         path = self._folder / kept.path
+        upload = Upload(
+            path=path,
+            target=kept.target,
+            whole_folder=kept.whole_folder,
+            model=kept.model,
+            attempt=self._manifest.attempt,
+        )
         try:
-            Upload(path=path, target=kept.target, whole_folder=kept.whole_folder).make(self._client, self._run_id)
+            upload.make(self._client, self._run_id)
         except Exception as error:
             if path.exists() and not is_permanent(error):
                 raise
             self._impossible.append(f"{path} ({redact(error) if path.exists() else 'it was removed'})")
             return
+        self._has_model = self._has_model or kept.model is not None
         self._note(uploads=[other for other in self._manifest.uploads if other != kept])
         self._forget(kept.path)
 
@@ -186,6 +212,16 @@ class _Delivery:
             remove(self._client, self._run_id, old)
         self._note(checkpoints=[other for other in self._manifest.checkpoints if other != kept])
         self._forget(kept.path)
+
+    def _register(self, spec: RegistrationSpec) -> None:
+        facts = read_facts(self._client, self._run_id)
+        assert facts is not None  # noqa: S101 - the run was there, and is no deleted one
+        try:
+            self._registered = register(self._client, facts, spec).message
+        except ModelMissingError as error:
+            self._impossible.append(f"the registration as {spec.model} ({error})")
+        else:
+            self._note(registration=None)
 
     def _forget(self, path: str) -> None:
         """Remove what was delivered, if it is a copy of ours."""

@@ -14,6 +14,10 @@ class TrackingError(Exception):
     """Something can't be tracked; the message says why and what to do."""
 
 
+class OvertakenError(TrackingError):
+    """A newer attempt has taken over: this one publishes nothing more."""
+
+
 class AwayError(Exception):
     """The server does not answer; what was to be delivered is still there for another try."""
 

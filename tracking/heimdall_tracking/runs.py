@@ -24,7 +24,7 @@ from heimdall_api.contract import (
     Progress,
     parse_checkpoints,
 )
-from heimdall_tracking.errors import is_permanent
+from heimdall_tracking.errors import OvertakenError, is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 
 if TYPE_CHECKING:
@@ -196,6 +196,21 @@ def open_attempt(client: MlflowClient, facts: RunFacts, attempt: int) -> None:
         client.set_tag(facts.run_id, TAG_ATTEMPT, str(attempt))
     if facts.status != "RUNNING":
         client.update_run(facts.run_id, status="RUNNING")
+
+
+def check_attempt(run: Run, attempt: int | None) -> None:
+    """Make sure that an attempt may still publish.
+
+    Args:
+        run: The run, as it is now.
+        attempt: The attempt's number; None where none takes over.
+
+    Raises:
+        OvertakenError: A newer one has taken over.
+    """
+    newest = _number(run.data.tags.get(TAG_ATTEMPT))
+    if attempt is not None and newest > attempt:
+        raise OvertakenError(f"attempt {newest} has taken over: attempt {attempt} publishes nothing more")
 
 
 def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:

@@ -9,8 +9,8 @@ at once and raises.
 from __future__ import annotations
 
 import math
-import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
@@ -34,10 +34,13 @@ from heimdall_tracking.runs import FinalStatus
 from heimdall_tracking.settings import TrackingSettings, load_settings
 from heimdall_tracking.spill import Spill
 from heimdall_tracking.undelivered import Kept, Left, LeftCheckpoint, UndeliveredFolder
+from heimdall_tracking.waiting import in_time
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+    from heimdall_api.types import RegistrationSpec
 
 PARAM_BATCH: Final = 100
 """MLflow takes at most this many parameters in one call."""
@@ -213,27 +216,19 @@ class MLflowTracker:
         Returns:
             Whether the run has ended there, and nothing is left on disk.
         """
-        run_id, ended = self.run_id, threading.Event()
-
-        def end() -> None:
-            try:
-                self.client.set_terminated(run_id, status)
-            except Exception as error:  # noqa: BLE001 - it is put away below
-                log.warning("the end of the run could not be told", run_id=run_id, error=redact(error))
-            else:
-                ended.set()
-
-        thread = threading.Thread(target=end, name="heimdall-end", daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-        if ended.is_set():
+        run_id = self.run_id
+        try:
+            in_time(lambda: self.client.set_terminated(run_id, status), timeout_s)
+        except Exception as error:  # noqa: BLE001 - it is put away
+            log.warning("the end of the run could not be told", run_id=run_id, error=redact(error))
+            self.undelivered = self._folder().keep_status(status)
+            done = False
+        else:
             done = not self._incomplete and self.undelivered is None
             self._forget_run()
-            return done
-        self.undelivered = self._folder().keep_status(status)
         if self.undelivered is not None:
             log.error(self.undelivered.sentence)
-        return False
+        return done
 
     def flush_metrics(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Wait until the metrics logged so far are delivered; whether they were."""
@@ -290,6 +285,10 @@ class MLflowTracker:
     def leave_checkpoint(self, left: LeftCheckpoint) -> None:
         """Have `close` put a checkpoint away on disk that its publisher could not deliver."""
         self._left_checkpoints.append(left)
+
+    def leave_registration(self, spec: RegistrationSpec) -> None:
+        """Put away on disk what this run's model is to be registered as, to be done when the rest is delivered."""
+        self.undelivered = self._folder().keep_registration(spec) or self.undelivered
 
     def _put_away(self) -> bool:
         """Put on disk what the background threads could not deliver; whether there was anything."""
@@ -395,11 +394,23 @@ class MLflowTracker:
         Raises:
             TrackingError: The file is missing or can't be read.
         """
-        return self._uploads().put(Upload(path=Path(file), target=folder))
+        return self._uploads().put(Upload(path=Path(file), target=folder, attempt=self._attempt))
 
     def log_artifacts_dir(self, source: str | Path, folder: str | None = None) -> Future[None]:
         """Upload a folder behind training; see log_artifact."""
-        return self._uploads().put(Upload(path=Path(source), target=folder, whole_folder=True))
+        upload = Upload(path=Path(source), target=folder, whole_folder=True, attempt=self._attempt)
+        return self._uploads().put(upload)
+
+    def log_model(self, folder: str | Path) -> Future[None]:
+        """Have a saved model become the run's logged model, behind training; see log_artifact.
+
+        What waits for the server is all of it: making the logged model too. It counts when it is whole.
+
+        Args:
+            folder: The model as MLflow's flavors save it (`save_model`, with `Model(run_id=…)`).
+        """
+        key = uuid.uuid4().hex
+        return self._uploads().put(Upload(path=Path(folder), whole_folder=True, model=key, attempt=self._attempt))
 
     def _out(self) -> Outbox[Call]:
         if self._outbox is None:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
 from heimdall_api.contract import Checkpoint
+from heimdall_api.types import RegistrationSpec
 from heimdall_tracking.artifacts import Upload
 from heimdall_tracking.calls import Call
 from heimdall_tracking.checkpoints import Mode
@@ -42,7 +43,7 @@ log = structlog.get_logger()
 
 
 class KeptUpload(BaseModel):
-    """An artifact that was not uploaded."""
+    """An artifact, or a model, that was not uploaded."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,6 +52,8 @@ class KeptUpload(BaseModel):
     target: str | None = None
     """Artifact folder that it goes to."""
     whole_folder: bool = False
+    model: str | None = None
+    """Key of the logged model that it becomes."""
 
 
 class KeptCheckpoint(BaseModel):
@@ -81,6 +84,8 @@ class Manifest(BaseModel):
     calls: list[Call] = Field(default_factory=list)
     uploads: list[KeptUpload] = Field(default_factory=list)
     checkpoints: list[KeptCheckpoint] = Field(default_factory=list)
+    registration: RegistrationSpec | None = None
+    """What its model is to be registered as, where nobody else does it."""
     status: FinalStatus | None = None
     """How the run ended, where that could not be told."""
 
@@ -143,10 +148,12 @@ class Kept:
         counts = [
             (self.points, "metric point"),
             (len(entry.calls), "call for tags and parameters"),
-            (len(entry.uploads), "artifact"),
+            (sum(item.model is None for item in entry.uploads), "artifact"),
+            (sum(item.model is not None for item in entry.uploads), "model"),
             (len(entry.checkpoints), "checkpoint"),
         ]
         named = [f"{count:,} {_plural(name, count)}" for count, name in counts if count]
+        named += [f"the registration as {entry.registration.model}"] if entry.registration is not None else []
         named += [f"the end ({entry.status})"] if entry.status is not None else []
         what = f"{', '.join(named[:-1])} and {named[-1]}" if named[1:] else named[0] if named else "nothing"
         lost = f" ({self.lost_points:,} points are lost: {self.problem})" if self.problem else ""
@@ -257,16 +264,27 @@ class UndeliveredFolder:
         Returns:
             What is kept now, or None where there is nothing.
         """
-        if status is None and self._folder is None:
+        return self._keep_to_do({"status": status})
+
+    def keep_registration(self, registration: RegistrationSpec) -> Kept | None:
+        """Put away what the run's model is to be registered as when the rest is delivered.
+
+        Returns:
+            What is kept now, or None where the disk takes nothing more.
+        """
+        return self._keep_to_do({"registration": registration})
+
+    def _keep_to_do(self, what: Mapping[str, object]) -> Kept | None:
+        if self._folder is None and not any(what.values()):
             return None
         try:
             folder = self.open()
         except OSError as error:
-            log.warning("how the run ended can't be kept", error=_reason(error), status=status)
+            log.warning("what is left to be done can't be kept", error=_reason(error), **what)
             return None
         known = self._kept
-        problem = self._write(self._manifest.model_copy(update={"status": status}))
-        if known is None and status is None:
+        problem = self._write(self._manifest.model_copy(update=what))
+        if known is None and not any(what.values()):
             self.discard()
             return None
         self._kept = Kept(
@@ -351,7 +369,7 @@ def _place(number: int, upload: Upload) -> Path:
 
 
 def _kept_upload(upload: Upload, path: str) -> KeptUpload:
-    return KeptUpload(path=path, target=upload.target, whole_folder=upload.whole_folder)
+    return KeptUpload(path=path, target=upload.target, whole_folder=upload.whole_folder, model=upload.model)
 
 
 def _kept_checkpoint(left: LeftCheckpoint, path: str) -> KeptCheckpoint:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -36,7 +33,9 @@ log = structlog.get_logger()
 class Checkpointing:
     """Makes checkpoints at epochs' ends, every so many minutes, and on SIGTERM."""
 
-    def __init__(self, publisher: CheckpointPublisher, training: TrainingSpec, folder: Path, attempt: int) -> None:
+    def __init__(
+        self, publisher: CheckpointPublisher, training: TrainingSpec, folder: Path, attempt: int, grace: Grace
+    ) -> None:
         self._publisher = publisher
         self._monitor = training.early_stopping.monitor
         self._every_s = training.checkpoints.every_minutes * 60
@@ -44,28 +43,15 @@ class Checkpointing:
         self._attempt = attempt
         self._last_time = time.monotonic()
         self._last_step = -1
-        self._in_loop = False
-        self.grace = Grace()
-        """What is left of the time after SIGTERM."""
-
-    def watch_sigterm(self) -> None:
-        """From here on SIGTERM ends training at the next step; outside of the loop, at once."""
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.grace.begin()
-        if not self._in_loop:
-            raise TerminatedError("Asked to end (SIGTERM) outside of the training loop.")
+        self._grace = grace
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning has registered its own handler by now: ours, which exits 143, comes after it."""
         del pl_module
         self._last_step = trainer.global_step
-        self._in_loop = True
+        self._grace.enter_loop()
         self._restore_loaders(trainer.fit_loop)
-        if threading.current_thread() is threading.main_thread():
-            self.watch_sigterm()
+        self._grace.watch()
 
     def _restore_loaders(self, loop: Any) -> None:
         # Lightning leaves the data loaders' states out where `configure_optimizers` has asked for the number of steps.
@@ -74,9 +60,16 @@ class Checkpointing:
             iter(loop._data_fetcher)  # noqa: SLF001
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """The loop is over."""
+        """The loop is over; who was asked to end since the end of its last epoch stops here."""
+        del pl_module
+        self._grace.leave_loop()
+        if group.any_of([self._grace.began], trainer)[0]:
+            self._stop(trainer)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning has registered its own handler again, which talks to the others of a group when a signal comes."""
         del trainer, pl_module
-        self._in_loop = False
+        self._grace.watch()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop if asked to; make a checkpoint if it is time."""
@@ -84,7 +77,7 @@ class Checkpointing:
         if self._publisher.fence is not None:
             raise self._publisher.fence
         due = trainer.is_global_zero and time.monotonic() - self._last_time >= self._every_s
-        stop, save = group.any_of([self.grace.began, due], trainer)
+        stop, save = group.any_of([self._grace.began, due], trainer)
         # Not between an epoch's last step and its validation: going on from there would leave the validation out.
         if stop and not trainer.is_last_batch:
             # Lightning logs a step's metrics after this hook, which it won't get past.
@@ -95,9 +88,9 @@ class Checkpointing:
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
         """Stop if asked to and there is no end in sight; a group stops after it, where all can agree on it."""
-        if not self.grace.began or trainer.sanity_checking or group.world_size() > 1:
+        if not self._grace.began or trainer.sanity_checking or group.world_size() > 1:
             return
-        if self.grace.passed_s() >= VALIDATION_SHARE * grace_period_s():
+        if self._grace.passed_s() >= VALIDATION_SHARE * grace_period_s():
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -105,14 +98,14 @@ class Checkpointing:
         del pl_module
         value = trainer.callback_metrics.get(self._monitor)
         self._save(trainer, metric=None if value is None else float(value), suffix="-end")
-        if group.any_of([self.grace.began], trainer)[0]:
+        if group.any_of([self._grace.began], trainer)[0]:
             self._stop(trainer)
 
     def _stop(self, trainer: Any) -> None:
         if trainer.global_step != self._last_step:
             self._save(trainer, metric=None)
-        self.grace.begin()  # in a group another process may have been told first
-        delivered = self._publisher.flush(self.grace.left_s())
+        self._grace.begin()  # in a group another process may have been told first
+        delivered = self._publisher.flush(self._grace.left_s())
         fate = "was delivered" if delivered else "could not be delivered in time; an older one is used"
         raise TerminatedError(f"Asked to end (SIGTERM) at step {trainer.global_step}; its checkpoint {fate}.")
 

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from heimdall_api.contract import CHECKPOINT_DIR, TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint
+from heimdall_api.contract import CHECKPOINT_DIR, TAG_CHECKPOINTS, Checkpoint
 from heimdall_api.contract import parse_checkpoints as parse
 from heimdall_tracking.checkpoints import Mode, publish, ranked, remove, sha256_of
 from heimdall_tracking.connections import forget_connections
+from heimdall_tracking.errors import OvertakenError
 from heimdall_tracking.redact import redact
+from heimdall_tracking.runs import check_attempt
 from heimdall_tracking.undelivered import LeftCheckpoint
 from heimdall_trainer.errors import FencedError
 
@@ -163,9 +165,10 @@ class CheckpointPublisher:
         """
         if not self._fenced:
             return
-        newest = self._tracker.client.get_run(self._tracker.run_id).data.tags.get(TAG_ATTEMPT, "0")
-        if newest.isdigit() and int(newest) > self._attempt:
-            raise FencedError(f"attempt {newest} has taken over: attempt {self._attempt} publishes nothing more")
+        try:
+            check_attempt(self._tracker.client.get_run(self._tracker.run_id), self._attempt)
+        except OvertakenError as error:
+            raise FencedError(str(error)) from None
 
     # --- the worker ----------------------------------------------------------------------------------------------
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from heimdall_api.contract import MODEL_NAME, ONNX_FILE
+from heimdall_api.contract import ONNX_FILE
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
@@ -20,20 +21,27 @@ log = structlog.get_logger()
 
 
 def log_localizer(
-    tracker: MLflowTracker, net: Any, example: dict[str, Any], *, onnx: Path | None, known: dict[str, Any]
-) -> str:
-    """Log a LocalizationNet: named arrays in, position and sigma in metres out.
+    tracker: MLflowTracker,
+    net: Any,
+    example: dict[str, Any],
+    *,
+    folder: Path,
+    onnx: Path | None,
+    known: dict[str, Any],
+) -> Future[None]:
+    """Log a LocalizationNet behind this: named arrays in, position and sigma in metres out.
 
     Args:
         tracker: The run.
         net: The network.
         example: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2 or, with arrivals, 4) in metres, as numpy
             arrays.
+        folder: Where the model is until it is delivered.
         onnx: The same network as ONNX, to lie beside it.
         known: What is to be known of it later, as the model's metadata.
 
     Returns:
-        ID of the logged model.
+        The upload, to wait for.
     """
     import mlflow.pyfunc
     import numpy as np
@@ -48,9 +56,9 @@ def log_localizer(
     inputs = Schema([tensor("spectrograms", -1, -1, 3, 128, 32), tensor("receivers", -1, -1, net.receiver_values)])
     outputs = Schema([tensor("position", -1, 2), tensor("sigma", -1, 2)])
 
-    def save(folder: str, model: Any) -> None:
+    def save(place: str, model: Any) -> None:
         mlflow.pyfunc.save_model(
-            folder,
+            place,
             python_model=Localizer(net.eval().cpu()),
             signature=ModelSignature(inputs, outputs),
             input_example=example,
@@ -58,20 +66,21 @@ def log_localizer(
             mlflow_model=model,
         )
 
-    return _log(tracker, save, onnx, known)
+    return _log(tracker, save, folder, onnx, known)
 
 
-def log_module(tracker: MLflowTracker, module: Any, example: Any, *, onnx: Path | None) -> str:
-    """Log any LightningModule with MLflow's PyTorch flavour.
+def log_module(tracker: MLflowTracker, module: Any, example: Any, *, folder: Path, onnx: Path | None) -> Future[None]:
+    """Log any LightningModule behind this, with MLflow's PyTorch flavour.
 
     Args:
         tracker: The run.
         module: The module.
         example: A batch's input as a numpy array, or None where it is no single array.
+        folder: Where the model is until it is delivered.
         onnx: The same module as ONNX, to lie beside it.
 
     Returns:
-        ID of the logged model.
+        The upload, to wait for.
     """
     import mlflow.pytorch
     from mlflow.models import infer_signature
@@ -86,10 +95,10 @@ def log_module(tracker: MLflowTracker, module: Any, example: Any, *, onnx: Path 
             output = module(torch.from_numpy(example))
         signature = infer_signature(example, output.numpy()) if isinstance(output, torch.Tensor) else None
 
-    def save(folder: str, model: Any) -> None:
+    def save(place: str, model: Any) -> None:
         mlflow.pytorch.save_model(
             module,
-            folder,
+            place,
             signature=signature,
             input_example=example,
             pip_requirements=requirements(),
@@ -97,27 +106,21 @@ def log_module(tracker: MLflowTracker, module: Any, example: Any, *, onnx: Path 
             serialization_format="pickle",
         )
 
-    return _log(tracker, save, onnx, {})
+    return _log(tracker, save, folder, onnx, {})
 
 
-def _log(tracker: MLflowTracker, save: Any, onnx: Path | None, known: dict[str, Any]) -> str:
-    """Give a saved model to the run: it counts only when it is whole."""
-    from mlflow.entities import LoggedModelStatus
+def _log(tracker: MLflowTracker, save: Any, folder: Path, onnx: Path | None, known: dict[str, Any]) -> Future[None]:
+    """Save a model, for which no server is needed, and have it delivered as it lies there."""
     from mlflow.models import Model
 
-    client = tracker.client
-    experiment = client.get_run(tracker.run_id).info.experiment_id
-    logged = client.create_logged_model(experiment, name=MODEL_NAME, source_run_id=tracker.run_id)
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "model"
-        save(str(folder), Model(run_id=tracker.run_id, model_id=logged.model_id, metadata=known or None))
-        if onnx is not None:
-            (folder / ONNX_FILE).parent.mkdir()
-            shutil.copyfile(onnx, folder / ONNX_FILE)
-        client.log_model_artifacts(logged.model_id, str(folder))
-    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    log.info("model logged", model_id=logged.model_id)
-    return str(logged.model_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = Path(tempfile.mkdtemp(dir=folder)) / "model"
+    save(str(saved), Model(run_id=tracker.run_id, metadata=known or None))
+    if onnx is not None:
+        (saved / ONNX_FILE).parent.mkdir()
+        shutil.copyfile(onnx, saved / ONNX_FILE)
+    log.info("model saved", folder=str(saved))
+    return tracker.log_model(saved)
 
 
 def requirements() -> list[str]:

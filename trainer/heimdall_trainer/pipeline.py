@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -15,6 +16,8 @@ import structlog
 
 from heimdall_api.contract import TAG_BEST
 from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
+from heimdall_tracking.redact import redact
+from heimdall_tracking.waiting import in_time
 from heimdall_trainer import group
 from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
 from heimdall_trainer.checkpoints import CheckpointPublisher
@@ -33,6 +36,11 @@ DELIVERY_TIMEOUT_S: Final = 600
 """How long the end waits for MLflow before it gives up, all waits together."""
 GROUP_DELIVERY_TIMEOUT_S: Final = 240
 """The same with several workers: shorter than group.COLLECTIVE_TIMEOUT, for which the others wait for the first."""
+LOOK_EVERY_S: Final = 1.0
+"""How often an end that waits looks whether SIGTERM has made its time shorter."""
+CURVES_TIMEOUT_S: Final = 60
+"""How long the end waits for metrics that loss curves are to show."""
+FENCE_TIMEOUT_S: Final = 10
 FAILURE_TIMEOUT_S: Final = 30
 """How long a training that failed waits for what it logged before it puts that away."""
 log = structlog.get_logger()
@@ -47,7 +55,14 @@ class TrainingPipeline:
     """
 
     def __init__(
-        self, run: TrainingRun, tracker: MLflowTracker, *, output_dir: Path, attempt: int = 1, fenced: bool = False
+        self,
+        run: TrainingRun,
+        tracker: MLflowTracker,
+        *,
+        output_dir: Path,
+        attempt: int = 1,
+        fenced: bool = False,
+        grace: Grace | None = None,
     ) -> None:
         """Prepare; nothing is read or built yet.
 
@@ -57,13 +72,22 @@ class TrainingPipeline:
             output_dir: Folder for checkpoints on their way.
             attempt: Number of this attempt.
             fenced: Whether a newer attempt may take over.
+            grace: Of the process, if it watches for SIGTERM already.
         """
         self.run = run
         self.spec = run.spec
         self.tracker = tracker
         self.output_dir = output_dir
+        self.grace = grace or Grace()
+        """What is left of the time after SIGTERM."""
+        self.is_whole = False
+        """Whether everything was made that was asked for; what was not delivered of it is put away when it ends."""
         self.module: Any = None
         self.data: Any = None
+        self._resumed: Path | None = None
+        """The checkpoint that training goes on from."""
+        self._weights: Path | None = None
+        """The file that the backbone's weights came from, where it was not the library's."""
         self._publisher = CheckpointPublisher(
             tracker,
             attempt=attempt,
@@ -77,7 +101,9 @@ class TrainingPipeline:
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training)
-        self._checkpointing = Checkpointing(self._publisher, self.spec.training, output_dir / "checkpoints", attempt)
+        self._checkpointing = Checkpointing(
+            self._publisher, self.spec.training, output_dir / "checkpoints", attempt, self.grace
+        )
 
     def train(self) -> dict[str, float]:
         """Train, test, and leave in the run what was asked for.
@@ -94,26 +120,31 @@ class TrainingPipeline:
         """
         try:
             metrics = self._train()
-        except UndeliveredError as error:
-            self.close()
-            kept = self.tracker.undelivered
-            if kept is None:
-                raise
-            raise UndeliveredError(f"{error}; {kept.sentence}") from None
         except BaseException as error:
-            if isinstance(error, FencedError) or self._publisher.fence is not None:
-                # The run is a newer attempt's: what waits here would be mixed with its metrics and progress.
-                self._publisher.close()
-                self.tracker.discard()
-            else:
-                self.close(self.grace.left_s() if isinstance(error, TerminatedError) else FAILURE_TIMEOUT_S)
+            self.grace.settle()
+            self._end(error)
+            kept = self.tracker.undelivered
+            if isinstance(error, UndeliveredError) and kept is not None:
+                raise UndeliveredError(f"{error}; {kept.sentence}") from None
             raise
         self.close()
         return metrics
 
+    def _end(self, error: BaseException) -> None:
+        """Deliver, put away or forget what waits, as the reason of the end wants it."""
+        if isinstance(error, FencedError) or self._publisher.fence is not None:
+            # The run is a newer attempt's: what waits here would be mixed with its metrics and progress.
+            self._publisher.close()
+            self.tracker.discard()
+        elif isinstance(error, UndeliveredError):
+            self.close()
+        else:
+            self.close(self.grace.left_s() if isinstance(error, TerminatedError) else FAILURE_TIMEOUT_S)
+
     def _train(self) -> dict[str, float]:
-        self._checkpointing.watch_sigterm()
+        self.grace.watch()
         (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._resumed = self._publisher.newest_file(self.output_dir / "resumed")
         self.setup_model()
         if group.is_first():
             self._results.check(self.module, rehearse=not self._publisher.listed)
@@ -124,26 +155,33 @@ class TrainingPipeline:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         metrics |= self._test(trainer)
         if group.is_first():
-            self._deliver()  # loss curves are drawn of what has arrived
+            self._wait(self.tracker.flush, CURVES_TIMEOUT_S)
             try:
-                self._results.publish(self.module, self.data, self._publisher.check_fence)
+                self._results.publish(self.module, self.data, self._check_fence)
             except ConfigurationError:
                 self._deliver()  # what could be published was, and is worth the wait as ever
                 raise
+            self.is_whole = True
             self._deliver()
         return metrics
 
     def close(self, timeout_s: float = 0) -> None:
-        """Stop the background threads, after they had some time; what they could not deliver is kept on disk."""
+        """Stop the background threads, after they had some time; what they could not deliver is kept on disk.
+
+        Args:
+            timeout_s: How long they have; once SIGTERM was received, no longer than the grace period has left.
+        """
         deadline = time.monotonic() + timeout_s
         for left in self._publisher.close(timeout_s):
             self.tracker.leave_checkpoint(left)
-        self.tracker.close(max(0.0, deadline - time.monotonic()))
+        while (left_s := self._left_s(deadline)) > 0 and not self.tracker.flush(min(left_s, LOOK_EVERY_S)):
+            pass
+        self.tracker.close(0)
 
-    @property
-    def grace(self) -> Grace:
-        """What is left of the time after SIGTERM."""
-        return self._checkpointing.grace
+    def _left_s(self, deadline: float) -> float:
+        """Seconds until a deadline, or until the grace period is over, if that has begun and is sooner."""
+        left_s = deadline - time.monotonic()
+        return min(left_s, self.grace.left_s()) if self.grace.began else left_s
 
     def setup_model(self) -> Any:
         """The module: the localizer on its backbone, or the user's own."""
@@ -157,6 +195,8 @@ class TrainingPipeline:
             from heimdall_trainer.model.weights import find_weights
 
             backbone = model.backbone or DEFAULT_BACKBONE
+            if model.pretrained and self._resumed is None:
+                self._weights = find_weights(load_data_settings(), backbone)
             self.module = LocalizationModule(
                 backbone,
                 pretrained=model.pretrained,
@@ -164,8 +204,9 @@ class TrainingPipeline:
                 learning_rate=training.learning_rate,
                 weight_decay=training.weight_decay,
                 loss=training.loss,
-                weights=find_weights(load_data_settings(), backbone) if model.pretrained else None,
+                weights=self._weights,
                 arrivals=self.spec.data.arrivals,
+                resumed=self._resumed is not None,
             )
         return self.module
 
@@ -185,6 +226,8 @@ class TrainingPipeline:
                 num_workers=training.data_loader_workers,
                 seed=training.seed,
             )
+            if self._resumed is not None:
+                self.data.load_state_dict(_state_of(self.data, self._resumed))
             self.data.setup()
         return self.data
 
@@ -250,17 +293,18 @@ class TrainingPipeline:
             "precision": trainer.precision,
         }
         self.tracker.log_params({"environment": environment})
+        if self._weights is not None:
+            self.tracker.log_params({"weights": f"{self._weights.parent.name}/{self._weights.name}"})
         if hasattr(self.data, "dataset_identity"):
             self.tracker.log_params({"dataset": self.data.dataset_identity()})
 
     def _fit(self, trainer: Any) -> None:
         tags = self.tracker.client.get_run(self.tracker.run_id).data.tags
         self._progress.restore_best(tags.get(TAG_BEST))
-        resumed = self._publisher.newest_file(self.output_dir / "resumed")
         with warnings.catch_warnings():
             # A checkpoint in mid-epoch is resumed on purpose.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=resumed, weights_only=False)
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=self._resumed, weights_only=False)
 
     def _test(self, trainer: Any) -> dict[str, float]:
         """Load the best weights and test them."""
@@ -293,14 +337,37 @@ class TrainingPipeline:
 
     def _deliver(self) -> None:
         if not self._wait(self.tracker.flush):
-            raise UndeliveredError("metrics or artifacts could not be delivered to MLflow in time")
+            self._check_fence()
+            raise UndeliveredError("metrics, artifacts or the model could not be delivered to MLflow in time")
 
-    def _wait(self, flush: Callable[[float], bool]) -> bool:
+    def _check_fence(self) -> None:
+        """Look whether a newer attempt has taken over; what is uploaded later looks again.
+
+        Raises:
+            FencedError: One has, and MLflow says so.
+        """
+        try:
+            in_time(self._publisher.check_fence, FENCE_TIMEOUT_S)
+        except FencedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - MLflow is away: nobody knows
+            log.warning("whether a newer attempt has taken over is not known", error=redact(error))
+
+    def _wait(self, flush: Callable[[float], bool], at_most_s: float = math.inf) -> bool:
         """Wait for MLflow, with the patience that earlier waits have left; whether everything was delivered."""
         began = time.monotonic()
-        done = flush(self._patience_s)
+        done = flush(min(self._patience_s, at_most_s))
         self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
         return done
+
+
+def _state_of(data: Any, checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds of its data module; the weights are left where they are."""
+    import torch
+
+    held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    state: dict[str, Any] = held.get(type(data).__qualname__, {})
+    return state
 
 
 def _seed(seed: int) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from heimdall_api.contract import ONNX_FILE, PLOTS_DIR
+from heimdall_tracking.redact import redact
+from heimdall_tracking.waiting import in_time
 from heimdall_trainer.errors import ConfigurationError, ExportError
 from heimdall_trainer.imports import lightning_of
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 LOSSES: Final = ("train/loss_step", "val/loss")
 """Metrics of the loss curves."""
+HISTORY_TIMEOUT_S: Final = 60
+"""How long the plots wait for what MLflow knows."""
 log = structlog.get_logger()
 
 
@@ -62,7 +66,7 @@ class Results:
             self._rehearse(module)
 
     def publish(self, module: Any, data: Any, check_fence: Callable[[], None]) -> None:
-        """Give the run what was asked for; artifacts are uploaded behind this, and to be waited for.
+        """Give the run what was asked for; artifacts and model are uploaded behind this, and to be waited for.
 
         Args:
             module: The module with its best weights.
@@ -72,7 +76,6 @@ class Results:
         Raises:
             ConfigurationError: The module can't be exported; everything else was published.
             FencedError: A newer attempt has taken over: nothing is published.
-            MlflowException: The server is away or refuses.
         """
         plots = self._draw(module, data)
         onnx, failure = None, None
@@ -129,13 +132,22 @@ class Results:
 
         folder = self._folder / PLOTS_DIR
         try:
-            history = loss_history(self._tracker.client, self._tracker.run_id)
+            history = self._history()
             # Once more over the test split: it is small, and the metrics of a group lie in several processes.
             draw(predict(module.net, data.dataset(data.split.test)), history, folder)
         except Exception as error:  # noqa: BLE001 - they are for people: a training is no failure without them
             log.warning("no plots were made", error=f"{type(error).__name__}: {error}")
             return None
         return folder
+
+    def _history(self) -> dict[str, History]:
+        """The losses so far; none where MLflow is away, which the other plots can do without."""
+        client, run_id = self._tracker.client, self._tracker.run_id
+        try:
+            return in_time(lambda: loss_history(client, run_id), HISTORY_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other plots
+            log.warning("no loss curves are drawn", error=f"{type(error).__name__}: {redact(error)}")
+            return {}
 
     def _log_model(self, module: Any, data: Any, onnx: Path | None) -> None:
         from heimdall_trainer import modelling
@@ -145,9 +157,9 @@ class Results:
         if self._localizer:
             example = {name: batch[name][:1].numpy() for name in ("spectrograms", "receivers")}
             sessions = data.state_dict() if isinstance(data, HeimdallDataModule) else {}
-            modelling.log_localizer(self._tracker, module.net, example, onnx=onnx, known=sessions)
+            modelling.log_localizer(self._tracker, module.net, example, folder=self._folder, onnx=onnx, known=sessions)
         else:
-            modelling.log_module(self._tracker, module, _single_array(batch), onnx=onnx)
+            modelling.log_module(self._tracker, module, _single_array(batch), folder=self._folder, onnx=onnx)
 
 
 def loss_history(client: MlflowClient, run_id: str) -> dict[str, History]:

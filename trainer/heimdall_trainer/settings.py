@@ -44,7 +44,7 @@ class DataSettings(BaseSettings):
     s3_path_style: bool = True
     """Address buckets by path: private endpoints rarely have a host name per bucket."""
     cache_dir: Path = Path("~/.cache/heimdall-trainer")
-    """Folder of cached features and downloaded weights."""
+    """Folder of cached features (spectrograms, times of arrival) and downloaded weights."""
     cache_limit_gib: float = Field(default=50, gt=0)
     """About how large the cached features may become, in GiB; what was not used for long goes first."""
     redis_url: SecretStr | None = None

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.models import Model
 from structlog.testing import capture_logs
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, parse_checkpoints
+from heimdall_api.types import RegistrationSpec
 from heimdall_tracking import MLflowTracker, TrackingError, TrackingSettings, undelivered
 from heimdall_tracking import deliver as module
 from heimdall_tracking.checkpoints import sha256_of
@@ -29,7 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWar
 
 STEPS = 2500
 """More than two batches."""
-CALLS = ("log_batch", "set_tag", "log_artifact", "log_artifacts", "set_terminated")
+CALLS = (
+    *("log_batch", "set_tag", "log_artifact", "log_artifacts", "set_terminated"),
+    *("search_logged_models", "create_logged_model"),
+)
 
 
 def away(*args: object, **more: object) -> None:
@@ -60,6 +65,8 @@ def training_without_server(tracker: MLflowTracker, patch: pytest.MonkeyPatch, f
     (folder / "plots").mkdir()
     (folder / "plots/loss.txt").write_text("plot")
     (folder / "step-7.ckpt").write_bytes(b"weights")
+    (folder / "saved").mkdir()
+    Model(run_id=run_id).save(str(folder / "saved/MLmodel"))
     with patch.context() as inside:
         for call in CALLS:
             inside.setattr(tracker.client, call, away)
@@ -70,10 +77,12 @@ def training_without_server(tracker: MLflowTracker, patch: pytest.MonkeyPatch, f
         tracker.put_tag("endpoint", "s3://key:canary@minio")
         tracker.log_artifact(folder / "plots/loss.txt", "single")
         tracker.log_artifacts_dir(folder / "plots", "all")
+        tracker.log_model(folder / "saved")
         tracker.leave_checkpoint(
             LeftCheckpoint(file=folder / "step-7.ckpt", checkpoint=checkpoint(7), keep=1, mode="min")
         )
         assert not tracker.close(0.02)
+        tracker.leave_registration(RegistrationSpec(model=f"model-{run_id}", aliases=["candidate"]))
         assert not tracker.end_run_in_time("FAILED", PATIENCE_S)
     return run_id
 
@@ -97,6 +106,11 @@ def is_whole(client: MlflowClient, run_id: str, tmp_path: Path) -> None:
     assert (listed.step, listed.last) == (7, True)
     file = Path(client.download_artifacts(run_id, listed.path, str(tmp_path)))
     assert listed.sha256 == sha256_of(file)
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (str(model.status), model.source_run_id) == ("READY", run_id)
+    (version,) = client.search_model_versions(f"run_id = '{run_id}'")
+    assert (version.name, str(version.version)) == (f"model-{run_id}", "1")
+    assert str(client.get_model_version_by_alias(version.name, "candidate").version) == "1"
     assert run.info.status == "FAILED"
 
 
@@ -115,20 +129,23 @@ def test_what_is_left_is_told_in_one_sentence_with_the_command_and_delivered_by_
 
     assert folder == tmp_path / "out put/undelivered"
     assert lines[-1]["event"] == (
-        f"5,000 metric points, 2 calls for tags and parameters, 2 artifacts, 1 checkpoint and the end (FAILED) of "
-        f"run {run_id} could not be delivered to {tracker.settings.tracking_uri} and are kept on disk; deliver them "
-        f"when it answers again with: heimdall-train deliver {shlex.quote(str(folder))}"
+        f"5,000 metric points, 2 calls for tags and parameters, 2 artifacts, 1 model, 1 checkpoint, the registration "
+        f"as model-{run_id} and the end (FAILED) of run {run_id} could not be delivered to "
+        f"{tracker.settings.tracking_uri} and are kept on disk; deliver them when it answers again with: "
+        f"heimdall-train deliver {shlex.quote(str(folder))}"
     )
     for file in folder.rglob("*"):
         assert file.is_dir() or b"canary" not in file.read_bytes(), f"{file} holds a secret"
 
-    assert "5,000 metric points" in deliver(folder, tracker.settings)
+    told = deliver(folder, tracker.settings)
+    assert "5,000 metric points" in told
+    assert f"Registered as version 1 of model-{run_id} with alias candidate" in told
     is_whole(client, run_id, tmp_path)
     assert not folder.exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_at", range(12))
+@pytest.mark.parametrize("killed_at", range(14))
 def test_a_delivery_killed_at_any_step_and_begun_again_delivers_everything_once(
     killed_at: int,
     tracker: MLflowTracker,
@@ -210,7 +227,7 @@ def test_an_overtaken_attempt_delivers_nothing(
     run_id = training_without_server(tracker, monkeypatch, tmp_path)
     client.set_tag(run_id, TAG_ATTEMPT, "2")
 
-    with pytest.raises(TrackingError, match=r"attempt 2 of run .* has taken over.*remove"):
+    with pytest.raises(TrackingError, match=r"attempt 2 has taken over.*remove"):
         deliver(left_by(tracker), tracker.settings)
     assert client.get_run(run_id).data.metrics == {}
 
@@ -271,6 +288,30 @@ def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="is no folder"):
         deliver(tmp_path / "nowhere")
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_model_that_somebody_else_registers_is_delivered_and_told_of(
+    tracker: MLflowTracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "saved").mkdir()
+    Model(run_id=tracker.run_id).save(str(tmp_path / "saved/MLmodel"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.client, "search_logged_models", away)
+        tracker.log_model(tmp_path / "saved")
+        assert not tracker.close(0.02)
+    told = deliver(left_by(tracker), tracker.settings)
+    assert "its model is in the run, and not registered by this" in told
+    assert [str(model.status) for model in client.search_logged_models([tracker.experiment_id])] == ["READY"]
+
+
+def test_a_registration_without_its_model_is_named_and_kept(
+    tracker: MLflowTracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker.leave_registration(RegistrationSpec(model=f"model-{tracker.run_id}"))
+    folder = left_by(tracker)
+    with pytest.raises(TrackingError, match=r"all but this .* the registration as model-.*no logged model"):
+        deliver(folder, tracker.settings)
+    assert folder.exists()
 
 
 def test_two_deliveries_at_once_are_one(
@@ -343,6 +384,7 @@ def test_a_kill_while_files_are_put_away_loses_none_of_them(
     assert {item["path"] for item in manifest["uploads"]} == {
         str(tmp_path / "plots/loss.txt"),
         str(tmp_path / "plots"),
+        str(tmp_path / "saved"),
     }
     assert manifest["calls"]
     tracker.discard()

@@ -1,4 +1,4 @@
-"""Arrivals of stored recordings: what physics say, estimated once, beside the receivers' places."""
+"""Arrivals of stored recordings: what physics say, estimated once, kept in the one cache, beside receivers' places."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from heimdall_api.types import DataSpec
-from heimdall_trainer.data.arrival_source import ArrivalSource
+from heimdall_trainer.data.arrival_source import VALUES, ArrivalSource
+from heimdall_trainer.data.cache import CHECKSUM_BYTES, ENTRY_BYTES, TYPE, pack
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.geo import to_local
 from heimdall_trainer.data.module import HeimdallDataModule
@@ -19,6 +20,8 @@ from heimdall_trainer.data.recordings import UnreadableError
 from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.settings import DataSettings
 from tests.unit.trainer.builders import SESSIONS
+
+ARRIVAL_BYTES = SESSIONS["receivers"] * VALUES * TYPE.itemsize + CHECKSUM_BYTES
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def truly_later_m(transmission: Transmission) -> np.ndarray:
 
 
 def cached(folder: Path) -> list[Path]:
-    return sorted((folder / "arrivals").rglob("*.npy"))
+    return sorted(folder.rglob("*.features"))
 
 
 def test_arrivals_are_off_by_about_as_much_as_they_say(source: ArrivalSource, sent: list[Transmission]) -> None:
@@ -67,13 +70,13 @@ def test_arrivals_are_estimated_once(
 ) -> None:
     first = source.get(sent[0])
     (file,) = cached(tmp_path)
-    file.write_bytes(file.read_bytes().replace(first.tobytes(), (first + 1).tobytes()))
-    assert np.array_equal(source.get(sent[0]), first)  # known to this process
+    file.write_bytes(pack(first + 1))
     other = ArrivalSource.open(recorded.model_copy(update={"cache_dir": tmp_path}))
-    assert np.array_equal(other.get(sent[0]), first + 1)  # read from the folder
+    for each in (source, other):
+        assert np.array_equal(each.get(sent[0]), first + 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY"])
+@pytest.mark.parametrize("content", [b"", b"no array", bytes(ARRIVAL_BYTES), bytes(2 * ARRIVAL_BYTES)])
 def test_a_cache_entry_that_is_broken_is_estimated_again(
     source: ArrivalSource, sent: list[Transmission], tmp_path: Path, recorded: DataSettings, content: bytes
 ) -> None:
@@ -118,6 +121,18 @@ def test_the_spec_asks_for_arrivals_on_all_sides(recorded: DataSettings, tmp_pat
     data = HeimdallDataModule(settings, DataSpec(arrivals=True, test_fraction=0.2), batch_size=4)
     data.setup()
     # Ready before the first batch, which loaders in other processes would each estimate for themselves.
-    assert len(cached(tmp_path)) == SESSIONS["sessions"] * SESSIONS["transmissions_per_session"]
+    arrivals = [file for file in cached(tmp_path) if file.stat().st_size == ARRIVAL_BYTES]
+    assert len(arrivals) == SESSIONS["sessions"] * SESSIONS["transmissions_per_session"]
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         assert next(iter(loader))["receivers"].shape[-1] == 4
+
+
+def test_spectrograms_and_arrivals_have_one_bound(recorded: DataSettings, tmp_path: Path) -> None:
+    limit = 5 * ENTRY_BYTES + ENTRY_BYTES // 2
+    settings = recorded.model_copy(update={"cache_dir": tmp_path, "cache_limit_gib": limit / 2**30})
+    data = HeimdallDataModule(settings, DataSpec(arrivals=True), batch_size=4)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["receivers"].shape[-1] == 4
+    sizes = [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()]
+    assert {ENTRY_BYTES, ARRIVAL_BYTES} <= set(sizes), "both are kept"
+    assert sum(sizes) <= limit

@@ -103,3 +103,97 @@ def test_a_cache_of_another_user_is_a_cache(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "utime", refuse)
     assert cache.get(key(1)) is not None
+
+
+class Clock:
+    """The time, set by the test."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def time(self) -> float:
+        return self.now
+
+    monotonic = time
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that were looked at whole, in order."""
+    made: list[Path] = []
+    entries = FolderCache._entries
+
+    def counted(self: FolderCache) -> Any:
+        made.append(self._folder)
+        return entries(self)
+
+    monkeypatch.setattr(FolderCache, "_entries", counted)
+    return made
+
+
+def test_a_full_folder_is_looked_at_once_for_all_processes_until_something_may_go(
+    tmp_path: Path, looks: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(time.time())
+    monkeypatch.setattr(module, "time", clock)
+    first, second = (FolderCache(tmp_path, limit_bytes=5 * ENTRY_BYTES) for _ in range(2))
+    for number in range(5):
+        first.put(key(number), features(number))
+        os.utime(first._file(key(number)), (clock.now + number, clock.now + number))
+    looks.clear()
+
+    with capture_logs() as lines:
+        for turn in range(100):
+            clock.now += UNUSED_S / 200
+            for cache in (first, second):
+                cache.put(key(10 + turn), features(turn))
+    assert len(looks) == 1, "the other finds what the first has found"
+    assert len(lines) == 2, "each tells once"
+
+    clock.now += UNUSED_S / 2 + 1  # the oldest has not been used for long enough now
+    second.put(key(9), features(9))
+    assert len(looks) == 2
+    assert second.get(key(9)) is not None
+    assert second.get(key(0)) is None
+    assert second.get(key(4)) is not None
+
+
+def test_a_mark_of_another_limit_or_far_in_the_future_counts_for_nothing(tmp_path: Path, looks: list[Path]) -> None:
+    small = FolderCache(tmp_path, limit_bytes=ENTRY_BYTES)
+    for number in range(2):
+        small.put(key(number), features(number))
+    assert small.get(key(1)) is None
+    FolderCache(tmp_path, limit_bytes=3 * ENTRY_BYTES).put(key(1), features(1))
+    assert small.get(key(1)) is not None
+
+    years = time.time() + 1000 * UNUSED_S
+    os.utime(small._mark, (years, years))
+    looks.clear()
+    FolderCache(tmp_path, limit_bytes=ENTRY_BYTES).put(key(2), features(2))
+    assert len(looks) == 1
+
+
+def test_what_a_full_folder_has_left_is_enough_for_what_is_small(tmp_path: Path) -> None:
+    cache = FolderCache(tmp_path, limit_bytes=ENTRY_BYTES + ENTRY_BYTES // 2)
+    for number in range(2):
+        cache.put(key(number), features(number))
+    small = np.ones((3, 2), np.float32)
+    cache.put(key(7), small)
+    assert cache.get(key(1)) is None
+    assert np.array_equal(cache.get(key(7), (3, 2)), small)
+
+
+def test_a_disk_that_takes_nothing_is_not_looked_at_each_time(
+    tmp_path: Path, looks: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    clock = Clock(1000.0)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "write_whole", full)
+    cache = FolderCache(tmp_path, limit_bytes=100 * ENTRY_BYTES)
+    for _ in range(10):
+        cache.put(key(0), features(0))
+        clock.now += 2 * module.PAUSE_S
+    assert len(looks) == 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 import yaml
 from structlog.testing import capture_logs
 
+from heimdall_api.contract import ENV_TERMINATION_MESSAGE, ExitCode, Reason, TerminationMessage
 from heimdall_api.types import RegistrationSpec
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.registry import register
@@ -54,6 +58,35 @@ def test_help_imports_nothing_that_is_heavy() -> None:
     assert imported & HEAVY == set()
 
 
+def test_sigterm_before_anything_was_read_is_handled(tmp_path: Path) -> None:
+    """A container's first process would ignore it otherwise. The run file is a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "run.json")
+    words = tmp_path / "termination-log"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "heimdall_trainer.cli", "run", "-f", str(tmp_path / "run.json")],
+        env={**os.environ, ENV_TERMINATION_MESSAGE: str(words)},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not handles_sigterm(process.pid):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == ExitCode.SIGTERM, printed
+    assert TerminationMessage.model_validate_json(words.read_text()).reason is Reason.PREEMPTED
+
+
+def handles_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
 @dataclass(frozen=True)
 class Looked:
     """One localizer as a registered version and as a checkpoint."""
@@ -68,6 +101,7 @@ class Looked:
 def looked(mlflow_uri: str, recorded: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> Looked:
     """Untrained: what is looked at are commands."""
     torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("looked")
     module = LocalizationModule("test_resnet").eval()
     tracker = MLflowTracker(load_settings(tracking_uri=mlflow_uri))
     run_id = tracker.start_run("looked-at")
@@ -75,14 +109,14 @@ def looked(mlflow_uri: str, recorded: DataSettings, tmp_path_factory: pytest.Tem
         tracker.log_metrics({"train/loss_step": 1.0 - 0.1 * step, "val/loss": 0.5}, step)
     sample = HeimdallDataset.open(recorded)[0]
     example = {name: sample[name][None].numpy() for name in ("spectrograms", "receivers")}  # type: ignore[literal-required]
-    log_localizer(tracker, module.net, example, onnx=None, known={"sessions": SESSIONS})
+    log_localizer(tracker, module.net, example, folder=folder, onnx=None, known={"sessions": SESSIONS})
     assert tracker.end_run(timeout_s=60)
     facts = read_facts(tracker.client, run_id)
     assert facts is not None
     registered = register(tracker.client, facts, RegistrationSpec(model=NAME, aliases=["candidate"]))
     checkpoint = {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    file = tmp_path_factory.mktemp("checkpoint") / "best.ckpt"
+    file = folder / "best.ckpt"
     torch.save({**checkpoint, "HeimdallDataModule": {"sessions": SESSIONS}}, file)
     return Looked(module, run_id, registered.version, str(file))
 

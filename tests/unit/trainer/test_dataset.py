@@ -20,6 +20,7 @@ from heimdall_trainer.data.module import HeimdallDataModule
 from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.data.spectrogram import SHAPE, mel_spectrogram
+from heimdall_trainer.data.split import Split
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
 from tests.unit.trainer.builders import SESSIONS, DrawnFeatures, data_settings, transmission
@@ -211,6 +212,24 @@ def test_the_identity_of_a_dataset_changes_with_a_single_recording(mine: DataSet
     shutil.rmtree(mine.cache_dir)
     data_file(mine, sent_of(mine)[0], 0).unlink()
     assert HeimdallDataModule(mine, spec).dataset_identity()["digest"] != whole["digest"]
+
+
+def test_the_split_of_a_checkpoint_is_kept_whenever_it_comes(mine: DataSettings) -> None:
+    data = HeimdallDataModule(mine, DataSpec())
+    whole = data.split
+    moved = Split(train=(*whole.validation, *whole.test), validation=whole.train[:1], test=())
+    state = {"sessions": moved.sides}
+    early, late = (HeimdallDataModule(mine, DataSpec()) for _ in range(2))
+    late.setup()
+    for each in (early, late):
+        each.load_state_dict(state)
+        each.setup()
+        assert each.split == moved
+        assert each.state_dict() == state
+        assert {sent.session_id for sent in each.train_dataloader().dataset.transmissions} == set(moved.train)  # type: ignore[attr-defined]
+    assert len(early.dataset_identity()["train_sessions"]) == 2
+    data.load_state_dict({})
+    assert data.split == whole, "an older checkpoint tells of no sessions"
 
 
 def test_a_session_that_was_asked_for_and_is_not_there_is_named(recorded: DataSettings) -> None:

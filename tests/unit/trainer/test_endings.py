@@ -12,6 +12,7 @@ import pytest
 
 import heimdall_tracking
 from heimdall_api.contract import ENV_GRACE_PERIOD
+from heimdall_api.types import RegistrationSpec
 from heimdall_tracking import registry, runs
 from heimdall_tracking.errors import AwayError
 from heimdall_tracking.registry import ModelMissingError
@@ -106,8 +107,8 @@ def test_all_waits_after_sigterm_together_leave_the_reserve(
     checkpointing = made._checkpointing
 
     def told_to_end_in_validation() -> dict[str, float]:
-        checkpointing._in_loop = True
-        checkpointing._on_sigterm(signal.SIGTERM, None)
+        made.grace.enter_loop()
+        made.grace._on_sigterm(signal.SIGTERM, None)
         clock.wait(callbacks.VALIDATION_SHARE * grace.grace_period_s() + 0.001)
         trainer = SimpleNamespace(sanity_checking=False, global_step=checkpointing._last_step)
         checkpointing.on_validation_batch_end(trainer)
@@ -130,6 +131,51 @@ def test_a_second_sigterm_does_not_begin_the_grace_period_anew(clock: Clock) -> 
     clock.wait(5)
     counted.begin()
     assert counted.left_s() == left - 5
+
+
+@pytest.mark.parametrize("failure", [TerminatedError("asked to end"), RuntimeError("boom")], ids=["told", "failed"])
+def test_sigterm_while_what_is_left_is_delivered_breaks_nothing_off_and_shortens_the_wait(
+    failure: BaseException, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the only one, after a failure; or as one more."""
+    monkeypatch.setenv(ENV_GRACE_PERIOD, "12")
+    made, run = training(clock, tmp_path)
+
+    def train() -> dict[str, float]:
+        if isinstance(failure, TerminatedError):
+            made.grace._on_sigterm(signal.SIGTERM, None)
+        raise failure
+
+    def told_meanwhile(timeout_s: float) -> bool:
+        if not run.done:
+            run.done.append("told")
+            made.grace._on_sigterm(signal.SIGTERM, None)
+        return clock.wait(timeout_s)
+
+    monkeypatch.setattr(made, "_train", train)
+    run.flush = told_meanwhile  # type: ignore[method-assign]
+    began = clock.now
+    with pytest.raises(type(failure)):
+        made.train()
+    assert run.done == ["told", "closed"]
+    assert clock.now - began <= 12 - grace.RESERVE_S + checkpoints.JOIN_S
+
+
+def test_sigterm_interrupts_except_in_the_loop_and_at_the_end() -> None:
+    watched = grace.Grace()
+
+    def receive() -> None:
+        watched._on_sigterm(signal.SIGTERM, None)
+
+    watched.enter_loop()
+    receive()
+    assert watched.began
+    watched.leave_loop()
+    for _ in range(2):
+        with pytest.raises(TerminatedError):
+            receive()
+    watched.settle()
+    receive()
 
 
 @pytest.mark.parametrize("how", ["raised", "noticed by the publisher"])
@@ -193,6 +239,10 @@ class Ended:
     def __init__(self, *, told: bool) -> None:
         self.client, self.told = self, told
         self.ends: list[tuple[str, float | None]] = []
+        self.left: list[str] = []
+
+    def leave_registration(self, spec: RegistrationSpec) -> None:
+        self.left.append(spec.model)
 
     def start_run(self, run_id: str) -> None:
         """It is there."""
@@ -206,24 +256,31 @@ AWAY = AwayError("MLflow does not answer")
 
 
 @pytest.mark.parametrize(
-    ("trained", "registered", "told", "raised", "end"),
+    ("whole", "trained", "registered", "told", "raised", "end", "left"),
     [
-        (None, None, True, None, ("FINISHED", None)),
-        (None, None, False, UndeliveredError, ("FINISHED", None)),
-        (None, AWAY, True, AwayError, ("FINISHED", None)),
-        (None, ModelMissingError("no model"), True, ModelMissingError, ("FAILED", None)),
-        (UndeliveredError("metrics"), None, True, UndeliveredError, ("FAILED", None)),
-        (TerminatedError(), None, True, TerminatedError, ("KILLED", 7)),
+        (True, None, None, True, None, ("FINISHED", None), []),
+        (True, None, None, False, UndeliveredError, ("FINISHED", None), []),
+        (True, None, AWAY, True, UndeliveredError, ("FINISHED", None), ["m"]),
+        (True, None, ModelMissingError("no model"), True, ModelMissingError, ("FAILED", None), []),
+        (True, UndeliveredError("the model"), None, True, UndeliveredError, ("FINISHED", None), ["m"]),
+        (False, UndeliveredError("metrics"), None, True, UndeliveredError, ("FAILED", None), []),
+        (True, TerminatedError(), None, True, TerminatedError, ("FINISHED", 7), ["m"]),
+        (False, TerminatedError(), None, True, TerminatedError, ("KILLED", 7), []),
     ],
-    ids=["well", "untold", "away at registration", "nothing to register", "undelivered", "sigterm"],
+    ids=[
+        *("well", "untold", "away at registration", "nothing to register", "undelivered model", "undelivered"),
+        *("sigterm when all is made", "sigterm"),
+    ],
 )
 def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
     *,
+    whole: bool,
     trained: BaseException | None,
     registered: Exception | None,
     told: bool,
     raised: type[BaseException] | None,
     end: tuple[str, float | None],
+    left: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,7 +291,8 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
             raise error
         return result
 
-    made = SimpleNamespace(grace=SimpleNamespace(left_s=lambda: 7), train=lambda: fail(trained, {"loss": 0.5}))
+    time_left = SimpleNamespace(left_s=lambda: 7, settle=lambda: None)
+    made = SimpleNamespace(train=lambda: fail(trained, {"loss": 0.5}), is_whole=whole)
     monkeypatch.setattr(heimdall_tracking, "initialize_mlflow", lambda _: tracker)
     monkeypatch.setattr(pipeline, "TrainingPipeline", lambda *_, **__: made)
     monkeypatch.setattr(runs, "read_facts", lambda *_: "facts")
@@ -242,5 +300,5 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
     monkeypatch.setenv(training_command.LOCAL_RUN_ID, "run")
     asked = parse({"metadata": {"name": "ends"}, "spec": {"registration": {"model": "m"}}})
     with nullcontext() if raised is None else pytest.raises(raised):
-        training_command._train_locally(asked, tmp_path)
-    assert tracker.ends == [end]
+        training_command._train_locally(asked, tmp_path, time_left)  # type: ignore[arg-type]
+    assert (tracker.ends, tracker.left) == ([end], left)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from safetensors.torch import save_file
+from structlog.testing import capture_logs
 
 from heimdall_api.contract import (
     ENV_ATTEMPT,
@@ -38,16 +43,20 @@ from heimdall_api.contract import (
 from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
-from heimdall_trainer import callbacks, cli, export, pipeline
+from heimdall_trainer import callbacks, cli, export, modelling, pipeline
 from heimdall_trainer.config import parse
-from heimdall_trainer.errors import ConfigurationError, ExportError
+from heimdall_trainer.data.generator import generate
+from heimdall_trainer.data.sessions import SessionStore
+from heimdall_trainer.errors import ConfigurationError, DataError, ExportError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
+from heimdall_trainer.model.net import make_backbone
 from heimdall_trainer.pipeline import TrainingPipeline
 from heimdall_trainer.results import Results
 from heimdall_trainer.settings import DataSettings
 from heimdall_trainer.termination import TerminatedError, run_to_exit_code
 from tests.unit.trainer import user_modules
+from tests.unit.trainer.builders import SESSIONS, data_settings
 
 pytestmark = [
     # MLflow's own use of SQLAlchemy, not ours.
@@ -333,6 +342,118 @@ def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     bench.train(localizer, run_id, attempt=2)
     stopped, whole = (dict(bench.history(each, "train/loss_step")) for each in (run_id, trained.run.info.run_id))
     assert stopped == pytest.approx(whole, rel=1e-6)
+
+
+LATE: dict[str, tuple[Any, str]] = {
+    "behind the last epoch": (user_modules.LineWithoutData, "on_train_epoch_end"),
+    "in the test": (user_modules.LineWithoutData, "test_step"),
+    "while the model is saved": (modelling, "log_module"),
+}
+
+
+@pytest.mark.parametrize("place", LATE.values(), ids=LATE.keys())
+def test_sigterm_between_the_last_epoch_and_the_model_publishes_nothing_by_halves(
+    place: tuple[Any, str], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = 2
+    spec = user_spec("LineWithoutData", epochs, data={"module": f"{MODULES}:Points"}, registration={"model": "late"})
+    owner, name = place
+    whole = getattr(owner, name)
+
+    def told_to_end(*arguments: Any, **more: Any) -> Any:
+        if not isinstance(arguments[0], user_modules.Line) or arguments[0].global_step == epochs:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*arguments, **more)
+
+    run_id = bench.new_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, told_to_end)
+        with pytest.raises(TerminatedError):
+            bench.train(spec, run_id)
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.last_checkpoint is not None
+    assert facts.last_checkpoint.step == epochs
+    assert find_model(bench.client, facts) is None
+
+    metrics = bench.train(spec, run_id, attempt=2)
+    assert metrics["test/loss"] == pytest.approx(min(value for _, value in bench.history(run_id, "val/loss")))
+    assert load_model(model_of(bench, run_id).artifact_location).metadata.signature is not None
+
+
+@pytest.fixture
+def mine(
+    recorded: DataSettings, localizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> DataSettings:
+    """A copy of the shared recordings, to be changed; the variables name it."""
+    source = Path(recorded.recordings_url.removeprefix("file:"))
+    shutil.copytree(source, tmp_path / "recordings")
+    shutil.copy(source.parent / "heimdall.db", tmp_path)
+    settings = data_settings(tmp_path, cache_dir=recorded.cache_dir)
+    for name, value in variables(settings).items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+def stop_in_mid_epoch(bench: Bench, spec: dict[str, Any], run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        sigterm_at("training_step", 4, patch)
+        with pytest.raises(TerminatedError, match="at step 5; its checkpoint was delivered"):
+            bench.train(spec, run_id)
+
+
+def test_sessions_that_were_approved_or_withdrawn_meanwhile_change_nothing_in_a_run_that_goes_on(
+    trained: Trained, bench: Bench, localizer: dict[str, Any], mine: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = bench.new_run()
+    stop_in_mid_epoch(bench, localizer, run_id, monkeypatch)
+    generate(mine, **{**SESSIONS, "sessions": 10, "seed": 8}, report=lambda _: None)
+    database = SessionStore.open(mine)
+    database.set_status("generated-7-000", "rejected")
+    database.close()
+    with capture_logs() as lines:
+        metrics = bench.train(localizer, run_id, attempt=2)
+
+    for name in ("train/loss_step", "val/loss"):
+        stopped, whole = (dict(bench.history(each, name)) for each in (run_id, trained.run.info.run_id))
+        assert stopped == pytest.approx(whole, rel=1e-6)
+    assert metrics["test/loss"] == pytest.approx(trained.metrics["test/loss"], rel=1e-6)
+    told = [line["sessions"] for line in lines if "approved no longer" in line["event"]]
+    assert told == [["generated-7-000"]]
+    assert not [line for line in lines if line["event"] == "a parameter was not logged"], "it is the same data set"
+
+
+def test_a_run_whose_sessions_are_gone_does_not_go_on_without_them(
+    bench: Bench, localizer: dict[str, Any], mine: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = bench.new_run()
+    stop_in_mid_epoch(bench, localizer, run_id, monkeypatch)
+    Path(mine.database_url.get_secret_value().removeprefix("sqlite:///")).unlink()
+    generate(mine, **{**SESSIONS, "seed": 8}, report=lambda _: None)
+    with pytest.raises(DataError, match=r"no longer holds: generated-7-000, .*restore them, or begin a new run"):
+        bench.train(localizer, run_id, attempt=2)
+
+
+def test_an_attempt_that_goes_on_fetches_no_pretrained_weights(
+    bench: Bench, localizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    state = make_backbone("test_resnet", pretrained=False).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "test_resnet.safetensors")
+    monkeypatch.setenv("HEIMDALL_WEIGHTS_URL", f"file:{folder}")
+    spec = {**localizer, "model": {**localizer["model"], "pretrained": True}}
+    run_id = bench.new_run()
+    stop_in_mid_epoch(bench, spec, run_id, monkeypatch)
+    shutil.rmtree(folder)
+    with capture_logs() as lines:
+        bench.train(spec, run_id, attempt=2)
+    params = bench.client.get_run(run_id).data.params
+    assert params["module.pretrained"] == "True"
+    assert params["weights"].endswith("/test_resnet.safetensors")
+    assert not [line for line in lines if line["event"] == "a parameter was not logged"]
+    with pytest.raises(ConfigurationError, match="HEIMDALL_WEIGHTS_URL"):
+        bench.train(spec, bench.new_run())
 
 
 def test_a_checkpoint_at_an_epoch_s_end_is_not_mistaken_for_one_of_its_last_step(bench: Bench) -> None:
@@ -644,6 +765,80 @@ def test_a_training_that_is_told_to_end_without_an_operator_is_killed_in_mlflow(
     assert code == ExitCode.SIGTERM
     assert message.reason is Reason.PREEMPTED
     assert run.info.status == "KILLED"
+
+
+def test_one_that_is_told_so_twice_when_its_last_epoch_is_over_ends_no_otherwise(
+    run_locally: Any, bench: Bench
+) -> None:
+    code, message, run = run_locally(user_spec("StoppedLate", registration={"model": "late"}), "late")
+    assert code == ExitCode.SIGTERM
+    assert message.reason is Reason.PREEMPTED
+    assert "at step 4; its checkpoint was delivered" in message.message
+    assert run.info.status == "KILLED"
+    facts = read_facts(bench.client, run.info.run_id)
+    assert facts is not None
+    assert find_model(bench.client, facts) is None
+
+
+MODEL_CALLS = ("create_logged_model", "log_model_artifacts", "finalize_logged_model")
+
+
+def away(*_: Any, **__: Any) -> Any:
+    raise MlflowException("MLflow does not answer")
+
+
+@pytest.mark.parametrize("call", MODEL_CALLS)
+def test_a_server_that_goes_away_while_the_model_is_logged_gets_it_when_it_is_back(
+    call: str, run_locally: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = getattr(MlflowClient, call), list[str]()
+
+    def away_once(*arguments: Any, **more: Any) -> Any:
+        calls.append(call)
+        return away() if len(calls) == 1 else whole(*arguments, **more)
+
+    monkeypatch.setattr(MlflowClient, call, away_once)
+    name = f"back-{call.replace('_', '-')}"
+    code, _, run = run_locally(user_spec("Line", epochs=1, registration={"model": name}), name)
+    assert code == ExitCode.SUCCESS
+    assert len(calls) == 2
+    (model,) = bench.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert str(model.status) == "READY"
+    assert [str(item.version) for item in bench.client.search_model_versions(f"name = '{name}'")] == ["1"]
+
+
+@pytest.mark.parametrize("call", [*MODEL_CALLS, "create_registered_model"])
+def test_a_model_whose_server_stays_away_is_delivered_and_registered_by_the_command_that_is_named(
+    call: str, run_locally: Any, bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver = TrainingPipeline._deliver
+
+    def impatient(self: TrainingPipeline) -> None:
+        self._patience_s = 1
+        deliver(self)
+
+    name = f"stays-{call.replace('_', '-')}"
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, away)
+        if call in MODEL_CALLS:
+            patch.setattr(TrainingPipeline, "_deliver", impatient)
+        code, message, run = run_locally(user_spec("Line", epochs=1, registration={"model": name}), name)
+    assert code == ExitCode.UNDELIVERED, message
+    assert f"the registration as {name}" in message.message
+    facts = read_facts(bench.client, run.info.run_id)
+    assert facts is not None
+    assert (find_model(bench.client, facts) is None) == (call in MODEL_CALLS)
+
+    command = shlex.split(message.message.rpartition("with: ")[2])
+    arguments = cli._parser().parse_args(command[1:])
+    assert run_to_exit_code(lambda: arguments.call(arguments)) == ExitCode.SUCCESS
+    assert f"Registered as version 1 of {name}" in capsys.readouterr().out
+    (version,) = bench.client.search_model_versions(f"name = '{name}'")
+    assert version.run_id == run.info.run_id
+    model = load_model(model_of(bench, run.info.run_id).artifact_location)
+    assert model.predict(model.input_example).shape == (1, 1)
+    assert bench.client.get_run(run.info.run_id).info.status == "FINISHED"
+    assert not Path(command[2]).exists()
 
 
 # --- the pod ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from heimdall_api.types import TrainingRun
     from heimdall_tracking import MLflowTracker
     from heimdall_tracking.registry import Registration
+    from heimdall_trainer.grace import Grace
 
 LOCAL_RUN_ID: Final = "HEIMDALL_LOCAL_RUN_ID"
 """Where a group's processes without an operator find the run that was made for them all."""
@@ -51,18 +52,29 @@ def _run(arguments: argparse.Namespace) -> None:
     from heimdall_trainer import group
     from heimdall_trainer.config import load_training_config
 
+    grace = _watch_sigterm()
     run = load_training_config(arguments.file or os.environ.get(ENV_RUN_FILE, RUN_FILE))
     if ENV_MLFLOW_RUN_ID in os.environ:
         if group.is_group():
             group.become_torchrun(sys.argv[1:])
-        _train_in_pod(run, arguments.output_dir or Path.cwd() / "outputs")
+        _train_in_pod(run, arguments.output_dir or Path.cwd() / "outputs", grace)
     else:
-        _train_locally(run, arguments.output_dir or Path("outputs"))
+        _train_locally(run, arguments.output_dir or Path("outputs"), grace)
+
+
+def _watch_sigterm() -> Grace:
+    """From the start: a container's first process ignores the signals that it does not handle."""
+    from heimdall_trainer.grace import Grace
+
+    grace = Grace()
+    grace.watch()
+    return grace
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from heimdall_trainer.config import load_training_config, override, parse
 
+    grace = _watch_sigterm()
     run = (
         load_training_config(arguments.config)
         if arguments.config
@@ -77,10 +89,10 @@ def _train(arguments: argparse.Namespace) -> None:
         "training.epochs": arguments.epochs,
         "tracking.runName": arguments.run_name,
     }
-    _train_locally(override(run, flags), arguments.output_dir or Path("outputs"))
+    _train_locally(override(run, flags), arguments.output_dir or Path("outputs"), grace)
 
 
-def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
+def _train_in_pod(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     """The operator owns the run: it is neither created nor ended here."""
     from heimdall_api.contract import ENV_ATTEMPT, ENV_MLFLOW_RUN_ID
     from heimdall_tracking import initialize_mlflow
@@ -89,17 +101,15 @@ def _train_in_pod(run: TrainingRun, output_dir: Path) -> None:
     tracker = initialize_mlflow()
     tracker.attach(os.environ[ENV_MLFLOW_RUN_ID])
     attempt = int(os.environ.get(ENV_ATTEMPT, "1"))
-    TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True).train()
+    TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True, grace=grace).train()
 
 
-def _train_locally(run: TrainingRun, output_dir: Path) -> None:
+def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     """Without an operator this process owns the run, with the operator's own code."""
-    from heimdall_api.contract import ExitCode
     from heimdall_tracking import initialize_mlflow, load_settings, runs
     from heimdall_trainer import group
     from heimdall_trainer.errors import UndeliveredError
     from heimdall_trainer.pipeline import TrainingPipeline
-    from heimdall_trainer.termination import TerminatedError, judge
 
     tracker = initialize_mlflow(load_settings(experiment_name=run.spec.tracking.experiment))
     if LOCAL_RUN_ID not in os.environ:
@@ -117,22 +127,19 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
     run_id = os.environ[LOCAL_RUN_ID]
     if not group.is_first():
         tracker.attach(run_id)
-        TrainingPipeline(run, tracker, output_dir=output_dir / run_id).train()
+        TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace).train()
         return
     tracker.start_run(run_id=run_id)
-    delivered = False
+    training: TrainingPipeline | None = None
     try:
-        training = TrainingPipeline(run, tracker, output_dir=output_dir / run_id)
+        training = TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace)
         metrics = training.train()
-        delivered = True
         registration = _register(run, tracker)
-    except TerminatedError:
-        tracker.end_run_in_time("KILLED", training.grace.left_s())
-        raise
+        grace.settle()
     except BaseException as error:
-        # A server that goes away while the model is registered makes a training that is delivered no failure.
-        away = judge(error)[0] == ExitCode.UNDELIVERED
-        tracker.end_run_in_time("FINISHED" if delivered and away else "FAILED")
+        grace.settle()
+        is_whole = training is not None and training.is_whole
+        _end_without_success(run, tracker, error, is_whole=is_whole, left_s=grace.left_s())
         raise
     ended = tracker.end_run_in_time("FINISHED")
     for name, value in sorted(metrics.items()):
@@ -141,6 +148,30 @@ def _train_locally(run: TrainingRun, output_dir: Path) -> None:
         print(f"model:   {registration.uri}")
     if not ended and tracker.undelivered is not None:
         raise UndeliveredError(tracker.undelivered.sentence)
+
+
+def _end_without_success(
+    run: TrainingRun, tracker: MLflowTracker, error: BaseException, *, is_whole: bool, left_s: float
+) -> None:
+    """End the run. One that is whole is finished, though a server was away: what is left of it can be made up for.
+
+    Raises:
+        UndeliveredError: It is whole, with the command that does the rest.
+    """
+    from heimdall_api.contract import ExitCode
+    from heimdall_trainer.errors import UndeliveredError
+    from heimdall_trainer.termination import TerminatedError, judge
+
+    told = isinstance(error, TerminatedError)
+    whole = is_whole and (told or judge(error)[0] == ExitCode.UNDELIVERED)
+    if whole and run.spec.registration is not None:
+        tracker.leave_registration(run.spec.registration)
+    if told:
+        tracker.end_run_in_time("FINISHED" if whole else "KILLED", left_s)
+        return
+    tracker.end_run_in_time("FINISHED" if whole else "FAILED")
+    if whole and tracker.undelivered is not None:
+        raise UndeliveredError(f"the training is whole, but {tracker.undelivered.sentence}") from error
 
 
 def _register(run: TrainingRun, tracker: MLflowTracker) -> Registration | None:

@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 
 from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation, augment
+from heimdall_trainer.data.cache import Caches
 from heimdall_trainer.data.features import FeatureSource, keep_readable
 from heimdall_trainer.data.geo import to_local
+from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.settings import DataSettings
@@ -91,9 +93,10 @@ class HeimdallDataset(Dataset[Sample]):
             transmissions = database.transmissions(database.approved(session_ids))
         finally:
             database.close()
-        source = FeatureSource.open(settings)
+        store, caches = RecordingStore.open(settings), Caches.open(settings)
+        source = FeatureSource(store, caches)
         kept = keep_readable(transmissions, source, skip_limit=settings.skip_limit, threads=settings.read_threads)
-        times = ArrivalSource.open(settings) if arrivals else None
+        times = ArrivalSource(store, caches) if arrivals else None
         return cls(kept, source, augmentation=augmentation, arrivals=times, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -12,10 +10,10 @@ from typing import Final
 import structlog
 import torch
 
-from heimdall_trainer.data.cache import FeatureCache, Features, open_caches
+from heimdall_trainer.data.cache import Caches, Features, key_of
 from heimdall_trainer.data.recordings import RecordingStore, UnreadableError
 from heimdall_trainer.data.sessions import Recording, Transmission
-from heimdall_trainer.data.spectrogram import DEFAULT_PARAMETERS, SpectrogramParameters, mel_spectrogram
+from heimdall_trainer.data.spectrogram import DEFAULT_PARAMETERS, SHAPE, SpectrogramParameters, mel_spectrogram
 from heimdall_trainer.errors import DataError
 from heimdall_trainer.settings import DataSettings
 
@@ -36,18 +34,18 @@ class FeatureSource:
     def __init__(
         self,
         store: RecordingStore,
-        caches: Sequence[FeatureCache],
+        caches: Caches,
         parameters: SpectrogramParameters = DEFAULT_PARAMETERS,
     ) -> None:
-        """Args: store: Where recordings lie. caches: The nearest first. parameters: How features are computed."""
+        """Args: store: Where recordings lie. caches: Where features are kept. parameters: How they are computed."""
         self._store = store
-        self._caches = tuple(caches)
+        self._caches = caches
         self._parameters = parameters
 
     @classmethod
     def open(cls, settings: DataSettings) -> FeatureSource:
         """The source that the settings name."""
-        return cls(RecordingStore.open(settings), open_caches(settings))
+        return cls(RecordingStore.open(settings), Caches.open(settings))
 
     def get(self, recording: Recording) -> Features:
         """Spectrograms of a recording, shape (3, 128, 32), see mel_spectrogram.
@@ -56,15 +54,7 @@ class FeatureSource:
             UnreadableError: The recording is missing, short, corrupt, of another rate or type.
             ConnectionError: The store does not answer.
         """
-        key = self._key(recording)
-        for number, cache in enumerate(self._caches):
-            found = cache.get(key)
-            if found is not None:
-                self._keep(key, found, number)
-                return found
-        features = self._compute(recording)
-        self._keep(key, features, len(self._caches))
-        return features
+        return self._caches.get(self._key(recording), SHAPE, lambda: self._compute(recording))
 
     def _compute(self, recording: Recording) -> Features:
         samples = self._store.read(recording)
@@ -73,11 +63,6 @@ class FeatureSource:
         except ValueError as error:
             raise UnreadableError(str(error)) from None
         return features
-
-    def _keep(self, key: str, features: Features, count: int) -> None:
-        """Keep features in the first caches, which did not have them."""
-        for cache in self._caches[:count]:
-            cache.put(key, features)
 
     def check(self, recording: Recording) -> str | None:
         """Make sure that a recording's features are in the cache; what is wrong with it if they can't be."""
@@ -88,8 +73,7 @@ class FeatureSource:
         return None
 
     def _key(self, recording: Recording) -> str:
-        about = [recording.sha256, recording.full_scale_dbm, recording.sample_count, asdict(self._parameters)]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        return key_of([recording.sha256, recording.full_scale_dbm, recording.sample_count, asdict(self._parameters)])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as L  # noqa: N812 - the name its users know
@@ -12,10 +13,12 @@ import torch
 from heimdall_api.types import DataSpec
 from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation
+from heimdall_trainer.data.cache import Caches
 from heimdall_trainer.data.dataset import HeimdallDataset
 from heimdall_trainer.data.features import FeatureSource, keep_readable
 from heimdall_trainer.data.loader import ResumableLoader
-from heimdall_trainer.data.sessions import SessionStore, Transmission
+from heimdall_trainer.data.recordings import RecordingStore
+from heimdall_trainer.data.sessions import NAMED_IDS, SessionStore, Transmission
 from heimdall_trainer.data.split import SESSIONS, Split, split_sessions
 from heimdall_trainer.errors import DataError
 from heimdall_trainer.settings import DataSettings
@@ -55,8 +58,11 @@ class HeimdallDataModule(L.LightningDataModule):
         self._num_workers = num_workers
         self._seed = seed
         self._augmentation = (augmentation or Augmentation()) if augment else None
-        self._source = FeatureSource.open(settings)
-        self._arrivals = ArrivalSource.open(settings) if data.arrivals else None
+        store, caches = RecordingStore.open(settings), Caches.open(settings)
+        self._source = FeatureSource(store, caches)
+        self._arrivals = ArrivalSource(store, caches) if data.arrivals else None
+        self._kept: Split | None = None
+        """The split of the training that goes on."""
         self._found: tuple[Split, list[Transmission]] | None = None
 
     @property
@@ -110,9 +116,21 @@ class HeimdallDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint and the model hold of the data: whoever evaluates them must know what they have seen."""
-        split = self.split
-        sides = {"train": split.train, "validation": split.validation, "test": split.test}
-        return {SESSIONS: {side: list(ids) for side, ids in sides.items()}}
+        return {SESSIONS: self.split.sides}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep to the sessions of the checkpoint that training goes on from, whatever was approved since.
+
+        Lightning calls it when the data is there already. Called before, nothing is found in vain.
+
+        Args:
+            state: What `state_dict` gave; of an older checkpoint that told of no sessions, nothing.
+        """
+        if SESSIONS not in state:
+            return
+        self._kept = Split.of(state[SESSIONS])
+        if self._found is not None and self._found[0] != self._kept:
+            self._found = None
 
     def dataset_identity(self) -> dict[str, Any]:
         """What was trained on, for tracking.
@@ -139,14 +157,8 @@ class HeimdallDataModule(L.LightningDataModule):
     def _find(self) -> tuple[Split, list[Transmission]]:
         database = SessionStore.open(self._settings)
         try:
-            ids = database.approved(self._data.sessions.ids)
-            split = split_sessions(
-                ids,
-                validation_fraction=self._data.validation_fraction,
-                test_fraction=self._data.test_fraction,
-                seed=self._seed,
-            )
-            transmissions = database.transmissions(ids)
+            split = self._divide(database) if self._kept is None else _still_there(self._kept, database)
+            transmissions = database.transmissions(split.ids)
         finally:
             database.close()
         settings = self._settings
@@ -155,6 +167,14 @@ class HeimdallDataModule(L.LightningDataModule):
             self._arrivals.prepare(kept, settings.read_threads)
         log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
         return split, kept
+
+    def _divide(self, database: SessionStore) -> Split:
+        return split_sessions(
+            database.approved(self._data.sessions.ids),
+            validation_fraction=self._data.validation_fraction,
+            test_fraction=self._data.test_fraction,
+            seed=self._seed,
+        )
 
     def _loader(self, session_ids: tuple[str, ...], *, training: bool = False) -> ResumableLoader:
         trainer = self.trainer
@@ -168,3 +188,24 @@ class HeimdallDataModule(L.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _still_there(split: Split, database: SessionStore) -> Split:
+    """The split of a training that goes on, if it still can.
+
+    Raises:
+        DataError: Sessions were removed.
+    """
+    statuses = database.statuses()
+    gone = [name for name in split.ids if name not in statuses]
+    if gone:
+        raise DataError(
+            f"the checkpoint to go on from was trained with recording sessions that the database no longer holds: "
+            f"{', '.join(gone[:NAMED_IDS])}{' …' if len(gone) > NAMED_IDS else ''}; restore them, or begin a new run"
+        )
+    withdrawn = [name for name in split.ids if statuses[name] != "approved"]
+    if withdrawn:
+        log.warning(
+            "recording sessions are approved no longer; the training that has begun goes on", sessions=withdrawn
+        )
+    return split

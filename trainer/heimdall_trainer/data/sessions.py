@@ -196,6 +196,16 @@ class SessionStore:
             if connection.execute(update).rowcount == 0:
                 raise ConfigurationError(f"there is no recording session {session_id!r} to become {status}")
 
+    def statuses(self) -> dict[str, Status]:
+        """Status of every session by its ID.
+
+        Raises:
+            DataError: The database holds no recording sessions.
+            ConnectionError: The database does not answer.
+        """
+        rows = self._read(sa.select(recording_sessions.c.id, recording_sessions.c.status))
+        return {row.id: row.status for row in rows}
+
     def approved(self, ids: Iterable[str] = ()) -> list[str]:
         """IDs of approved sessions, sorted.
 
@@ -208,8 +218,7 @@ class SessionStore:
             ConnectionError: The database does not answer.
         """
         wanted = sorted(set(ids))
-        rows = self._read(sa.select(recording_sessions.c.id, recording_sessions.c.status))
-        status = {row.id: row.status for row in rows}
+        status = self.statuses()
         found = sorted(name for name, state in status.items() if state == "approved")
         problems = [f"{name} ({status.get(name, 'unknown')})" for name in wanted if status.get(name) != "approved"]
         if problems:

@@ -7,7 +7,7 @@ the others than it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,10 +25,26 @@ class Split:
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
+    @classmethod
+    def of(cls, sides: Mapping[str, Sequence[str]]) -> Split:
+        """The split that `sides` told of."""
+        return cls(**{side: tuple(sides[side]) for side in ("train", "validation", "test")})
+
+    @property
+    def sides(self) -> dict[str, list[str]]:
+        """Sessions by side, as checkpoints and logged models hold them."""
+        return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
+
+    @property
+    def ids(self) -> list[str]:
+        """All sessions, sorted."""
+        return sorted([*self.train, *self.validation, *self.test])
+
 
 def split_sessions(ids: Iterable[str], *, validation_fraction: float, test_fraction: float, seed: int) -> Split:
     """Divide sessions; the same sessions and the same seed give the same split, in whatever order they come.
 
+    One session more may move others to another side: a training that goes on keeps to the split that it began with.
     A fraction above 0 is at least one session.
 
     Args:

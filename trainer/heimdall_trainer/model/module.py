@@ -35,6 +35,7 @@ class LocalizationModule(L.LightningModule):
         loss: str = "gaussian",
         weights: str | Path | None = None,
         arrivals: bool = False,
+        resumed: bool = False,
     ) -> None:
         """Make the module.
 
@@ -47,13 +48,16 @@ class LocalizationModule(L.LightningModule):
             loss: gaussian, huber or quantile.
             weights: File with weights of the backbone, instead of the library's.
             arrivals: Locate by times of arrival too.
+            resumed: A checkpoint's weights come next: pretrained ones would be fetched for nothing.
 
         Raises:
             ConfigurationError: Backbone or loss are unknown.
         """
         super().__init__()
-        self.save_hyperparameters()
-        self.net = LocalizationNet(backbone, pretrained, freeze_backbone, weights=weights, arrivals=arrivals)
+        # Not where weights come from: all attempts of a run must have the same hyperparameters.
+        self.save_hyperparameters(ignore=["weights", "resumed"])
+        fetched = pretrained and not resumed
+        self.net = LocalizationNet(backbone, fetched, freeze_backbone, weights=weights, arrivals=arrivals)
         self.example_input_array = (torch.zeros(1, 2, 3, 128, 32), torch.zeros(1, 2, self.net.receiver_values))
         self._loss = loss_by_name(loss)
         self._learning_rate = learning_rate
