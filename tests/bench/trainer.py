@@ -80,7 +80,7 @@ class Size:
 
 FULL: Final = Size()
 SHORT: Final = Size(
-    rounds=5, steps=15, tiny_steps=300, logger_steps=15, sessions=2, loader_rounds=1, model_steps=1, checkpoint_rounds=1
+    rounds=3, steps=15, tiny_steps=300, logger_steps=15, sessions=2, loader_rounds=1, model_steps=1, checkpoint_rounds=1
 )
 
 
