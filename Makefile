@@ -80,6 +80,10 @@ docs: venv ## The documents as a site, in build/site; a link that leads nowhere 
 bench-science: venv ## What the localizer learns, next to classical estimators and the bound of the physics
 	$(BIN)/python -m tests.bench.science
 
+.PHONY: bench-trainer
+bench-trainer: venv ## What tracking, spectrogram, loader, Lightning and checkpoints cost a training
+	$(BIN)/python -m tests.bench.trainer
+
 .PHONY: needs
 needs: ## Tell what is missing on this machine, and how to get it
 	@$(PYTHON) hack/needs.py

@@ -15,6 +15,7 @@ PARTS: Final = (
     ("Job controller, scheduler", "kube-scheduler"),
     ("MLflow", "mlflow"),
     ("PostgreSQL", "postgres"),
+    ("MinIO", "minio"),
     ("the benchmark", "tests.bench"),
 )
 """Parts, and a word of their processes' command lines."""

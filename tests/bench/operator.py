@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -29,8 +28,9 @@ from heimdall_operator.kube import Kube
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job
 from tests.bench import cpu
 from tests.bench.report import Figure, at_least, at_most, percentile, publish
+from tests.bench.servers import servers
 from tests.e2e.cluster import ROOT, Cluster, cluster_environment, hack
-from tests.integration.servers import Minio, Mlflow, Postgres, free_port
+from tests.integration.servers import free_port
 
 NAMESPACE: Final = "heimdall-bench"
 CONCURRENCY: Final = 32
@@ -53,8 +53,8 @@ def main() -> None:
     cluster = Cluster(cluster_environment(), NAMESPACE)
     os.environ["KUBECONFIG"] = cluster.env["KUBECONFIG"]
     refuse_another_operator(cluster)
-    with servers() as tracking_uri, namespace(cluster):
-        figures = asyncio.run(measure(cluster, tracking_uri, arguments))
+    with servers(artifacts=False) as started, namespace(cluster):
+        figures = asyncio.run(measure(cluster, started.mlflow.url, arguments))
     publish("operator", figures)
 
 
@@ -62,27 +62,6 @@ def refuse_another_operator(cluster: Cluster) -> None:
     listed = cluster.run("kubectl", "get", "pods", "-A", "-l", "app.kubernetes.io/component=operator", "-o", "name")
     if listed.stdout.strip():
         sys.exit("another operator is at work in the cluster; uninstall it first (helm uninstall)")
-
-
-@contextmanager
-def servers() -> Iterator[str]:
-    """MLflow on PostgreSQL; its address."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        postgres, minio = Postgres(folder), Minio(folder)
-        postgres.start()
-        try:
-            postgres.create_database("mlflow")
-            mlflow = Mlflow(folder, postgres, minio)
-            mlflow.start()
-            try:
-                yield mlflow.url
-            finally:
-                mlflow.stop()
-        finally:
-            postgres.stop()
-            postgres.remove()
 
 
 @contextmanager

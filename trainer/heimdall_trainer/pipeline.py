@@ -20,6 +20,7 @@ from heimdall_tracking.redact import redact
 from heimdall_tracking.waiting import in_time
 from heimdall_trainer import group
 from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
+from heimdall_trainer.checkpoint_io import make_checkpoint_io
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import ConfigurationError, FencedError, UndeliveredError
 from heimdall_trainer.grace import Grace
@@ -262,6 +263,7 @@ class TrainingPipeline:
             precision=self._precision(),
             logger=make_logger(pl, self.tracker),
             callbacks=self.setup_callbacks(pl),
+            plugins=[make_checkpoint_io(pl)],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=os.isatty(2),

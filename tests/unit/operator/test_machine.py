@@ -174,9 +174,9 @@ class Life(RuleBasedStateMachine):
         status = (self.world.run or {}).get("status") or {}
         if self.final is not None and self.world.run is not None:
             # That a later change was seen, and means nothing any more, is said.
-            seen = {"observedGeneration": status["observedGeneration"]}
-            assert status == self.final | seen
-            assert self.final["observedGeneration"] <= seen["observedGeneration"] <= self.world.run["metadata"]["generation"]
+            seen = status["observedGeneration"]
+            assert status == self.final | {"observedGeneration": seen}
+            assert self.final["observedGeneration"] <= seen <= self.world.run["metadata"]["generation"]
             assert set(self.world.jobs) <= self.final_jobs, "a finished run never trains again"
         elif status.get("phase") in TERMINAL:
             self.final, self.final_jobs = status, set(self.world.jobs)

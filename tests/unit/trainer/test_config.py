@@ -125,7 +125,7 @@ def test_a_flag_that_can_not_be_used_is_named() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainingRun, Path]]:
     """What the command line would train, and where."""
     calls: list[tuple[TrainingRun, Path]] = []
-    monkeypatch.setattr(training, "_train_locally", lambda run, output_dir: calls.append((run, output_dir)))
+    monkeypatch.setattr(training, "_train_locally", lambda run, output_dir, _: calls.append((run, output_dir)))
     return calls
 
 

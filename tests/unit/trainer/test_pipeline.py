@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -560,6 +561,15 @@ def test_any_lightning_module_with_its_own_data_is_trained_and_logged(bench: Ben
     model = load_model(model_of(bench, run_id).artifact_location)
     assert model.metadata.signature is not None
     assert model.predict(model.input_example).shape == (1, 1)
+
+
+def test_a_disk_that_is_full_ends_the_training_and_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(state: object, stream: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), stream.name)
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OSError, match=r"No space left on device: .*/checkpoints/step-"):
+        bench.train(user_spec("Line"), bench.new_run())
 
 
 def test_a_module_with_an_example_is_there_as_onnx(bench: Bench) -> None:

@@ -106,10 +106,13 @@ def mel_spectrogram(iq: Tensor, parameters: SpectrogramParameters = DEFAULT_PARA
 
 def _band_power(signals: Tensor, parameters: SpectrogramParameters) -> Tensor:
     # Milliwatts per band of each window, shape (..., windows, 128). By Parseval, a window's bins sum to its mean power.
+    # What is linear is done to the filters, which are small, and no root is drawn that would be squared again.
     hop = min((signals.shape[-1] - parameters.window) // (FRAMES - 1), parameters.longest_hop)
     window = torch.hann_window(parameters.window, dtype=signals.dtype, device=signals.device)
     spectra = torch.fft.rfft(signals.unfold(-1, parameters.window, hop) * window, n=parameters.transform)
-    power = spectra.abs().square() / (parameters.transform * window.square().sum())
-    power[..., 1:-1] *= 2  # negative frequencies
-    banded: Tensor = power @ mel_filters(parameters.transform).to(power)
+    power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
+    shares = torch.full((parameters.transform // 2 + 1, 1), 2.0).to(power)  # negative frequencies
+    shares[[0, -1]] = 1.0
+    filters = mel_filters(parameters.transform).to(power) * shares
+    banded: Tensor = power @ (filters / (parameters.transform * window.square().sum()))
     return banded
