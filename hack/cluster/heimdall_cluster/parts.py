@@ -45,6 +45,7 @@ CATALOGUE: Final = dict(
         _part("kubeconform"),
         _part("minio"),
         _part("mc"),
+        _part("versitygw"),
         _part("buildx"),
         _part("containerd", "containerd", "containerd-shim-runc-v2", "ctr"),
         _part("crictl"),
