@@ -1,7 +1,7 @@
 """`python3 hack/images build [NAME …]` makes the images of chart and tests; `list` names them.
 
-The project's own are built; MLflow, PostgreSQL and MinIO are pulled where a registry can be reached, and built from
-packages and Go modules under the same names where not. An image whose inputs have not changed is left alone.
+The project's own are built; MLflow, PostgreSQL, MinIO and versitygw are pulled where a registry can be reached, and
+built from packages and Go modules under the same names where not. An image whose inputs have not changed is left alone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Image:
     inputs: tuple[str, ...]
     official: bool = False
     """Whether the same name can be pulled where a registry is reached."""
+    programs: tuple[str, ...] = ()
+    """Parts of the cluster's tool that are all that the Dockerfile copies."""
 
 
 CATALOGUE: Final = {
@@ -78,6 +80,15 @@ CATALOGUE: Final = {
             "images/minio/Dockerfile",
             ("images/minio", "hack/cluster/parts/minio", "hack/cluster/parts/mc"),
             official=True,
+            programs=("minio", "mc"),
+        ),
+        Image(
+            "versitygw",
+            "ghcr.io/versity/versitygw:v1.8.0",
+            "images/versitygw/Dockerfile",
+            ("images/versitygw", "hack/cluster/parts/versitygw"),
+            official=True,
+            programs=("versitygw",),
         ),
     )
 }
@@ -160,13 +171,12 @@ def _build(image: Image, digest: str) -> None:
         "--file",
         ROOT / image.dockerfile,
     ]
-    if image.name != "minio":
+    if not image.programs:
         images.docker("build", *options, ROOT, log="images")
         return
-    programs = ("minio", "mc")
-    parts.ensure(programs)
+    parts.ensure(image.programs)
     with tempfile.TemporaryDirectory() as name:
-        for program in programs:
+        for program in image.programs:
             shutil.copy(parts.path_of(program), name)
         images.docker("build", *options, name, log="images")
 

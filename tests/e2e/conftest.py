@@ -193,6 +193,16 @@ def namespace(release: Cluster, suffix: str) -> Iterator[Cluster]:
         release.run("kubectl", "delete", "namespace", made.namespace, "--timeout=180s")
 
 
+@pytest.fixture(scope="module")
+def confined(release: Cluster) -> Iterator[None]:
+    """The release's operator looks at its own namespace alone: operators of other releases work beside it."""
+    listed = f"operator.namespaces={{{release.namespace}}}"
+    timeout = ("--wait", "--timeout", f"{INSTALL_TIMEOUT_S}s")
+    release.helm("upgrade", "heimdall", "charts/heimdall", "--reuse-values", "--set", listed, *timeout)
+    yield
+    release.helm("rollback", "heimdall", *timeout)
+
+
 @dataclass(frozen=True)
 class Mlflow:
     """MLflow, asked over HTTP."""
@@ -269,6 +279,10 @@ def contract_run(name: str, *, spec: dict[str, Any] | None = None, **args: Any) 
             **(spec or {}),
         },
     }
+
+
+ON_CPU = {"resources": {"gpusPerWorker": 0, "cpu": "20m", "memory": "256Mi"}}
+"""What a run asks for that needs no GPU."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A certificate authority of one's own, as private endpoints have, and certificates that it signs for loopback."""
+"""A certificate authority of one's own, as private endpoints have, and certificates that it signs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.integration.servers import HOST, Certificate
 LIFETIME = timedelta(days=1)
 
 
-def make_certificate(folder: Path) -> Certificate:
-    """A new authority, and a server's certificate for loopback that it signed."""
+def make_certificate(folder: Path, *names: str) -> Certificate:
+    """A new authority, and a server's certificate for loopback and further names that it signed."""
     folder.mkdir(parents=True)
     authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     authority_name, name = _name("an authority of one's own"), _name("a private server")
@@ -28,7 +28,8 @@ def make_certificate(folder: Path) -> Certificate:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
-    addresses = x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST)), x509.DNSName("localhost")])
+    hosts = [x509.DNSName(host) for host in ("localhost", *names)]
+    addresses = x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST)), *hosts])
     signed_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     certificate = (
         _builder(name, authority_name, key)

@@ -46,6 +46,7 @@ CATALOGUE: Final = dict(
         _part("gitops-health"),
         _part("minio"),
         _part("mc"),
+        _part("versitygw"),
         _part("buildx"),
         _part("containerd", "containerd", "containerd-shim-runc-v2", "ctr"),
         _part("crictl"),

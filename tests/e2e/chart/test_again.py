@@ -1,84 +1,115 @@
-"""A release of its own with generated passwords: upgraded, rolled back, removed, installed again on what it left."""
+"""A release of the chart that landed last: upgraded as it trains, rolled back, removed, installed on what it left."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from tests.e2e.cluster import Cluster, port_forward, wait_for
-from tests.e2e.conftest import PLACES, namespace
+from tests.e2e.conftest import ON_CPU, PLACES, Mlflow, contract_run, namespace
 
 NAME = "again"
-INSTALL_TIMEOUT = "420s"
-SECRETS = tuple(f"{NAME}-heimdall-{role}" for role in ("database", "object-store", "tracking"))
-VOLUMES = {f"data-{NAME}-heimdall-database-0", f"data-{NAME}-heimdall-object-store-0"}
-# Its operator watches its own namespace alone, which the other release's watches too: nothing is trained here.
-OPTIONS = ("--set", "crd.install=false", *PLACES)
+RELEASED = Path(__file__).parent / "released/heimdall-0.1.0.tgz"
+INSTALL_TIMEOUT = "280s"
+LIFE_S = 240.0
+STORES = tuple(f"{NAME}-heimdall-{role}" for role in ("database", "object-store"))
+LOGINS = f"{NAME}-heimdall-tracking"
+VOLUMES = {f"data-{store}-0" for store in STORES}
+RUN = "in-flight"
 
 
 @pytest.fixture
-def again(release: Cluster) -> Iterator[Cluster]:
+def again(release: Cluster, confined: None) -> Iterator[Cluster]:
     """An empty namespace; removed with everything in it."""
     with namespace(release, "again") as made:
-        try:
-            yield made
-        finally:
-            made.run("helm", "-n", made.namespace, "uninstall", NAME, "--wait", "--timeout", "120s", check=False)
+        yield made
 
 
-def install(again: Cluster, verb: str) -> None:
-    options = (*OPTIONS, "--set", f"operator.namespaces={{{again.namespace}}}", "--wait", "--timeout", INSTALL_TIMEOUT)
-    again.helm(verb, NAME, "charts/heimdall", *options)
+def install(again: Cluster, chart: str | Path, *more: str) -> None:
+    listed = ("--set", "crd.install=false", "--set", f"operator.namespaces={{{again.namespace}}}")
+    again.helm("install", NAME, str(chart), *listed, *PLACES, *more, "--wait", "--timeout", INSTALL_TIMEOUT)
 
 
-def passwords(again: Cluster) -> dict[str, dict[str, str]]:
-    return {name: json.loads(again.kubectl("get", "secret", name, "-o", "json"))["data"] for name in SECRETS}
+def upgrade(again: Cluster, *more: str) -> None:
+    """As docs/upgrading.md says."""
+    kept = ("--reset-then-reuse-values", *more)
+    again.helm("upgrade", NAME, "charts/heimdall", *kept, "--wait", "--timeout", INSTALL_TIMEOUT)
 
 
-def with_mlflow(again: Cluster, call: Any) -> Any:
-    """Ask MLflow as its administrator, with the password that the Secret has now."""
-    from mlflow import MlflowClient
-
-    password = base64.b64decode(passwords(again)[SECRETS[2]]["admin-password"]).decode()
-    with port_forward(again, f"svc/{NAME}-heimdall-tracking", 5000) as port, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-        patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        return call(MlflowClient(f"http://127.0.0.1:{port}"))
+def passwords(again: Cluster, *names: str) -> dict[str, dict[str, str]]:
+    return {name: json.loads(again.kubectl("get", "secret", name, "-o", "json"))["data"] for name in names}
 
 
-def record(client: Any) -> str:
-    run = client.create_run("0")
-    client.log_text(run.info.run_id, "kept", "kept.txt")
+def with_mlflow(again: Cluster, call: Callable[[Mlflow], Any], *, asks: bool) -> Any:
+    """Ask MLflow, as its administrator with the password that the Secret has now where it asks who one is."""
+    word = base64.b64decode(passwords(again, LOGINS)[LOGINS]["admin-password"]).decode() if asks else ""
+    with ExitStack() as stack:
+        port = stack.enter_context(port_forward(again, f"svc/{LOGINS}", 5000))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        mlflow = Mlflow(f"http://127.0.0.1:{port}", ("admin", word))
+        for variable, value in zip(("USERNAME", "PASSWORD"), mlflow.login, strict=True):
+            if asks:
+                patch.setenv(f"MLFLOW_TRACKING_{variable}", value)
+            else:
+                patch.delenv(f"MLFLOW_TRACKING_{variable}", raising=False)
+        anonymous = requests.get(f"{mlflow.url}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=30)
+        assert anonymous.status_code == (requests.codes.unauthorized if asks else requests.codes.ok)
+        return call(mlflow)
+
+
+def record(mlflow: Mlflow) -> str:
+    run = mlflow.client.create_run("0")
+    mlflow.client.log_text(run.info.run_id, "kept", "kept.txt")
     return str(run.info.run_id)
 
 
-def test_generated_passwords_open_what_was_kept(again: Cluster) -> None:
-    install(again, "install")
-    before = passwords(again)
-    run_id = with_mlflow(again, record)
+def test_a_release_outlives_upgrade_rollback_and_removal(again: Cluster) -> None:
+    install(again, RELEASED)
+    before = passwords(again, *STORES)
+    run_id = with_mlflow(again, record, asks=False)
 
-    def still_there(client: Any) -> list[str]:
-        assert client.get_run(run_id).info.run_id == run_id
-        return [item.path for item in client.list_artifacts(run_id)]
+    def still_there(mlflow: Mlflow) -> None:
+        assert mlflow.client.get_run(run_id).info.run_id == run_id
+        assert [item.path for item in mlflow.client.list_artifacts(run_id)] == ["kept.txt"]
 
-    install(again, "upgrade")
-    assert passwords(again) == before
-    assert with_mlflow(again, still_there) == ["kept.txt"]
+    again.apply(contract_run(RUN, spec=ON_CPU, steps=150, stepSeconds=0.2))
+    started = again.wait_for_phase(RUN, "Running", timeout_s=LIFE_S)
+    # Pods that train have no login: MLflow asks for one when they have ended.
+    upgrade(again, "--set", "tracking.auth.enabled=false")
+    assert passwords(again, *STORES) == before
+    ended = again.wait_for_phase(RUN, "Succeeded", "Failed", timeout_s=LIFE_S)
+    assert (ended["phase"], ended["attempt"], ended["runID"]) == ("Succeeded", 1, started["runID"]), again.explain(RUN)
+    uid = again.training_run(RUN)["metadata"]["uid"]
+
+    def trained_once(mlflow: Mlflow) -> None:
+        still_there(mlflow)
+        assert [(run.info.run_id, run.info.status) for run in mlflow.runs_of(uid)] == [(ended["runID"], "FINISHED")]
+        assert [version.status for version in mlflow.versions_of("steps", ended["runID"])] == ["READY"]
+
+    with_mlflow(again, trained_once, asks=False)
+    upgrade(again, "--set", "tracking.auth.enabled=true")
+    before = passwords(again, *STORES, LOGINS)
+    with_mlflow(again, trained_once, asks=True)
 
     again.helm("rollback", NAME, "1", "--wait", "--timeout", INSTALL_TIMEOUT)
-    assert passwords(again) == before
-    assert with_mlflow(again, still_there) == ["kept.txt"]
+    assert passwords(again, *STORES, LOGINS) == before
+    with_mlflow(again, trained_once, asks=False)
 
     again.helm("uninstall", NAME, "--wait", "--timeout", "180s")
-    wait_for(lambda: not again.list("pods"), what="the end of all pods", timeout_s=120)
-    assert passwords(again) == before
+    mine = f"app.kubernetes.io/instance={NAME}"
+    wait_for(lambda: not again.list("pods", mine), what="the end of the release's pods", timeout_s=120)
+    assert passwords(again, *STORES, LOGINS) == before
     assert {item["metadata"]["name"] for item in again.list("pvc")} == VOLUMES
 
-    install(again, "install")
-    assert passwords(again) == before
-    assert with_mlflow(again, still_there) == ["kept.txt"]
+    install(again, "charts/heimdall")
+    assert passwords(again, *STORES, LOGINS) == before
+    with_mlflow(again, trained_once, asks=True)
+    assert again.status(RUN) == ended, "what ended is not trained again"
     assert "Succeeded" in again.helm("test", NAME, "--timeout", INSTALL_TIMEOUT)

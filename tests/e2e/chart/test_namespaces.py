@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from tests.e2e.chart.test_rights import can_i
 from tests.e2e.cluster import Cluster
-from tests.e2e.conftest import Mlflow, contract_run, namespace
+from tests.e2e.conftest import ON_CPU, Mlflow, contract_run, namespace
 
 LIFE_S = 180.0
-ON_CPU = {"resources": {"gpusPerWorker": 0, "cpu": "20m", "memory": "256Mi"}}
 
 
 def test_an_upgrade_to_a_list_of_namespaces_and_back(release: Cluster, mlflow: Mlflow, name: str) -> None:

@@ -79,8 +79,8 @@ RUN_BY = {
     "kubectl exec": ("tests/e2e/chart/test_runbooks.py", '"docs/runbooks/passwords.md"'),
     "kubectl explain": ("tests/e2e/test_resource.py", '"explain"'),
     "kubectl get secret": ("tests/e2e/chart/test_again.py", '"get", "secret"'),
-    "helm install": ("tests/e2e/chart/test_again.py", 'install(again, "install")'),
-    "helm upgrade": ("tests/e2e/chart/test_again.py", 'install(again, "upgrade")'),
+    "helm install": ("tests/e2e/chart/test_again.py", 'again.helm("install"'),
+    "helm upgrade": ("tests/e2e/chart/test_again.py", 'again.helm("upgrade"'),
     "helm test": ("tests/e2e/chart/test_again.py", 'helm("test"'),
     "helm rollback": ("tests/e2e/chart/test_again.py", 'helm("rollback"'),
 }

@@ -1,0 +1,183 @@
+"""Two releases on services that were there before them, all by TLS of an authority of their own.
+
+The first one brings its MLflow and nothing else: PostgreSQL and an S3 server that is not MinIO are external. The second
+one is an operator alone, whose MLflow is the first one's, behind a front that ends TLS and with a user made for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from tests.e2e.chart.external import (
+    ARTIFACTS,
+    LOGINS,
+    ON_NODE,
+    RECORDINGS,
+    S3_IMAGE,
+    S3_PORT,
+    Services,
+    front,
+    make_buckets,
+    postgresql,
+    reader,
+    s3,
+    s3_server,
+    secret,
+    setup,
+)
+from tests.e2e.cluster import Cluster, hack, port_forward
+from tests.e2e.conftest import ON_CPU, Mlflow, contract_run, namespace
+from tests.integration.certificates import make_certificate
+
+INSTALL_TIMEOUT = "280s"
+LIFE_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def services(release: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    hack("hack/images", "build", "versitygw")
+    hack("hack/cluster", "load", S3_IMAGE)
+    passwords = {name: secrets.token_hex(16) for name in LOGINS}
+    with namespace(release, "services") as cluster:
+        hosts = [f"{name}.{cluster.namespace}.svc" for name in ("postgresql", "s3", "mlflow")]
+        certificate = make_certificate(tmp_path_factory.mktemp("external") / "certificates", *hosts)
+        files = (certificate.certificate, certificate.key)
+        cluster.apply(secret("tls", {file.name: file.read_text() for file in files}))
+        cluster.apply(setup(passwords))
+        for manifest in (*postgresql(), *s3_server()):
+            cluster.apply(manifest)
+        cluster.kubectl("wait", "--for=condition=Ready", "pod", "--all", "--timeout=120s")
+        made = Services(cluster, certificate.authority, passwords)
+        make_buckets(made)
+        yield made
+
+
+def install(where: Cluster, values: dict[str, Any]) -> None:
+    command = ("helm", "-n", where.namespace, "install", "heimdall", "charts/heimdall", "-f", "-")
+    where.run(*command, "--wait", "--timeout", INSTALL_TIMEOUT, text=json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def stores(release: Cluster, confined: None, services: Services) -> Iterator[Cluster]:
+    """A release with an MLflow of its own on external PostgreSQL and S3."""
+    with namespace(release, "stores") as made:
+        for manifest in services.secrets():
+            made.apply(manifest)
+        values = services.values(made)
+        values["caBundle"] = {"certificates": services.authority.read_text()}
+        values["tracking"] = {"publicUrl": services.tracking_url, "workers": 1, **ON_NODE}
+        values["networkPolicies"]["tracking"] = {"from": values["networkPolicies"]["database"]["to"]}
+        install(made, values)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tracking(stores: Cluster) -> Iterator[Mlflow]:
+    """The first release's MLflow for its administrator."""
+    data = json.loads(stores.kubectl("get", "secret", "heimdall-tracking", "-o", "json"))["data"]
+    login = ("admin", base64.b64decode(data["admin-password"]).decode())
+    with port_forward(stores, "svc/heimdall-tracking", 5000) as port:
+        yield Mlflow(f"http://127.0.0.1:{port}", login)
+
+
+@pytest.fixture
+def as_admin(tracking: Mlflow, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", tracking.login[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", tracking.login[1])
+    return tracking
+
+
+@pytest.fixture(scope="module")
+def guest(release: Cluster, services: Services, stores: Cluster, tracking: Mlflow) -> Iterator[Cluster]:
+    """A release that is an operator alone: its MLflow is the first one's, by TLS, with a user of its own."""
+    for manifest in front(f"heimdall-tracking.{stores.namespace}.svc"):
+        services.cluster.apply(manifest)
+    make_user(tracking, "guest", services.passwords["mlflow"])
+    services.cluster.kubectl("wait", "--for=condition=Ready", "pod/mlflow", "--timeout=60s")
+    with namespace(release, "guest") as made:
+        login = {"MLFLOW_TRACKING_USERNAME": "guest", "MLFLOW_TRACKING_PASSWORD": services.passwords["mlflow"]}
+        for manifest in (*services.secrets(), secret("my-mlflow", login)):
+            made.apply(manifest)
+        authority = {"ca.crt": services.authority.read_text()}
+        made.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "company-ca"}, "data": authority})
+        values = services.values(made)
+        values["caBundle"] = {"existingConfigMap": "company-ca"}
+        values["tracking"] = {
+            "external": True,
+            "externalUrl": services.tracking_url,
+            "publicUrl": services.tracking_url,
+            "existingSecret": "my-mlflow",
+        }
+        install(made, values)
+        yield made
+
+
+def make_user(mlflow: Mlflow, name: str, password: str) -> None:
+    """A user who may manage experiments, runs and registered models."""
+
+    def post(path: str, **body: str) -> None:
+        body["username"] = name
+        answer = requests.post(f"{mlflow.url}/api/{path}", json=body, auth=mlflow.login, timeout=30)
+        assert answer.ok, answer.text
+
+    post("2.0/mlflow/users/create", password=password)
+    for kind in ("experiment", "run", "registered_model"):
+        post("3.0/mlflow/users/permissions/grant", resource_type=kind, resource_id="*", permission="MANAGE")
+
+
+def train(where: Cluster, mlflow: Mlflow, name: str) -> str:
+    """A training that fails once and goes on from its checkpoint, which it fetches from the object store.
+
+    Returns:
+        The MLflow run.
+    """
+    where.apply(contract_run(name, spec=ON_CPU, steps=12, checkpointEvery=5, fail="crash", failAt=7, failAttempt=1))
+    status = where.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
+    assert (status["phase"], status["attempt"]) == ("Succeeded", 2), where.explain(name)
+    (run,) = mlflow.runs_of(where.training_run(name)["metadata"]["uid"])
+    assert run.info.status == "FINISHED"
+    steps = [metric.step for metric in mlflow.client.get_metric_history(run.info.run_id, "train/loss")]
+    assert (steps.count(4), steps.count(5)) == (1, 2), "the second attempt begins where the checkpoint was made"
+    (version,) = mlflow.versions_of("steps", run.info.run_id)
+    assert version.status == "READY"
+    assert status["runURL"].startswith("https://mlflow."), status["runURL"]
+    return str(run.info.run_id)
+
+
+def test_a_release_trains_on_external_postgresql_and_s3(services: Services, stores: Cluster, as_admin: Mlflow) -> None:
+    run_id = train(stores, as_admin, "on-external-stores")
+
+    assert stores.list("statefulsets") == []
+    assert services.sql("mlflow", f"SELECT status FROM runs WHERE run_uuid = '{run_id}'") == "FINISHED"
+    of_mlflow = "FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE usename = 'mlflow'"
+    assert services.sql("mlflow", f"SELECT bool_and(ssl) {of_mlflow}") == "t"
+    with port_forward(services.cluster, "svc/s3", S3_PORT) as port:
+        listed = s3(services, port, "root").list_objects_v2(Bucket=ARTIFACTS)["Contents"]
+    assert {"step-00000010-attempt-2.json", "MLmodel"} <= {item["Key"].rpartition("/")[2] for item in listed}
+    assert "Succeeded" in stores.helm("test", "heimdall", "--timeout", INSTALL_TIMEOUT)
+
+
+def test_training_pods_read_external_recordings(services: Services, stores: Cluster) -> None:
+    with port_forward(services.cluster, "svc/s3", S3_PORT) as port:
+        s3(services, port, "writer").put_object(Bucket=RECORDINGS, Key="recording", Body=b"iq")
+    services.sql("heimdall", "SET ROLE heimdall_writer; CREATE TABLE sessions AS SELECT 'seen' AS name")
+
+    stores.apply(reader())
+
+    stores.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/reader", "--timeout=60s")
+    assert stores.kubectl("logs", "reader").split() == ["seen", "iq"]
+
+
+def test_a_release_trains_with_an_external_mlflow(services: Services, guest: Cluster, as_admin: Mlflow) -> None:
+    train(guest, as_admin, "with-external-mlflow")
+
+    assert {item["metadata"]["name"] for item in guest.list("deployments")} == {"heimdall-operator"}
+    assert guest.list("statefulsets") == []
+    assert "Succeeded" in guest.helm("test", "heimdall", "--timeout", INSTALL_TIMEOUT)
