@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ROOMS := api tracking operator trainer
 STAMP := $(VENV)/.heimdall-stamp
+# Installs on external services take long: they have a target of their own.
+EXTERNAL := tests/e2e/chart/test_external.py
+E2E := --ignore=$(EXTERNAL) tests/e2e
 
 .PHONY: help
 help: ## List the targets
@@ -47,16 +50,16 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	@# What the cluster's tests do is mostly to wait: meanwhile the others run.
 	@mkdir -p build; { $(BIN)/pytest -q -n 2 -m "not slow" tests/unit || exit; \
 	$(BIN)/pytest --durations=10 -m "integration or slow" tests/integration tests/unit; } > build/beside.log 2>&1 & beside=$$!; \
-	cluster=0; $(BIN)/pytest --durations=40 --ignore=tests/e2e/chart/test_external.py tests/e2e || cluster=$$?; \
+	cluster=0; $(BIN)/pytest --durations=40 $(E2E) || cluster=$$?; \
 	others=0; wait $$beside || others=$$?; cat build/beside.log; exit $$((cluster + others))
 
 .PHONY: e2e
 e2e: venv needs ## The tests on a real cluster alone
-	$(BIN)/pytest tests/e2e
+	$(BIN)/pytest $(E2E)
 
 .PHONY: external
 external: venv needs ## Two releases on external services, over TLS: PostgreSQL, versitygw for S3, MLflow
-	$(BIN)/pytest tests/e2e/chart/test_external.py
+	$(BIN)/pytest $(EXTERNAL)
 
 .PHONY: chaos
 chaos: venv needs ## Kill the operator at random for five minutes, take away what it stands on, check everything

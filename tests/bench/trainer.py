@@ -28,6 +28,7 @@ import torch
 
 from heimdall_api.types import DEFAULT_BACKBONE, DataSpec, TrainingSpec
 from heimdall_trainer.data.augment import Augmentation
+from heimdall_trainer.data.cache import Caches
 from heimdall_trainer.data.dataset import HeimdallDataset
 from heimdall_trainer.data.features import FeatureSource
 from heimdall_trainer.data.generator import generate
@@ -316,7 +317,7 @@ def loader(started: Servers, folder: Path, size: Size) -> list[Figure]:
     cached = data.dataset(data.split.train, training=True)
     once = list(cached.transmissions)
     cached.transmissions *= size.passes
-    source = FeatureSource(RecordingStore.open(settings), [])
+    source = FeatureSource(RecordingStore.open(settings), Caches([]))
     uncached = HeimdallDataset(once, source, augmentation=Augmentation())
     fresh = (folder / f"cache-{number}" for number in itertools.count())
     models = {

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,26 +128,12 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
         f"spec: {{model: {{module: 'waiting:Waiting'}}, training: {{epochs: {EPOCHS}}}, "
         f"tracking: {{experiment: {name}}}}}\n"
     )
-    training = start_training(IMPATIENT, stack, tmp_path)
-    try:
-        run_id = when_steps_arrive(stack, name, training)
-        stack.mlflow.kill()
-        (tmp_path / "go-on").touch()
-        printed, _ = training.communicate(timeout=TIMEOUT_S)
-    finally:
-        training.kill()
-        training.wait()
+    runs: list[str] = []
+    train_and_deliver(
+        IMPATIENT, stack, tmp_path, lambda training: runs.append(when_steps_arrive(stack, name, training))
+    )
 
-    assert training.returncode == ExitCode.UNDELIVERED, printed
-    words = [line for line in printed.splitlines() if line.startswith("TrackingUnavailable: ")]
-    assert len(words) == 1, printed
-    command = shlex.split(words[0].rpartition("with: ")[2])
-    assert command[:2] == ["heimdall-train", "deliver"]
-    stack.mlflow.start()
-    delivery = deliver(stack, command[2])
-    told, _ = delivery.communicate(timeout=TIMEOUT_S)
-    assert delivery.returncode == 0, told
-
+    (run_id,) = runs
     client = stack.client()
     run = client.get_run(run_id)
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(EPOCHS))
@@ -156,7 +143,6 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
     for checkpoint in checkpoints:
         content = stack.mlflow.artifact(run, checkpoint.path)
         assert hashlib.sha256(content).hexdigest() == checkpoint.sha256
-    assert not Path(command[2]).exists()
 
 
 def test_a_model_whose_server_goes_away_while_it_is_logged_is_delivered_and_registered_later(
@@ -168,24 +154,13 @@ def test_a_model_whose_server_goes_away_while_it_is_logged_is_delivered_and_regi
         f"spec: {{model: {{module: 'logging_module:Logging'}}, training: {{epochs: {EPOCHS}}}, "
         f"tracking: {{experiment: {name}}}, registration: {{model: {name}, aliases: [candidate]}}}}\n"
     )
-    training = start_training(IMPATIENT_FOR_THE_MODEL, stack, tmp_path)
-    try:
-        wait_until((tmp_path / "logging").exists, what="the model is about to be logged", timeout_s=TIMEOUT_S)
-        stack.mlflow.kill()
-        (tmp_path / "go-on").touch()
-        printed, _ = training.communicate(timeout=TIMEOUT_S)
-    finally:
-        training.kill()
-        training.wait()
-    assert training.returncode == ExitCode.UNDELIVERED, printed
-    (words,) = [line for line in printed.splitlines() if line.startswith("TrackingUnavailable: ")]
-    assert "1 model, the registration as" in words
-    command = shlex.split(words.rpartition("with: ")[2])
 
-    stack.mlflow.start()
-    delivery = deliver(stack, command[2])
-    told, _ = delivery.communicate(timeout=TIMEOUT_S)
-    assert delivery.returncode == 0, told
+    def logging(_: subprocess.Popen[str]) -> None:
+        wait_until((tmp_path / "logging").exists, what="the model is about to be logged", timeout_s=TIMEOUT_S)
+
+    words = train_and_deliver(IMPATIENT_FOR_THE_MODEL, stack, tmp_path, logging)
+
+    assert "1 model, the registration as" in words
     client = stack.client()
     version = client.get_model_version_by_alias(name, "candidate")
     run = client.get_run(version.run_id)
@@ -195,7 +170,39 @@ def test_a_model_whose_server_goes_away_while_it_is_logged_is_delivered_and_regi
     key = f"{model.artifact_location.removeprefix('mlflow-artifacts:/')}/MLmodel"
     kept = stack.minio.s3.get_object(Bucket=stack.mlflow.bucket, Key=key)["Body"].read().decode()
     assert f"model_id: {model.model_id}\n" in kept
+
+
+def train_and_deliver(program: str, stack: Stack, folder: Path, until: Callable[[subprocess.Popen[str]], None]) -> str:
+    """Train with MLflow gone for good from a moment on, and deliver what is left by the command that is named.
+
+    Args:
+        program: Starts the training, with little patience for a server that is away.
+        stack: MLflow, which is there again afterwards.
+        folder: Holds the run's file; a training that waits for it finds `go-on` there.
+        until: Waits for the moment.
+
+    Returns:
+        The training's last words.
+    """
+    training = start_training(program, stack, folder)
+    try:
+        until(training)
+        stack.mlflow.kill()
+        (folder / "go-on").touch()
+        printed, _ = training.communicate(timeout=TIMEOUT_S)
+    finally:
+        training.kill()
+        training.wait()
+    assert training.returncode == ExitCode.UNDELIVERED, printed
+    (words,) = [line for line in printed.splitlines() if line.startswith("TrackingUnavailable: ")]
+    command = shlex.split(words.rpartition("with: ")[2])
+    assert command[:2] == ["heimdall-train", "deliver"]
+    stack.mlflow.start()
+    delivery = deliver(stack, command[2])
+    told, _ = delivery.communicate(timeout=TIMEOUT_S)
+    assert delivery.returncode == 0, told
     assert not Path(command[2]).exists()
+    return words
 
 
 def start_training(program: str, stack: Stack, folder: Path) -> subprocess.Popen[str]:

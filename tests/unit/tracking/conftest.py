@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+
+from heimdall_tracking import MLflowTracker, TrackingSettings
 
 _numbers = itertools.count(1)
 
@@ -39,6 +41,21 @@ def name(request: pytest.FixtureRequest) -> str:
 def experiment(client: MlflowClient, name: str, tmp_path: Path) -> str:
     """ID of an experiment of the test's own, whose artifacts lie in its own folder."""
     return str(client.create_experiment(name, artifact_location=(tmp_path / "artifacts").as_uri()))
+
+
+@pytest.fixture
+def own(store_uri: str, experiment: str) -> MlflowClient:
+    """A client whose methods a test may replace."""
+    return MlflowClient(store_uri, store_uri)
+
+
+@pytest.fixture
+def tracker(own: MlflowClient, store_uri: str, name: str) -> Iterator[MLflowTracker]:
+    """It has started a run in the test's own experiment."""
+    tracker = MLflowTracker(TrackingSettings(tracking_uri=store_uri, experiment_name=name), own)
+    tracker.start_run("run")
+    yield tracker
+    tracker.close(0)
 
 
 NewRun = Callable[..., str]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,20 +42,6 @@ def away(*args: object, **more: object) -> None:
 
 class Killed(BaseException):
     """Ends a delivery at once, as SIGKILL would."""
-
-
-@pytest.fixture
-def own(store_uri: str, experiment: str) -> MlflowClient:
-    """A client whose methods a test may replace."""
-    return MlflowClient(store_uri, store_uri)
-
-
-@pytest.fixture
-def tracker(own: MlflowClient, store_uri: str, name: str) -> Iterator[MLflowTracker]:
-    tracker = MLflowTracker(TrackingSettings(tracking_uri=store_uri, experiment_name=name), own)
-    tracker.start_run("run")
-    yield tracker
-    tracker.close(0)
 
 
 def training_without_server(tracker: MLflowTracker, patch: pytest.MonkeyPatch, folder: Path) -> str:

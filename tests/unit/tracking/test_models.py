@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mlflow.entities import LoggedModel
 from mlflow.models import Model
 
 from heimdall_api.contract import TAG_ATTEMPT
-from heimdall_tracking import MLflowTracker, TrackingError, TrackingSettings, models
+from heimdall_tracking import MLflowTracker, TrackingError, models
 from heimdall_tracking.errors import OvertakenError
 from heimdall_tracking.runs import find_model, read_facts
 from tests.unit.tracking.fakes import PATIENCE_S
@@ -21,20 +20,6 @@ from tests.unit.tracking.fakes import PATIENCE_S
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
 CALLS = ("create_logged_model", "log_model_artifacts", "finalize_logged_model")
-
-
-@pytest.fixture
-def own(store_uri: str, experiment: str) -> MlflowClient:
-    """A client whose methods a test may replace."""
-    return MlflowClient(store_uri, store_uri)
-
-
-@pytest.fixture
-def tracker(own: MlflowClient, store_uri: str, name: str) -> Iterator[MLflowTracker]:
-    tracker = MLflowTracker(TrackingSettings(tracking_uri=store_uri, experiment_name=name), own)
-    tracker.start_run("run")
-    yield tracker
-    tracker.close(0)
 
 
 def saved(folder: Path, run_id: str) -> Path:
