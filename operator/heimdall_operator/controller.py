@@ -151,7 +151,7 @@ class Controller:
             except ConflictError as error:
                 # Something changed since it was observed: read it and look again.
                 log.debug("observed state was out of date", error=str(error))
-                await self._read_again(key)
+                await self._read_again(key, known)
             except Exception as error:  # noqa: BLE001 - one run failing never stops another
                 delay = self.queue.add_after_failure(key)
                 metrics.ERRORS.labels(type(error).__name__).inc()
@@ -249,9 +249,17 @@ class Controller:
             except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
                 log.warning("an Event could not be recorded", reason=manifest["reason"], error=_describe(error))
 
-    async def _read_again(self, key: Key) -> None:
+    async def _read_again(self, key: Key, known: Any) -> None:
+        """Read a TrainingRun that a write did not fit any more.
+
+        Args:
+            key: Its namespace and name.
+            known: What it was taken for.
+        """
         try:
             fresh = await self._kube.get_training_run(*key)
+            if known is not None and (fresh is None or fresh["metadata"]["uid"] != known["metadata"]["uid"]):
+                await self._end_orphan(known)
         except Exception as error:  # noqa: BLE001
             delay = self.queue.add_after_failure(key)
             log.warning("reading the run failed; trying again", error=_describe(error), again_in_s=delay)
@@ -261,6 +269,15 @@ class Controller:
         else:
             self.store.put(fresh)
             self.queue.add_after_failure(key)
+
+    async def _end_orphan(self, known: Any) -> None:
+        """End the MLflow run that was made for a TrainingRun which another operator had let go by then.
+
+        Whoever let it go knew of the run only if the status names it.
+        """
+        observed = observe(known)
+        if observed.status.run_id is None:
+            await self._mlflow.end_orphan(observed)
 
     def _run_url(self, run: RunFacts) -> str:
         return f"{self._public_url}/#/experiments/{run.experiment_id}/runs/{run.run_id}"

@@ -93,14 +93,18 @@ class MlflowGateway:
         run_id = observed.status.run_id
         if run_id is None:
             # The operator may have died between creating the run and writing its ID down.
-            if observed.spec is None:
-                return None
-            found = await self._do(runs.find_run, uid=observed.uid, experiment=observed.spec.tracking.experiment)
+            found = await self._find(observed)
             if found is None:
                 return None
             run_id = found.run_id
         await self._do(runs.end_run, run_id, status)
         return await self._do(runs.read_facts, run_id)
+
+    async def end_orphan(self, observed: Observed) -> None:
+        """End the run that was made for a TrainingRun which was gone by then; a run that has ended stays as it is."""
+        found = await self._find(observed)
+        if found is not None and found.status == "RUNNING":
+            await self._do(runs.end_run, found.run_id, "KILLED")
 
     async def register(self, observed: Observed) -> tuple[Registration, RunFacts]:
         """Register the run's model."""
@@ -136,6 +140,12 @@ class MlflowGateway:
                 self._experiments[name] = str(experiment.experiment_id)
         ids = {self._experiments[name] for name in experiments if name in self._experiments}
         return await self._do(runs.read_active_facts, sorted(ids)) if ids else {}
+
+    async def _find(self, observed: Observed) -> RunFacts | None:
+        """The run that carries the TrainingRun's UID, if there is one."""
+        if observed.spec is None:
+            return None
+        return await self._do(runs.find_run, uid=observed.uid, experiment=observed.spec.tracking.experiment)
 
     async def _read(self, run_id: str) -> RunFacts:
         facts = await self._do(runs.read_facts, run_id)

@@ -199,6 +199,12 @@ class FakeMlflow:
         self.world.wrote(f"end run {status}")
         return self._facts(observed.uid)
 
+    async def end_orphan(self, observed: Any) -> None:
+        self._check()
+        if (self.world.mlflow_runs.get(observed.uid) or {}).get("status") == "RUNNING":
+            self.world.mlflow_runs[observed.uid]["status"] = "KILLED"
+            self.world.wrote("end orphan")
+
     async def register(self, observed: Any) -> tuple[Registration, RunFacts]:
         self._check()
         if not self.world.versions:

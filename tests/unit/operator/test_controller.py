@@ -151,6 +151,32 @@ def test_a_stale_observation_writes_nothing() -> None:
     asyncio.run(scenario())
 
 
+def test_a_run_made_for_a_resource_that_another_operator_let_go_is_ended() -> None:
+    """The other one saw no run to end: this one made it a moment later."""
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        world.mlflow_away = True
+        with pytest.raises(ConnectionError):
+            await look(world)
+        world.mlflow_away = False
+        behind = controller(world)
+        await behind.refresh()
+        assert world.run is not None
+        world.run["metadata"]["deletionTimestamp"] = STAMP
+        world.stamp(world.run)
+        await look(world)
+        assert (world.run, world.mlflow_runs) == (None, {})
+
+        await behind._look_safely(KEY)
+
+        assert world.mlflow_runs[UID]["status"] == "KILLED"
+        assert behind.store.get(KEY) is None
+
+    asyncio.run(scenario())
+
+
 def test_one_event_for_each_transition() -> None:
     world = World()
     world.apply(SPEC)

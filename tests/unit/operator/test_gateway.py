@@ -63,6 +63,19 @@ def test_registrations_of_different_models_do_not(overlaps: list[int]) -> None:
     assert overlaps == [1, 2]
 
 
+@pytest.mark.parametrize(("status", "ended"), [("RUNNING", ["KILLED"]), ("FINISHED", [])])
+def test_only_an_orphan_that_runs_is_ended(monkeypatch: pytest.MonkeyPatch, status: str, ended: list[str]) -> None:
+    wrote: list[str] = []
+    monkeypatch.setattr(runs, "find_run", lambda client, *, uid, experiment: run(status=status))
+    monkeypatch.setattr(runs, "end_run", lambda client, run_id, status: wrote.append(status))
+    gateway = MlflowGateway("http://127.0.0.1:9")
+
+    asyncio.run(gateway.end_orphan(observed(spec=spec())))
+    gateway.close()
+
+    assert wrote == ended
+
+
 def test_a_run_that_mlflow_refuses_for_good_fails_with_its_words() -> None:
     world = World()
     world.apply({"tracking": {"tags": {"team": "rf"}}})
