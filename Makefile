@@ -47,6 +47,7 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(PYTHON) hack/cluster parts helm prometheus gitops-health minio
+	@$(PYTHON) hack/cluster up
 	@# What the cluster's tests do is mostly to wait: meanwhile the others run.
 	@mkdir -p build; { $(BIN)/pytest -q -n 2 -m "not slow" tests/unit || exit; \
 	$(BIN)/pytest --durations=10 -m "integration or slow" tests/integration tests/unit; } > build/beside.log 2>&1 & beside=$$!; \

@@ -35,8 +35,8 @@ class Image:
     inputs: tuple[str, ...]
     official: bool = False
     """Whether the same name can be pulled where a registry is reached."""
-    programs: tuple[str, ...] = ()
-    """Parts of the cluster's tool that are all that the Dockerfile copies."""
+    part: str = ""
+    """The part of the cluster's tool whose programs are all that the Dockerfile copies."""
 
 
 CATALOGUE: Final = {
@@ -78,9 +78,9 @@ CATALOGUE: Final = {
             "minio",
             "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z",
             "images/minio/Dockerfile",
-            ("images/minio", "hack/cluster/parts/minio", "hack/cluster/parts/mc"),
+            ("images/minio", "hack/cluster/parts/minio"),
             official=True,
-            programs=("minio", "mc"),
+            part="minio",
         ),
         Image(
             "versitygw",
@@ -88,7 +88,7 @@ CATALOGUE: Final = {
             "images/versitygw/Dockerfile",
             ("images/versitygw", "hack/cluster/parts/versitygw"),
             official=True,
-            programs=("versitygw",),
+            part="versitygw",
         ),
     )
 }
@@ -171,13 +171,13 @@ def _build(image: Image, digest: str) -> None:
         "--file",
         ROOT / image.dockerfile,
     ]
-    if not image.programs:
+    if not image.part:
         images.docker("build", *options, ROOT, log="images")
         return
-    parts.ensure(image.programs)
+    parts.ensure([image.part])
     with tempfile.TemporaryDirectory() as name:
-        for program in image.programs:
-            shutil.copy(parts.path_of(program), name)
+        for program in parts.CATALOGUE[image.part].binaries:
+            shutil.copy(parts.path_of(image.part, program), name)
         images.docker("build", *options, name, log="images")
 
 

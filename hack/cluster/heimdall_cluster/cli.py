@@ -71,7 +71,7 @@ def _up(_: argparse.Namespace) -> None:
         kind.settle()
     else:
         kind.create()
-        parts.ensure(["minio", "mc", "kubeconform"])
+        parts.ensure(["minio", "kubeconform"])
         parts.drop_go_caches()
     say(f'cluster {kind.NAME}: up after {time.monotonic() - began:.0f} s; eval "$(python3 hack/cluster env)"')
 

@@ -44,8 +44,7 @@ CATALOGUE: Final = dict(
         _part("helm"),
         _part("kubeconform"),
         _part("gitops-health"),
-        _part("minio"),
-        _part("mc"),
+        _part("minio", "minio", "mc"),
         _part("versitygw"),
         _part("buildx"),
         _part("containerd", "containerd", "containerd-shim-runc-v2", "ctr"),
@@ -67,8 +66,9 @@ NODE_PARTS: Final = (
     *("kubernetes", "containerd", "crictl", "cni-plugins"),
     *("etcd", "coredns", "local-path-provisioner", "kube-router"),
 )
-ON_PATH: Final = {name: (name,) for name in ("kind", "helm", "kubeconform", "gitops-health", "minio", "mc")} | {
-    "kubernetes": ("kubectl",)
+ON_PATH: Final = {name: (name,) for name in ("kind", "helm", "kubeconform", "gitops-health")} | {
+    "minio": ("minio", "mc"),
+    "kubernetes": ("kubectl",),
 }
 """Which binaries of which part are put on the user's PATH."""
 

@@ -50,7 +50,7 @@ def lose_everything(typist: Typist) -> None:
 
 
 def test_what_was_backed_up_comes_back(release: Cluster, mlflow: Mlflow, name: str, tmp_path: Path) -> None:
-    hack("hack/cluster", "parts", "mc")
+    hack("hack/cluster", "parts", "minio")
     release.apply(contract_run(name, steps=3))
     status = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
     before = account(mlflow, status)
