@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ _HOMES = {
     "TrainingPipeline": "heimdall_trainer.pipeline",
     "load_training_config": "heimdall_trainer.config",
 }
+
+# oneDNN's AMX kernels convolve bfloat16 wrongly, with values that nobody wrote, where the result is 1 wide and the
+# stride is more (https://github.com/pytorch/pytorch/issues/169688): what the last stage of a ResNet makes of a
+# spectrogram of 32 frames. It reads this once, at its first kernel.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 def __getattr__(name: str) -> Any:

@@ -211,6 +211,21 @@ def test_half_precision_in_the_backbone_costs_no_metres(net: LocalizationNet) ->
     assert (far[:, :2] - 50_000 - near[:, :2]).abs().max() < 0.1
 
 
+def test_half_precision_on_the_cpu_sees_no_foreign_memory() -> None:
+    """Of a stage that leaves one frame: some processors' kernels read beyond the image."""
+    convolution = torch.nn.Conv2d(192, 256, 3, stride=2, padding=1, bias=False)
+    image = torch.randn(8, 192, 8, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = convolution(image)
+        for _ in range(20):
+            # Memory that was used is what such a kernel reads.
+            left = [torch.full((4, 256, 256), float("nan"), dtype=torch.bfloat16) for _ in range(8)]
+            del left
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                half = convolution(image)
+            assert (half - exact).abs().max() < 0.05
+
+
 def step(net: LocalizationNet) -> None:
     """One optimizer step."""
     net.train()
