@@ -8,9 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ROOMS := api tracking operator trainer
 STAMP := $(VENV)/.heimdall-stamp
-# Installs on external services take long: they have a target of their own.
-EXTERNAL := tests/e2e/chart/test_external.py
-E2E := --ignore=$(EXTERNAL) tests/e2e
+# What is imported is compiled once, whatever a machine thinks of that: torch alone takes seconds each time.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help
 help: ## List the targets
@@ -21,7 +20,7 @@ $(STAMP): requirements/bootstrap.txt requirements/dev.txt $(ROOMS:%=%/pyproject.
 	@echo "→ development environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
-	@$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(ROOMS:%=-e ./%)
 	@touch $(STAMP)
 
@@ -47,20 +46,15 @@ test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cl
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(PYTHON) hack/cluster parts helm prometheus gitops-health minio
-	@$(PYTHON) hack/cluster up
-	@# What the cluster's tests do is mostly to wait: meanwhile the others run.
-	@mkdir -p build; { $(BIN)/pytest -q -n 2 -m "not slow" tests/unit || exit; \
-	$(BIN)/pytest --durations=10 -m "integration or slow" tests/integration tests/unit; } > build/beside.log 2>&1 & beside=$$!; \
-	cluster=0; $(BIN)/pytest --durations=40 $(E2E) || cluster=$$?; \
-	others=0; wait $$beside || others=$$?; cat build/beside.log; exit $$((cluster + others))
+	@PYTHON="$(PYTHON)" hack/e2e --beside
 
 .PHONY: e2e
 e2e: venv needs ## The tests on a real cluster alone
-	$(BIN)/pytest $(E2E)
+	@PYTHON="$(PYTHON)" hack/e2e
 
 .PHONY: external
 external: venv needs ## Two releases on external services, over TLS: PostgreSQL, versitygw for S3, MLflow
-	$(BIN)/pytest $(EXTERNAL)
+	$(BIN)/pytest tests/e2e/chart/test_external.py
 
 .PHONY: chaos
 chaos: venv needs ## Kill the operator at random for five minutes, take away what it stands on, check everything

@@ -18,6 +18,7 @@ from heimdall_tracking.runs import FinalStatus, RunFacts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
     from heimdall_operator.observe import Observed
 
@@ -129,13 +130,13 @@ class MlflowGateway:
             The folder's URI.
         """
         for name, text in files.items():
-            await self._do(lambda client, name=name, text=text: client.log_text(run_id, text, f"{folder}/{name}"))
+            await self._do(_log_text, run_id, text, f"{folder}/{name}")
         return f"runs:/{run_id}/{folder}"
 
     async def active_facts(self, experiments: Iterable[str]) -> dict[str, RunFacts]:
         """Facts of all running runs of some experiments, by run ID: one query for all."""
         for name in set(experiments) - self._experiments.keys():
-            experiment = await self._do(lambda client, name=name: client.get_experiment_by_name(name))
+            experiment = await self._do(_get_experiment, name)
             if experiment is not None:
                 self._experiments[name] = str(experiment.experiment_id)
         ids = {self._experiments[name] for name in experiments if name in self._experiments}
@@ -156,7 +157,7 @@ class MlflowGateway:
     async def _do(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
         def bound() -> T:
             try:
-                with metrics.MLFLOW_SECONDS.labels(getattr(call, "__name__", "call").strip("<>")).time():
+                with metrics.MLFLOW_SECONDS.labels(call.__name__.strip("_")).time():
                     return call(self._connect(), *args, **more)
             except Exception as error:
                 if not is_permanent(error):
@@ -171,3 +172,11 @@ class MlflowGateway:
 
             self._client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
         return self._client
+
+
+def _log_text(client: MlflowClient, run_id: str, text: str, path: str) -> None:
+    client.log_text(run_id, text, path)
+
+
+def _get_experiment(client: MlflowClient, name: str) -> Experiment | None:
+    return client.get_experiment_by_name(name)

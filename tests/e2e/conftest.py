@@ -1,7 +1,8 @@
 """One cluster, one release and one set of recordings for all e2e cases.
 
-A cluster that these tests brought up is taken down by them, unless HEIMDALL_KEEP_CLUSTER is set; one that was there
-stays.
+A cluster that these tests brought up is taken down by them; one that was there stays. HEIMDALL_CLUSTER says otherwise:
+keep, or down. `hack/e2e` calls pytest more than once: HEIMDALL_RELEASE tells whether the release of a call is to begin,
+go-on or end; without it, it is of this call alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SMALL_IMAGES = (
     "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z",
 )
 INSTALL_TIMEOUT_S = 420
+OF_SEVERAL_CALLS = os.environ.get("HEIMDALL_RELEASE", "")
 CANARY_KEYS = {
     "database": ("postgres-password", "mlflow-password", "writer-password", "reader-password"),
     "object-store": ("root-password", "mlflow-secret-key", "writer-secret-key", "reader-secret-key"),
@@ -58,14 +60,14 @@ def cluster() -> Iterator[dict[str, str]]:
         [sys.executable, "hack/cluster", "status"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     was_up = "cluster: up" in status.stdout
-    before = links()
     try:
         hack("hack/cluster", "up")
         hack("hack/images", "build", *SMALL)
         hack("hack/cluster", "load", *SMALL_IMAGES)
         yield cluster_environment()
     finally:
-        if not was_up and not os.environ.get("HEIMDALL_KEEP_CLUSTER"):
+        if os.environ.get("HEIMDALL_CLUSTER", "keep" if was_up else "down") == "down":
+            before = links_before()
             hack("hack/cluster", "down")
             assert left_behind(before) == []
 
@@ -75,11 +77,23 @@ def links() -> set[str]:
     return {link.name for link in NET.iterdir() if link.name.startswith(("docker", "br-", "veth"))}
 
 
-def left_behind(before: set[str]) -> list[str]:
-    """What `down` should have taken away of an engine of our own: processes, mounts, links, firewall rules, sockets."""
+def own_engine() -> Any:
+    """The cluster tool's module: a program, not a package."""
     sys.path.insert(0, str(ROOT / "hack/cluster"))
     from heimdall_cluster import engine
 
+    return engine
+
+
+def links_before() -> set[str]:
+    """Which of these links there were before an engine of our own was started."""
+    before = own_engine().BEFORE
+    return set(json.loads(before.read_text())["links"]) if before.exists() else links()
+
+
+def left_behind(before: set[str]) -> list[str]:
+    """What `down` should have taken away of an engine of our own: processes, mounts, links, firewall rules, sockets."""
+    engine = own_engine()
     if engine.environment() == {}:
         return []  # the engine was there before: it stays
     left = [f"process {pid}" for pid in engine._descendants_of_ours()]
@@ -102,16 +116,25 @@ def trainer_loading(cluster: dict[str, str]) -> Iterator[Future[None]]:
 
 
 @pytest.fixture(scope="session")
-def canaries() -> dict[str, str]:
+def canaries(cluster: dict[str, str]) -> dict[str, str]:
     """A password for every secret, that must be found nowhere else."""
-    names = [f"{role}/{key}" for role, keys in CANARY_KEYS.items() for key in keys]
-    return {name: f"canary{secrets.token_hex(16)}" for name in names}
+    names = [(role, key) for role, keys in CANARY_KEYS.items() for key in keys]
+    if OF_SEVERAL_CALLS in ("go-on", "end"):
+        there = Cluster(cluster, NAMESPACE)
+        kept = {role: (there.get("secret", f"heimdall-{role}") or {})["data"] for role in CANARY_KEYS}
+        return {f"{role}/{key}": base64.b64decode(kept[role][key]).decode() for role, key in names}
+    return {f"{role}/{key}": f"canary{secrets.token_hex(16)}" for role, key in names}
 
 
 @pytest.fixture(scope="session")
 def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: dict[str, str]) -> Iterator[Cluster]:
     """The chart, installed once, with canaries as passwords; removed whole afterwards."""
     installed = Cluster(cluster, NAMESPACE)
+    if OF_SEVERAL_CALLS in ("go-on", "end"):
+        yield installed
+        if OF_SEVERAL_CALLS == "end":
+            remove_release(installed)
+        return
     remove_release(installed)
     installed.run("kubectl", "create", "namespace", NAMESPACE)
     installed.run("kubectl", "label", "namespace", NAMESPACE, RESTRICTED)
@@ -128,9 +151,8 @@ def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: di
         )
         yield installed
     finally:
-        remove_release(installed)
-        if not has_crd:
-            installed.run("kubectl", "delete", "crd", CRD, "--ignore-not-found")
+        if OF_SEVERAL_CALLS != "begin":
+            remove_release(installed)
 
 
 NET = Path("/sys/class/net")
@@ -172,11 +194,15 @@ def canary_secret(role: str, canaries: dict[str, str]) -> dict[str, Any]:
 
 
 def remove_release(installed: Cluster) -> None:
-    """Runs first, while the operator can still end them; then the release and its volumes."""
+    """Runs first, while the operator can still end them; then the release, its volumes, and a CRD of its own."""
+    owner = "jsonpath={.metadata.annotations.meta\\.helm\\.sh/release-namespace}"
+    has_crd = installed.run("kubectl", "get", "crd", CRD, "-o", owner, check=False).stdout == NAMESPACE
     if installed.run("kubectl", "get", "namespace", NAMESPACE, check=False).returncode == 0:
         installed.run("kubectl", "-n", NAMESPACE, "delete", "trainingruns", "--all", "--timeout=120s", check=False)
         installed.run("helm", "-n", NAMESPACE, "uninstall", "heimdall", "--wait", "--timeout", "120s", check=False)
         installed.run("kubectl", "delete", "namespace", NAMESPACE, "--timeout=180s")
+    if has_crd:
+        installed.run("kubectl", "delete", "crd", CRD, "--timeout=120s")
 
 
 @contextmanager

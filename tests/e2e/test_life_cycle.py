@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from heimdall_operator.actions import Action
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import DyingOperator, Mlflow, contract_run, kill_operator, wait_for_step
+from tests.e2e.conftest import Mlflow, contract_run, wait_for_step
 
+pytestmark = pytest.mark.beside
 LIFE_S = 120.0
 
 
@@ -41,43 +41,6 @@ def test_a_life_from_apply_to_version(release: Cluster, mlflow: Mlflow, name: st
     assert status["attempts"][0]["node"] == "heimdall-worker2", "the simulated GPUs are there"
     reasons = {item["reason"] for item in release.list("events.events.k8s.io") if item["regarding"]["name"] == name}
     assert {"RunCreated", "AttemptStarted", "Training", "AttemptCompleted", "ModelRegistered", "Completed"} <= reasons
-
-
-def test_an_operator_that_dies_after_everything_that_it_does(
-    release: Cluster, mlflow: Mlflow, dying: DyingOperator, name: str
-) -> None:
-    """One life with a lost attempt and a suspension: the operator is killed between every two of its actions."""
-    dying.arm(name)
-    release.apply(contract_run(name, steps=60, stepSeconds=0.3, fail="crash", failAt=10, failAttempt=1))
-    second = wait_for(
-        lambda: (status := release.status(name)).get("attempt") == 2 and status["phase"] == "Running" and status,
-        what="the second attempt",
-        timeout_s=LIFE_S,
-        tell=lambda: release.explain(name),
-    )
-    wait_for_step(release, mlflow, second["runID"], 15, LIFE_S)
-    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
-    release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
-    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
-
-    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
-
-    status = check_whole(release, mlflow, name, attempts=2)
-    assert [item["reason"] for item in status["attempts"]] == ["Unknown", "Suspended", "Completed"]
-    deaths = dying.deaths()
-    print(f"{len(deaths)} deaths: {'; '.join(deaths)}")
-    actions = {kind.__name__ for kind in get_args(Action)}
-    assert {death.split("(")[0] for death in deaths if not death.startswith("status")} == actions
-
-
-def test_an_operator_killed_while_the_pod_works(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, steps=60, stepSeconds=0.3))
-    release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
-
-    kill_operator(release)
-
-    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
-    check_whole(release, mlflow, name)
 
 
 def test_a_killed_pod_is_followed_by_one_that_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:

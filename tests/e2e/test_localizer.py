@@ -20,6 +20,8 @@ from tests.e2e.cluster import ROOT, Cluster, condition, port_forward, wait_for
 from tests.e2e.conftest import Mlflow, signal_container
 from tests.e2e.test_life_cycle import holding_gpus
 
+pytestmark = pytest.mark.beside
+
 TRAINING_S = 900.0
 PREDICT = """
 import json, sys

@@ -10,6 +10,8 @@ import pytest
 from tests.e2e.cluster import Cluster, wait_for
 from tests.e2e.conftest import GPU_NODE, OTHER_NODE, RESTRICTED
 
+pytestmark = pytest.mark.beside
+
 IMAGE = "heimdall/contract:dev"
 SERVE = "import http.server as s; s.ThreadingHTTPServer(('', 8000), s.SimpleHTTPRequestHandler).serve_forever()"
 ASK = "import sys, urllib.request as r; r.urlopen('http://' + sys.argv[1] + ':8000', timeout=3)"

@@ -12,6 +12,8 @@ import requests
 from tests.e2e.cluster import Cluster, condition, port_forward, wait_for
 from tests.e2e.conftest import GPU_NODE, Mlflow, contract_run, namespace, wait_for_step
 
+pytestmark = pytest.mark.beside
+
 LIFE_S = 120.0
 QUEUE = "kueue.x-k8s.io/queue-name"
 

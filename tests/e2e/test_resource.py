@@ -10,6 +10,8 @@ import pytest
 from tests.e2e.cluster import Cluster
 from tests.e2e.conftest import contract_run
 
+pytestmark = pytest.mark.beside
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative cpu": (
         {"resources": {"cpu": "-2"}},
