@@ -33,7 +33,7 @@ check: venv ## Lint, types, room boundaries and unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
 
 .PHONY: demo
 demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, its registered model
