@@ -134,6 +134,7 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
     assert {item.step for item in history} == set(range(120))
 
 
+@pytest.mark.beside
 def test_a_stopped_process_is_taken_for_hung(release: Cluster, mlflow: Mlflow, name: str) -> None:
     release.apply(contract_run(name, spec={"stallTimeoutSeconds": 10}, steps=60, stepSeconds=0.2))
     running_at(release, mlflow, name, 10)
@@ -146,6 +147,7 @@ def test_a_stopped_process_is_taken_for_hung(release: Cluster, mlflow: Mlflow, n
     assert "steps 0 to" not in release.kubectl("logs", f"job/{name}-a2")
 
 
+@pytest.mark.beside
 def test_memory_grows_after_it_ran_out(release: Cluster, mlflow: Mlflow, name: str) -> None:
     spec = {"retries": {"limit": 1, "memoryGrowth": {"factor": 2, "max": "1Gi"}}}
     release.apply(contract_run(name, spec=spec, fail="memory", failAttempt=1))
@@ -158,6 +160,7 @@ def test_memory_grows_after_it_ran_out(release: Cluster, mlflow: Mlflow, name: s
     assert container["resources"]["limits"]["memory"] == "512Mi"
 
 
+@pytest.mark.beside
 def test_an_active_deadline_ends_the_run(release: Cluster, name: str) -> None:
     release.apply(contract_run(name, spec={"activeDeadlineSeconds": 5}, steps=600, stepSeconds=0.2))
 
