@@ -43,8 +43,6 @@ demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, it
 test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cluster
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
 	@$(PYTHON) hack/cluster parts helm prometheus gitops-health minio
 	@PYTHON="$(PYTHON)" hack/e2e --beside
 

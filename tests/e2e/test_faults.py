@@ -15,7 +15,7 @@ from tests.e2e.conftest import GPU_NODE, OTHER_NODE, Mlflow, contract_run, signa
 LIFE_S = 180.0
 NODE_LOST_S = 300.0
 SOON_GONE = [
-    {"key": f"node.kubernetes.io/{what}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5}
+    {"key": f"node.kubernetes.io/{what}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
     for what in ("unreachable", "not-ready")
 ]
 
@@ -43,6 +43,7 @@ def reasons(status: dict[str, Any]) -> list[str]:
     return [attempt["reason"] for attempt in status["attempts"]]
 
 
+@pytest.mark.nodes
 def test_a_drained_node_costs_no_retry(release: Cluster, mlflow: Mlflow, name: str) -> None:
     release.apply(contract_run(name, spec={"retries": {"limit": 0}}, steps=80, stepSeconds=0.2))
     run_id = running_at(release, mlflow, name, 10)
@@ -64,6 +65,7 @@ def test_a_drained_node_costs_no_retry(release: Cluster, mlflow: Mlflow, name: s
     assert "steps 0 to" not in release.kubectl("logs", f"job/{name}-a2")
 
 
+@pytest.mark.nodes
 def test_a_preempted_run_goes_on_when_there_is_room(release: Cluster, mlflow: Mlflow, name: str) -> None:
     important = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "value": 1000}
     release.apply({**important, "metadata": {"name": "heimdall-e2e-important"}})
@@ -101,12 +103,13 @@ def node_away(release: Cluster, away: str, back: str) -> Iterator[None]:
         release.kubectl("wait", "--for=condition=Ready", f"node/{GPU_NODE}", "--timeout=180s")
 
 
+@pytest.mark.nodes
 @pytest.mark.parametrize("how", [("stop", "start"), ("pause", "unpause")], ids=lambda how: how[0])
 def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
     release: Cluster, mlflow: Mlflow, trainer: None, name: str, how: tuple[str, str]
 ) -> None:
     del trainer  # its image must not be on its way to the node that goes
-    release.apply(contract_run(name, spec=on_the_cpu(retries={"limit": 0}), steps=120, stepSeconds=0.2))
+    release.apply(contract_run(name, spec=on_the_cpu(retries={"limit": 0}), steps=70, stepSeconds=0.2))
     run_id = running_at(release, mlflow, name, 10)
     assert release.status(name)["attempts"][0]["node"] == GPU_NODE
 
@@ -131,7 +134,7 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
     assert all("attempt-2" in item["path"] for item in json.loads(tags["heimdall.checkpoints"]))
     assert len(mlflow.versions_of("steps", run_id)) == 1
     history = mlflow.client.get_metric_history(run_id, "train/loss")
-    assert {item.step for item in history} == set(range(120))
+    assert {item.step for item in history} == set(range(70))
 
 
 @pytest.mark.beside

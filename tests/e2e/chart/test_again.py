@@ -13,8 +13,9 @@ import pytest
 import requests
 
 from tests.e2e.cluster import Cluster, port_forward, wait_for
-from tests.e2e.conftest import ON_CPU, PLACES, Mlflow, contract_run, namespace
+from tests.e2e.conftest import ON_CPU, OTHER_NODE, PLACES, Mlflow, contract_run, namespace
 
+pytestmark = pytest.mark.nodes
 NAME = "again"
 RELEASED = Path(__file__).parent / "released/heimdall-0.1.0.tgz"
 INSTALL_TIMEOUT = "280s"
@@ -23,6 +24,8 @@ STORES = tuple(f"{NAME}-heimdall-{role}" for role in ("database", "object-store"
 LOGINS = f"{NAME}-heimdall-tracking"
 VOLUMES = {f"data-{store}-0" for store in STORES}
 RUN = "in-flight"
+STAYS = ON_CPU | {"podTemplate": {"spec": {"nodeSelector": {"kubernetes.io/hostname": OTHER_NODE}}}}
+"""Beside this test a node goes."""
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_a_release_outlives_upgrade_rollback_and_removal(again: Cluster) -> None
         assert mlflow.client.get_run(run_id).info.run_id == run_id
         assert [item.path for item in mlflow.client.list_artifacts(run_id)] == ["kept.txt"]
 
-    again.apply(contract_run(RUN, spec=ON_CPU, steps=150, stepSeconds=0.2))
+    again.apply(contract_run(RUN, spec=STAYS, steps=150, stepSeconds=0.2))
     started = again.wait_for_phase(RUN, "Running", timeout_s=LIFE_S)
     # Pods that train have no login: MLflow asks for one when they have ended.
     upgrade(again, "--set", "tracking.auth.enabled=false")

@@ -103,6 +103,7 @@ def errors_of_power(shadowing_db: float, count: int = 400) -> tuple[np.ndarray, 
     return np.array(found) - place, bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("errors_of", "noise"), [(errors_of_arrivals, 3.0), (errors_of_power, 0.1)])
 def test_little_noise_leaves_them_unbiased_and_as_good_as_the_bound(errors_of: object, noise: float) -> None:
     errors, bound = errors_of(noise)  # type: ignore[operator]
@@ -113,6 +114,7 @@ def test_little_noise_leaves_them_unbiased_and_as_good_as_the_bound(errors_of: o
     )
 
 
+@pytest.mark.slow
 def test_power_and_arrivals_together_are_better_than_either() -> None:
     places, place, rng = scene(5)
     known, sigma_m = physics(), 150.0
@@ -135,6 +137,7 @@ def test_the_most_likely_place_lies_within_the_area() -> None:
         assert np.linalg.norm(most_likely(places, power, known)) <= RADIUS_M
 
 
+@pytest.mark.slow
 def test_the_posterior_mean_has_the_smaller_mean_squared_error() -> None:
     known = physics()
     squares = {"mean": 0.0, "mode": 0.0, "centroid": 0.0}

@@ -8,6 +8,7 @@ from heimdall_trainer.data import physics
 from tests.bench.representation import delay_errors_m
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("modulation", "samples_m", "share"), [("fsk", 3.0, 8), ("ofdm", 0.33, 100)])
 def test_spectrograms_lose_what_samples_hold(modulation: str, samples_m: float, share: float) -> None:
     from_spectrograms, from_samples = delay_errors_m(modulation)

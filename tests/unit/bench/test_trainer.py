@@ -101,6 +101,7 @@ def test_stalls_are_judged_in_steps_of_their_own_round() -> None:
     assert found["x: all that a checkpoint adds"].value == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1039,), (2, 3, trainer.SAMPLES)])
 def test_what_is_timed_beside_the_spectrogram_gives_the_same(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(1)

@@ -25,8 +25,11 @@ from heimdall_tracking.queue import MetricQueue
 from heimdall_tracking.undelivered import LeftCheckpoint, lock
 from tests.unit.tracking.fakes import PATIENCE_S
 
-# MLflow's own use of SQLAlchemy, not ours.
-pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # MLflow's own use of SQLAlchemy, not ours.
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
+]
 
 STEPS = 2500
 """More than two batches."""
@@ -129,7 +132,6 @@ def test_what_is_left_is_told_in_one_sentence_with_the_command_and_delivered_by_
     assert not folder.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", range(14))
 def test_a_delivery_killed_at_any_step_and_begun_again_delivers_everything_once(
     killed_at: int,

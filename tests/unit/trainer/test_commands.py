@@ -31,6 +31,7 @@ from heimdall_trainer.modelling import log_localizer
 from heimdall_trainer.settings import DataSettings
 
 pytestmark = [
+    pytest.mark.slow,
     # MLflow's own use of SQLAlchemy, and its advice.
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
     pytest.mark.filterwarnings("ignore:[\\s\\S]*inferred as AnyType"),
@@ -185,7 +186,6 @@ def test_plots_are_drawn_with_the_run_s_losses_where_the_model_has_a_run(call: A
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_the_export_is_written_and_says_how_near_it_is(call: Any, looked: Looked) -> None:
     from heimdall_trainer.export import open_onnx
 

@@ -254,6 +254,7 @@ def test_an_unfrozen_backbone_learns_weights_and_statistics() -> None:
     assert any(name.startswith("backbone.") and name.endswith("running_mean") for name in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", FAMILIES)
 def test_every_family_takes_spectrograms_and_gives_gradients(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # On the device without memory: shapes and graph are real, numbers are not; it has no autocast to ask for.

@@ -60,6 +60,7 @@ from tests.unit.trainer import user_modules
 from tests.unit.trainer.builders import SESSIONS, data_settings
 
 pytestmark = [
+    pytest.mark.slow,
     # MLflow's own use of SQLAlchemy, not ours.
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
     # Lightning's own use of torch, and its advice for larger data sets than these.
