@@ -47,6 +47,7 @@ MONITORING = "monitoring"
 """Where Prometheus would be: ends the name of its namespace."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/e2e/" in str(item.path):
