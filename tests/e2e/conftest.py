@@ -47,14 +47,8 @@ MONITORING = "monitoring"
 """Where Prometheus would be: ends the name of its namespace."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/e2e/" in str(item.path):
-            item.add_marker(pytest.mark.e2e)
-            if item.get_closest_marker("xdist_group") is None:
-                # Those of a file share what they set up.
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.e2e)
 
 
 @pytest.fixture(scope="session")

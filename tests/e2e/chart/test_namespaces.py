@@ -8,8 +8,7 @@ from tests.e2e.chart.test_rights import can_i
 from tests.e2e.cluster import Cluster
 from tests.e2e.conftest import ON_CPU, Mlflow, contract_run, namespace
 
-# The operator is replaced twice: its own metrics and logs are not asked for meanwhile.
-pytestmark = [pytest.mark.beside, pytest.mark.xdist_group("test_options")]
+pytestmark = pytest.mark.beside
 LIFE_S = 180.0
 
 

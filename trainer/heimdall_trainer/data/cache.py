@@ -234,6 +234,8 @@ class FolderCache:
         self._room = min(self._limit - size, max(wanted, self._limit // PART))
         if self._room >= wanted:
             return True
+        if self._under_way:
+            return False  # what others are writing may be counted twice: whoever comes next looks again
         until = max(first_used + self._unused_s, now + PAUSE_S)
         try:
             self._mark.touch()
