@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.cluster import Cluster, condition, wait_for
 from tests.e2e.conftest import GPU_NODE, OTHER_NODE, Mlflow, contract_run, signal_container, wait_for_step
 
-LIFE_S = 180.0
+LIFE_S = 240.0
 NODE_LOST_S = 300.0
 SOON_GONE = [
     {"key": f"node.kubernetes.io/{what}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}

@@ -12,7 +12,7 @@ from tests.e2e.cluster import Cluster, condition, wait_for
 from tests.e2e.conftest import Mlflow, contract_run, wait_for_step
 
 pytestmark = pytest.mark.beside
-LIFE_S = 120.0
+LIFE_S = 240.0
 
 
 def check_whole(release: Cluster, mlflow: Mlflow, name: str, *, attempts: int = 1) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_a_run_deleted_while_training_leaves_nothing(release: Cluster, mlflow: M
     runs = mlflow.runs_of(resource["metadata"]["uid"])
     assert [run.info.status for run in runs] == ["KILLED"]
     selector = f"training.heimdall.dev/run={name}"
-    wait_for(lambda: not release.list("jobs,pods", selector), what="the end of its Job and pods", timeout_s=60)
+    wait_for(lambda: not release.list("jobs,pods", selector), what="the end of its Job and pods", timeout_s=120)
 
 
 def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
@@ -75,7 +75,7 @@ def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlfl
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
     suspended = release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
     assert condition(suspended, "Suspended")["status"] == "True"
-    wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=60)
+    wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=120)
 
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
     done = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
@@ -133,7 +133,7 @@ def test_a_failure_says_why_and_frees_the_gpu(release: Cluster, mlflow: Mlflow, 
     assert failure.message in failed["message"]
     assert status["attempts"][-1]["reason"] == failure.reason
     assert [run.info.status for run in mlflow.runs_of(release.training_run(name)["metadata"]["uid"])] == ["FAILED"]
-    wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=60)
+    wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=120)
 
 
 def holding_gpus(release: Cluster, name: str) -> list[str]:
@@ -173,7 +173,7 @@ def test_a_run_that_is_deleted_and_applied_again_is_a_new_one(release: Cluster, 
     release.apply(contract_run(name, fail="configuration"))
     first = release.wait_for_phase(name, "Failed", timeout_s=LIFE_S)
 
-    release.kubectl("delete", "trainingrun", name, "--timeout=60s")
+    release.kubectl("delete", "trainingrun", name, "--timeout=120s")
     release.apply(contract_run(name, steps=3))
 
     second = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)

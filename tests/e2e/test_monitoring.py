@@ -9,7 +9,7 @@ import requests
 from tests.e2e.cluster import Cluster, port_forward
 from tests.e2e.conftest import contract_run
 
-LIFE_S = 120.0
+LIFE_S = 240.0
 
 
 def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:

@@ -14,7 +14,7 @@ from tests.e2e.conftest import GPU_NODE, Mlflow, contract_run, namespace, wait_f
 
 pytestmark = pytest.mark.beside
 
-LIFE_S = 120.0
+LIFE_S = 240.0
 QUEUE = "kueue.x-k8s.io/queue-name"
 
 
@@ -117,7 +117,7 @@ def test_jobs_and_pods_go_when_their_time_is_over_and_logs_stay(release: Cluster
     before = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
 
     selector = f"training.heimdall.dev/run={name}"
-    wait_for(lambda: not release.list("jobs,pods", selector), what="the end of Jobs and pods", timeout_s=60)
+    wait_for(lambda: not release.list("jobs,pods", selector), what="the end of Jobs and pods", timeout_s=120)
 
     assert release.status(name) == before
     run_id, attempt = before["runID"], before["attempts"][0]

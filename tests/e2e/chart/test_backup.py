@@ -17,7 +17,7 @@ from tests.e2e.test_options import read_artifact
 PAGE = "docs/howto/backup.md"
 FORWARD = "kubectl -n heimdall port-forward service/heimdall-object-store 9000\n"
 """It goes on until it is ended: the tests' own way to call it does that, and finds a free port."""
-LIFE_S = 120.0
+LIFE_S = 240.0
 
 
 def psql(release: Cluster, user: str, statement: str) -> str:

@@ -9,7 +9,7 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.conftest import ON_CPU, Mlflow, contract_run, namespace
 
 pytestmark = pytest.mark.beside
-LIFE_S = 180.0
+LIFE_S = 240.0
 
 
 def test_an_upgrade_to_a_list_of_namespaces_and_back(release: Cluster, mlflow: Mlflow, name: str) -> None:
