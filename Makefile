@@ -28,7 +28,7 @@ $(STAMP): requirements/bootstrap.txt requirements/dev.txt $(ROOMS:%=%/pyproject.
 venv: $(STAMP) ## Make the development environment (.venv)
 
 .PHONY: check
-check: venv ## Lint, types, room boundaries and unit tests: under a minute
+check: venv ## Lint, types, room boundaries and unit tests: about a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

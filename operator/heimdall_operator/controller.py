@@ -262,7 +262,7 @@ class Controller:
                 await self._end_orphan(known)
         except Exception as error:  # noqa: BLE001
             delay = self.queue.add_after_failure(key)
-            log.warning("reading the run failed; trying again", error=_describe(error), again_in_s=delay)
+            log.warning("a run that changed was not settled; trying again", error=_describe(error), again_in_s=delay)
             return
         if fresh is None:
             self.store.drop(key)

@@ -197,3 +197,23 @@ def test_a_disk_that_takes_nothing_is_not_looked_at_each_time(
         cache.put(key(0), features(0))
         clock.now += 2 * module.PAUSE_S
     assert len(looks) == 1
+
+
+def test_what_another_thread_is_writing_is_not_a_reason_to_call_the_folder_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FolderCache(tmp_path, limit_bytes=3 * ENTRY_BYTES)
+    write = module.write_whole
+
+    def beside(file: Path, content: bytes) -> None:
+        write(file, content)
+        if file.stem == key(2):
+            # There, and still under way: counted twice.
+            cache.put(key(3), features(3))
+
+    monkeypatch.setattr(module, "write_whole", beside)
+    for number in (1, 2):
+        cache.put(key(number), features(number))
+    cache.put(key(4), features(4))
+
+    assert cache.get(key(4)) is not None
