@@ -290,7 +290,7 @@ def name(request: pytest.FixtureRequest, release: Cluster) -> Iterator[str]:
 
 
 def contract_run(name: str, *, spec: dict[str, Any] | None = None, **args: Any) -> dict[str, Any]:
-    """A TrainingRun of the contract image: seconds, no torch."""
+    """A TrainingRun of the contract image: seconds, no torch, and no GPU unless `spec` asks for one (`ON_GPU`)."""
     return {
         "apiVersion": "training.heimdall.dev/v1alpha1",
         "kind": "TrainingRun",
@@ -298,15 +298,15 @@ def contract_run(name: str, *, spec: dict[str, Any] | None = None, **args: Any) 
         "spec": {
             "image": "heimdall/contract:dev",
             "model": {"module": "contract:Script", "args": args},
-            "resources": {"gpusPerWorker": 1, "cpu": "20m", "memory": "256Mi", "sharedMemory": "16Mi"},
+            "resources": {"gpusPerWorker": 0, "cpu": "20m", "memory": "256Mi", "sharedMemory": "16Mi"},
             "registration": {"model": "steps"},
             **(spec or {}),
         },
     }
 
 
-ON_CPU = {"resources": {"gpusPerWorker": 0, "cpu": "20m", "memory": "256Mi"}}
-"""What a run asks for that needs no GPU."""
+ON_GPU = {"resources": {"gpusPerWorker": 1, "cpu": "20m", "memory": "256Mi", "sharedMemory": "16Mi"}}
+"""What a run asks for that is about a GPU. There are two: three files at a time must not wait for one another's."""
 
 
 @dataclass

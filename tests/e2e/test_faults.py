@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import GPU_NODE, OTHER_NODE, Mlflow, contract_run, signal_container, wait_for_step
+from tests.e2e.conftest import GPU_NODE, ON_GPU, OTHER_NODE, Mlflow, contract_run, signal_container, wait_for_step
 
 LIFE_S = 240.0
 NODE_LOST_S = 300.0
@@ -20,12 +20,11 @@ SOON_GONE = [
 ]
 
 
-def on_the_cpu(**more: Any) -> dict[str, Any]:
+def on_either_node(**more: Any) -> dict[str, Any]:
     """A spec whose pod may run on either worker, and prefers the one that nothing else runs on."""
     term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [GPU_NODE]}]}
     affinity = {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": term}]}
     return {
-        "resources": {"gpusPerWorker": 0, "cpu": "20m", "memory": "256Mi", "sharedMemory": "16Mi"},
         "podTemplate": {"spec": {"affinity": {"nodeAffinity": affinity}, "tolerations": SOON_GONE}},
         **more,
     }
@@ -45,7 +44,7 @@ def reasons(status: dict[str, Any]) -> list[str]:
 
 @pytest.mark.nodes
 def test_a_drained_node_costs_no_retry(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, spec={"retries": {"limit": 0}}, steps=80, stepSeconds=0.2))
+    release.apply(contract_run(name, spec=ON_GPU | {"retries": {"limit": 0}}, steps=80, stepSeconds=0.2))
     run_id = running_at(release, mlflow, name, 10)
     selector = f"--pod-selector=training.heimdall.dev/run={name}"
     try:
@@ -109,7 +108,7 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
     release: Cluster, mlflow: Mlflow, trainer: None, name: str, how: tuple[str, str]
 ) -> None:
     del trainer  # its image must not be on its way to the node that goes
-    release.apply(contract_run(name, spec=on_the_cpu(retries={"limit": 0}), steps=70, stepSeconds=0.2))
+    release.apply(contract_run(name, spec=on_either_node(retries={"limit": 0}), steps=70, stepSeconds=0.2))
     run_id = running_at(release, mlflow, name, 10)
     assert release.status(name)["attempts"][0]["node"] == GPU_NODE
 

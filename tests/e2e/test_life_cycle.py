@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import Mlflow, contract_run, wait_for_step
+from tests.e2e.conftest import ON_GPU, Mlflow, contract_run, wait_for_step
 
 pytestmark = pytest.mark.beside
 LIFE_S = 240.0
@@ -31,7 +31,7 @@ def check_whole(release: Cluster, mlflow: Mlflow, name: str, *, attempts: int = 
 
 
 def test_a_life_from_apply_to_version(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, steps=10))
+    release.apply(contract_run(name, spec=ON_GPU, steps=10))
 
     release.kubectl("wait", "--for=condition=Complete", f"trainingrun/{name}", f"--timeout={LIFE_S:.0f}s")
 
@@ -68,7 +68,7 @@ def test_a_run_deleted_while_training_leaves_nothing(release: Cluster, mlflow: M
 
 
 def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, steps=80, stepSeconds=0.2))
+    release.apply(contract_run(name, spec=ON_GPU, steps=80, stepSeconds=0.2))
     status = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
     wait_for_step(release, mlflow, status["runID"], 10, LIFE_S)
 
@@ -124,7 +124,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
 def test_a_failure_says_why_and_frees_the_gpu(release: Cluster, mlflow: Mlflow, name: str, failure: Failure) -> None:
-    release.apply(contract_run(name, spec=failure.spec, **failure.args))
+    release.apply(contract_run(name, spec=ON_GPU | failure.spec, **failure.args))
 
     status = release.wait_for_phase(name, "Failed", timeout_s=LIFE_S)
 

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from tests.e2e.cluster import Cluster, port_forward, wait_for
-from tests.e2e.conftest import ON_CPU, OTHER_NODE, PLACES, Mlflow, contract_run, namespace
+from tests.e2e.conftest import OTHER_NODE, PLACES, Mlflow, contract_run, namespace
 
 pytestmark = pytest.mark.nodes
 NAME = "again"
@@ -24,7 +24,7 @@ STORES = tuple(f"{NAME}-heimdall-{role}" for role in ("database", "object-store"
 LOGINS = f"{NAME}-heimdall-tracking"
 VOLUMES = {f"data-{store}-0" for store in STORES}
 RUN = "in-flight"
-STAYS = ON_CPU | {"podTemplate": {"spec": {"nodeSelector": {"kubernetes.io/hostname": OTHER_NODE}}}}
+STAYS = {"podTemplate": {"spec": {"nodeSelector": {"kubernetes.io/hostname": OTHER_NODE}}}}
 """Beside this test a node goes."""
 
 

@@ -33,7 +33,7 @@ from tests.e2e.chart.external import (
     setup,
 )
 from tests.e2e.cluster import Cluster, hack, port_forward
-from tests.e2e.conftest import ON_CPU, Mlflow, contract_run, namespace
+from tests.e2e.conftest import Mlflow, contract_run, namespace
 from tests.integration.certificates import make_certificate
 
 INSTALL_TIMEOUT = "280s"
@@ -138,7 +138,7 @@ def train(where: Cluster, mlflow: Mlflow, name: str) -> str:
     Returns:
         The MLflow run.
     """
-    where.apply(contract_run(name, spec=ON_CPU, steps=12, checkpointEvery=5, fail="crash", failAt=7, failAttempt=1))
+    where.apply(contract_run(name, steps=12, checkpointEvery=5, fail="crash", failAt=7, failAttempt=1))
     status = where.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
     assert (status["phase"], status["attempt"]) == ("Succeeded", 2), where.explain(name)
     (run,) = mlflow.runs_of(where.training_run(name)["metadata"]["uid"])

@@ -6,7 +6,7 @@ import pytest
 
 from tests.e2e.chart.test_rights import can_i
 from tests.e2e.cluster import Cluster
-from tests.e2e.conftest import ON_CPU, Mlflow, contract_run, namespace
+from tests.e2e.conftest import Mlflow, contract_run, namespace
 
 pytestmark = pytest.mark.beside
 LIFE_S = 240.0
@@ -24,8 +24,8 @@ def test_an_upgrade_to_a_list_of_namespaces_and_back(release: Cluster, mlflow: M
 
         assert can_i(team, "create", "jobs", account_of=release) == "yes"
         assert can_i(stranger, "create", "jobs", account_of=release) == "no"
-        stranger.apply(contract_run("unseen", spec=ON_CPU, steps=3))
-        team.apply(contract_run("seen", spec=ON_CPU, steps=3))
+        stranger.apply(contract_run("unseen", steps=3))
+        team.apply(contract_run("seen", steps=3))
         team.wait_for_phase("seen", "Succeeded", timeout_s=LIFE_S)
         assert stranger.status("unseen") == {}, "nobody looks at what is in no namespace of the list"
 
