@@ -26,7 +26,7 @@ from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import LOST_POD_S, Observed, observe
 from heimdall_operator.store import Key, Store
 from heimdall_operator.workqueue import WorkQueue
-from heimdall_tracking.runs import RunFacts
+from heimdall_tracking.runs import FinalStatus, RunFacts
 
 STEP_LIMIT: Final = 20
 """Most decisions of one look: more than any life needs at once, so that a mistake can't spin."""
@@ -258,8 +258,9 @@ class Controller:
         """
         try:
             fresh = await self._kube.get_training_run(*key)
-            if known is not None and (fresh is None or fresh["metadata"]["uid"] != known["metadata"]["uid"]):
-                await self._end_orphan(known)
+            if known is not None and (status := _ended_as(known, fresh)) is not None:
+                # The step before the write may have made or opened the MLflow run: whoever ended it did so before that.
+                await self._mlflow.end_running(observe(known), status)
         except Exception as error:  # noqa: BLE001
             delay = self.queue.add_after_failure(key)
             log.warning("a run that changed was not settled; trying again", error=_describe(error), again_in_s=delay)
@@ -269,15 +270,6 @@ class Controller:
         else:
             self.store.put(fresh)
             self.queue.add_after_failure(key)
-
-    async def _end_orphan(self, known: Any) -> None:
-        """End the MLflow run that was made for a TrainingRun which another operator had let go by then.
-
-        Whoever let it go knew of the run only if the status names it.
-        """
-        observed = observe(known)
-        if observed.status.run_id is None:
-            await self._mlflow.end_orphan(observed)
 
     def _run_url(self, run: RunFacts) -> str:
         return f"{self._public_url}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
@@ -327,6 +319,14 @@ def event_manifest(event: Event, observed: Observed, now: datetime) -> dict[str,
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:
+    """How the MLflow run of a TrainingRun has to have ended, going by what another operator made of it meanwhile."""
+    if fresh is None or fresh["metadata"]["uid"] != known["metadata"]["uid"]:
+        return "KILLED"
+    finals: dict[str, FinalStatus] = {"Succeeded": "FINISHED", "Failed": "FAILED"}
+    return finals.get((fresh.get("status") or {}).get("phase", ""))
 
 
 def _is_active(resource: Any) -> bool:

@@ -101,11 +101,11 @@ class MlflowGateway:
         await self._do(runs.end_run, run_id, status)
         return await self._do(runs.read_facts, run_id)
 
-    async def end_orphan(self, observed: Observed) -> None:
-        """End the run that was made for a TrainingRun which was gone by then; a run that has ended stays as it is."""
+    async def end_running(self, observed: Observed, status: FinalStatus) -> None:
+        """End a run that runs although its TrainingRun has ended; a run that has ended stays as it is."""
         found = await self._find(observed)
         if found is not None and found.status == "RUNNING":
-            await self._do(runs.end_run, found.run_id, "KILLED")
+            await self._do(runs.end_run, found.run_id, status)
 
     async def register(self, observed: Observed) -> tuple[Registration, RunFacts]:
         """Register the run's model."""

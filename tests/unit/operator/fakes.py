@@ -84,6 +84,11 @@ class World:
             }
         )
 
+    def collect_garbage(self) -> None:
+        """What Kubernetes does to what a resource that is gone owned."""
+        self.jobs.clear()
+        self.pods.clear()
+
     def living(self) -> list[str]:
         return [name for name, pod in self.pods.items() if pod["status"]["phase"] in ("Pending", "Running")]
 
@@ -116,6 +121,8 @@ class FakeKube:
         job["metadata"]["creationTimestamp"] = STAMP
         self.world.jobs[name] = self.world.stamp(job)
         self.world.pod_of(job, phase="Pending")
+        if self.world.run is None:
+            self.world.collect_garbage()
         self.world.wrote(f"create job {name}")
         return copy.deepcopy(job)
 
@@ -129,6 +136,7 @@ class FakeKube:
         run["metadata"]["finalizers"] = finalizers
         if not finalizers and "deletionTimestamp" in run["metadata"]:
             self.world.run = None
+            self.world.collect_garbage()
         self.world.stamp(run)
         self.world.wrote("patch finalizers")
         return copy.deepcopy(run)
@@ -185,7 +193,7 @@ class FakeMlflow:
 
     async def open_attempt(self, run_id: str, attempt: int) -> RunFacts:
         self._check()
-        wanted = {"status": "RUNNING", "attempt": attempt}
+        wanted = {"status": "RUNNING", "attempt": max(attempt, self.world.mlflow_runs[UID]["attempt"])}
         if not wanted.items() <= self.world.mlflow_runs[UID].items():
             self.world.mlflow_runs[UID].update(wanted)
             self.world.wrote(f"open attempt {attempt}")
@@ -195,15 +203,16 @@ class FakeMlflow:
         self._check()
         if observed.uid not in self.world.mlflow_runs:
             return None
-        self.world.mlflow_runs[observed.uid]["status"] = status
-        self.world.wrote(f"end run {status}")
+        if self.world.mlflow_runs[observed.uid]["status"] != status:
+            self.world.mlflow_runs[observed.uid]["status"] = status
+            self.world.wrote(f"end run {status}")
         return self._facts(observed.uid)
 
-    async def end_orphan(self, observed: Any) -> None:
+    async def end_running(self, observed: Any, status: str) -> None:
         self._check()
         if (self.world.mlflow_runs.get(observed.uid) or {}).get("status") == "RUNNING":
-            self.world.mlflow_runs[observed.uid]["status"] = "KILLED"
-            self.world.wrote("end orphan")
+            self.world.mlflow_runs[observed.uid]["status"] = status
+            self.world.wrote(f"end running {status}")
 
     async def register(self, observed: Any) -> tuple[Registration, RunFacts]:
         self._check()
@@ -214,8 +223,10 @@ class FakeMlflow:
 
     async def keep_files(self, run_id: str, folder: str, files: dict[str, str]) -> str:
         self._check()
-        self.world.kept |= {f"{folder}/{name}": text for name, text in files.items()}
-        self.world.wrote(f"keep {folder}")
+        wanted = {f"{folder}/{name}": text for name, text in files.items()}
+        if not wanted.items() <= self.world.kept.items():
+            self.world.kept |= wanted
+            self.world.wrote(f"keep {folder}")
         return f"runs:/{run_id}/{folder}"
 
     async def active_facts(self, experiments: Any) -> dict[str, RunFacts]:

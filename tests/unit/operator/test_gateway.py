@@ -65,17 +65,17 @@ def test_registrations_of_different_models_do_not(overlaps: list[int]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own use
-def test_only_an_orphan_that_runs_is_ended(tmp_path: Path) -> None:
+def test_only_a_run_that_runs_is_ended(tmp_path: Path) -> None:
     gateway = MlflowGateway(f"sqlite:///{tmp_path}/mlflow.db")
     orphan = observed(spec=spec())
 
     async def scenario() -> tuple[str, str]:
-        await gateway.end_orphan(orphan)  # none was made
+        await gateway.end_running(orphan, "KILLED")  # none was made
         made = await gateway.ensure_run(orphan)
-        await gateway.end_orphan(orphan)
+        await gateway.end_running(orphan, "KILLED")
         killed = (await gateway._read(made.run_id)).status
         gateway._connect().set_terminated(made.run_id, "FINISHED")
-        await gateway.end_orphan(orphan)
+        await gateway.end_running(orphan, "KILLED")
         return killed, (await gateway._read(made.run_id)).status
 
     try:
