@@ -17,7 +17,7 @@ import yaml
 
 from heimdall_api.contract import TAG_UID, parse_checkpoints
 from tests.e2e.cluster import ROOT, Cluster, condition, port_forward, wait_for
-from tests.e2e.conftest import Mlflow, signal_container
+from tests.e2e.conftest import Mlflow
 from tests.e2e.test_life_cycle import holding_gpus
 
 pytestmark = pytest.mark.beside
@@ -170,37 +170,6 @@ def test_the_version_predicts_in_a_fresh_process(
     assert all(sigma > 0 for sigma in out["sigma"][0])
 
 
-def test_a_pod_killed_in_mid_epoch_is_followed_by_one_that_goes_on(
-    release: Cluster, mlflow: Mlflow, recordings: None, name: str
-) -> None:
-    del recordings
-    release.apply(example(name, epochs=2, checkpoints={"keep": 2, "everyMinutes": 0.05}))
-    status = release.wait_for_phase(name, "Running", timeout_s=TRAINING_S)
-    run_id = status["runID"]
-
-    def checkpointed() -> int | None:
-        listed = parse_checkpoints(mlflow.client.get_run(run_id).data.tags.get("heimdall.checkpoints"))
-        return listed[-1].step if listed and not listed[-1].path.endswith("-end.ckpt") else None
-
-    step = wait_for(
-        checkpointed, what="a checkpoint in mid-epoch", timeout_s=TRAINING_S, tell=lambda: release.explain(name)
-    )
-    signal_container(release, f"{name}-a1", "KILL")
-
-    done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
-
-    assert done["phase"] == "Succeeded", release.explain(name)
-    assert done["runID"] == run_id
-    assert [item["number"] for item in done["attempts"]] == [1, 2]
-    assert done["attempts"][0]["exitCode"] == 137
-    log = release.kubectl("logs", f"job/{name}-a2")
-    resumed = next(json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
-    assert resumed["step"] >= step > 0
-    again = mlflow.client.get_metric_history(run_id, "train/loss_step")
-    assert {item.step for item in again} == set(range(max(item.step for item in again) + 1)), "no step is missing"
-    assert [item.version for item in mlflow.versions_of("heimdall-localizer", run_id)] == [done["modelVersion"]]
-
-
 BORING = "pytorch_lightning.demos.boring_classes"
 BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown backbone": (
@@ -257,42 +226,3 @@ def test_a_lightning_module_of_somebody_else_trains(release: Cluster, mlflow: Ml
     run_found = mlflow.client.get_run(status["runID"])
     assert run_found.info.status == "FINISHED"
     assert parse_checkpoints(run_found.data.tags["heimdall.checkpoints"])
-
-
-def test_two_workers_train_together_and_go_on_when_one_is_killed(
-    release: Cluster, mlflow: Mlflow, recordings: None, name: str
-) -> None:
-    del recordings
-    run = example(name, epochs=2, batchSize=8, checkpoints={"keep": 1, "everyMinutes": 0.05})
-    run["spec"]["model"]["backbone"] = "resnet10t"
-    run["spec"]["resources"] |= {"workers": 2, "memory": "3Gi", "cpu": "500m"}
-    release.apply(run)
-    status = release.wait_for_phase(name, "Running", "Failed", timeout_s=TRAINING_S)
-    run_id = status["runID"]
-    pods = release.list("pods", f"training.heimdall.dev/run={name}")
-    assert sorted(pod["spec"]["hostname"] for pod in pods) == [f"{name}-a1-0", f"{name}-a1-1"]
-
-    def checkpointed() -> int | None:
-        listed = parse_checkpoints(mlflow.client.get_run(run_id).data.tags.get("heimdall.checkpoints"))
-        return listed[-1].step if listed else None
-
-    step = wait_for(checkpointed, what="a checkpoint", timeout_s=TRAINING_S, tell=lambda: release.explain(name))
-    second = next(pod["metadata"]["name"] for pod in pods if pod["spec"]["hostname"].endswith("-1"))
-    signal_container(release, f"{name}-a1", "KILL", pod=second)
-
-    done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
-
-    assert done["phase"] == "Succeeded", release.explain(name)
-    assert [item["number"] for item in done["attempts"]] == [1, 2]
-    assert (done["attempts"][0]["reason"], done["attempts"][0]["exitCode"]) == ("Killed", 137)
-    parameters = mlflow.client.get_run(run_id).data.params
-    assert (parameters["environment.devices"], parameters["resources.workers"]) == ("2", "2")
-    first = next(
-        pod["metadata"]["name"]
-        for pod in release.list("pods", f"batch.kubernetes.io/job-name={name}-a2")
-        if pod["spec"]["hostname"].endswith("-0")
-    )
-    log = release.kubectl("logs", first)
-    resumed = next(json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
-    assert resumed["step"] >= step > 0
-    assert len(mlflow.versions_of("heimdall-localizer", run_id)) == 1

@@ -1,0 +1,94 @@
+"""The real localizer loses a process in the middle: what goes on, goes on from the last whole checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from heimdall_api.contract import parse_checkpoints
+from tests.e2e.cluster import Cluster, wait_for
+from tests.e2e.conftest import GPU_NODE, Mlflow, signal_container
+from tests.e2e.test_localizer import TRAINING_S, example
+
+pytestmark = pytest.mark.beside
+
+
+def without_gpu(name: str, **training: Any) -> dict[str, Any]:
+    """The example, smaller, where its image is, leaving the GPUs to the tests beside it."""
+    run = example(name, epochs=2, **training)
+    run["spec"]["resources"]["gpusPerWorker"] = 0
+    run["spec"]["podTemplate"] = {"spec": {"nodeSelector": {"kubernetes.io/hostname": GPU_NODE}}}
+    del run["spec"]["export"]
+    return run
+
+
+def test_a_pod_killed_in_mid_epoch_is_followed_by_one_that_goes_on(
+    release: Cluster, mlflow: Mlflow, recordings: None, name: str
+) -> None:
+    del recordings
+    release.apply(without_gpu(name, checkpoints={"keep": 2, "everyMinutes": 0.05}))
+    status = release.wait_for_phase(name, "Running", timeout_s=TRAINING_S)
+    run_id = status["runID"]
+
+    def checkpointed() -> int | None:
+        listed = parse_checkpoints(mlflow.client.get_run(run_id).data.tags.get("heimdall.checkpoints"))
+        return listed[-1].step if listed and not listed[-1].path.endswith("-end.ckpt") else None
+
+    step = wait_for(
+        checkpointed, what="a checkpoint in mid-epoch", timeout_s=TRAINING_S, tell=lambda: release.explain(name)
+    )
+    signal_container(release, f"{name}-a1", "KILL")
+
+    done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
+
+    assert done["phase"] == "Succeeded", release.explain(name)
+    assert done["runID"] == run_id
+    assert [item["number"] for item in done["attempts"]] == [1, 2]
+    assert done["attempts"][0]["exitCode"] == 137
+    log = release.kubectl("logs", f"job/{name}-a2")
+    resumed = next(json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
+    assert resumed["step"] >= step > 0
+    again = mlflow.client.get_metric_history(run_id, "train/loss_step")
+    assert {item.step for item in again} == set(range(max(item.step for item in again) + 1)), "no step is missing"
+    assert [item.version for item in mlflow.versions_of("heimdall-localizer", run_id)] == [done["modelVersion"]]
+
+
+def test_two_workers_train_together_and_go_on_when_one_is_killed(
+    release: Cluster, mlflow: Mlflow, recordings: None, name: str
+) -> None:
+    del recordings
+    run = without_gpu(name, batchSize=8, checkpoints={"keep": 1, "everyMinutes": 0.05})
+    run["spec"]["model"]["backbone"] = "resnet10t"
+    run["spec"]["resources"] |= {"workers": 2, "memory": "3Gi", "cpu": "500m"}
+    release.apply(run)
+    status = release.wait_for_phase(name, "Running", "Failed", timeout_s=TRAINING_S)
+    run_id = status["runID"]
+    pods = release.list("pods", f"training.heimdall.dev/run={name}")
+    assert sorted(pod["spec"]["hostname"] for pod in pods) == [f"{name}-a1-0", f"{name}-a1-1"]
+
+    def checkpointed() -> int | None:
+        listed = parse_checkpoints(mlflow.client.get_run(run_id).data.tags.get("heimdall.checkpoints"))
+        return listed[-1].step if listed else None
+
+    step = wait_for(checkpointed, what="a checkpoint", timeout_s=TRAINING_S, tell=lambda: release.explain(name))
+    second = next(pod["metadata"]["name"] for pod in pods if pod["spec"]["hostname"].endswith("-1"))
+    signal_container(release, f"{name}-a1", "KILL", pod=second)
+
+    done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
+
+    assert done["phase"] == "Succeeded", release.explain(name)
+    assert [item["number"] for item in done["attempts"]] == [1, 2]
+    assert (done["attempts"][0]["reason"], done["attempts"][0]["exitCode"]) == ("Killed", 137)
+    parameters = mlflow.client.get_run(run_id).data.params
+    assert (parameters["environment.devices"], parameters["resources.workers"]) == ("2", "2")
+    first = next(
+        pod["metadata"]["name"]
+        for pod in release.list("pods", f"batch.kubernetes.io/job-name={name}-a2")
+        if pod["spec"]["hostname"].endswith("-0")
+    )
+    log = release.kubectl("logs", first)
+    resumed = next(json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
+    assert resumed["step"] >= step > 0
+    assert len(mlflow.versions_of("heimdall-localizer", run_id)) == 1
