@@ -113,6 +113,8 @@ class Reason(enum.StrEnum):
     INVALID_CONFIGURATION = "InvalidConfiguration"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
+    STORAGE_EXCEEDED = "StorageExceeded"
+    """The pod wrote more to its node's disk than its own limits allow."""
     PREEMPTED = "Preempted"
     NODE_LOST = "NodeLost"
     KILLED = "Killed"

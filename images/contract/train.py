@@ -4,8 +4,8 @@ It "trains" by counting steps, and does all that a trainer owes its operator: it
 delivers parameters, metrics, progress and checkpoints to its MLflow run, heeds the fence, makes a checkpoint on
 SIGTERM, logs a model, and tells how it ended. Copy it, and put your training where `train_step` is.
 
-`spec.model.args` steers it: steps, stepSeconds, checkpointEvery, and `fail` (user, configuration, cuda, memory, crash,
-hang) at step `failAt` of attempt `failAttempt` (every attempt, if it is not given).
+`spec.model.args` steers it: steps, stepSeconds, checkpointEvery, and `fail` (user, configuration, cuda, memory, disk,
+crash, hang) at step `failAt` of attempt `failAttempt` (every attempt, if it is not given).
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ def train_step(args: dict[str, Any], step: int) -> None:
         case "memory":
             hog = [b"x" * 2**20 for _ in range(2**16)]
             print(len(hog))
+        case "disk":
+            Path(tempfile.gettempdir(), "hog").write_bytes(b"x" * 2**26)
+            time.sleep(600)
         case "crash":
             os._exit(3)
         case "hang":  # as a collective that waits for a lost worker: alive, deaf to SIGTERM, no step ever again

@@ -33,6 +33,7 @@ FINAL: Final = frozenset(
         Reason.INVALID_CONFIGURATION,
         Reason.CUDA_OUT_OF_MEMORY,
         Reason.HOST_OUT_OF_MEMORY,
+        Reason.STORAGE_EXCEEDED,
         Reason.IMAGE_PULL,
         Reason.UNSCHEDULABLE,
         Reason.POD_NOT_STARTED,
@@ -106,6 +107,11 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
         return Reason.HOST_OUT_OF_MEMORY, (
             "The pod used more memory than spec.resources.memory allows (OOMKilled): raise it in a new TrainingRun, "
             "or lower spec.training.batchSize or dataLoaderWorkers."
+        )
+    if pod.exceeded_storage:
+        return Reason.STORAGE_EXCEEDED, (
+            f"{pod.exceeded_storage.strip()} Raise the limit (ephemeral-storage of the container, sizeLimit of the "
+            "volume) in spec.podTemplate of a new TrainingRun, or write less."
         )
     if pod.disruption is not None:
         lost = pod.disruption in _LOST_NODE

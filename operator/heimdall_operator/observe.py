@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +17,10 @@ from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
 LOST_POD_S: Final = 300.0
+_OWN_STORAGE: Final = re.compile(
+    r"Pod ephemeral local storage usage exceeds|exceeded its local ephemeral storage limit|Usage of EmptyDir volume"
+)
+"""How the kubelet begins to tell that a pod is over a limit of its own: pkg/kubelet/eviction/eviction_manager.go."""
 CONTAINER: Final = "trainer"
 """Name of the container that trains."""
 COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
@@ -44,6 +49,8 @@ class PodFacts:
     exit_code: int | None = None
     """Exit code of its container; None while it has not ended."""
     killed_for_memory: bool = False
+    exceeded_storage: str = ""
+    """The kubelet's words where it evicted the pod for what the pod itself wrote, and not for its node's sake."""
     last_words: str = ""
     """Termination message, or the last lines of the log."""
     finished: datetime | None = None
@@ -225,6 +232,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
     waiting = state.get("waiting") or {}
     conditions = {item["type"]: item for item in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
+    message = status.get("message") or ""
     started = (state.get("running") or terminated).get("startedAt")
     return PodFacts(
         name=metadata["name"],
@@ -239,10 +247,11 @@ def pod_facts(pod: Manifest) -> PodFacts:
         unschedulable=scheduled.get("message") if scheduled.get("reason") == "Unschedulable" else None,
         exit_code=terminated.get("exitCode"),
         killed_for_memory=terminated.get("reason") == "OOMKilled",
+        exceeded_storage=message if status.get("reason") == "Evicted" and _OWN_STORAGE.search(message) else "",
         last_words=terminated.get("message", ""),
         finished=_time_or_none(terminated.get("finishedAt")),
         worker=int((metadata.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
-        refusal=": ".join(part for part in (status.get("reason"), status.get("message")) if part),
+        refusal=": ".join(part for part in (status.get("reason"), message) if part),
         disruption=_disruption(conditions, status),
     )
 

@@ -163,6 +163,21 @@ def test_memory_grows_after_it_ran_out(release: Cluster, mlflow: Mlflow, name: s
 
 
 @pytest.mark.beside
+def test_a_pod_evicted_for_what_it_wrote_is_not_tried_again(release: Cluster, name: str) -> None:
+    """The kubelet looks at what pods wrote every ten seconds or so."""
+    limits = {"containers": [{"name": "trainer", "resources": {"limits": {"ephemeral-storage": "16Mi"}}}]}
+    release.apply(contract_run(name, spec={"podTemplate": {"spec": limits}}, fail="disk"))
+
+    status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
+
+    assert reasons(status) == ["StorageExceeded"]
+    failed = condition(status, "Failed")
+    assert failed["reason"] == "StorageExceeded"
+    assert "exceed" in failed["message"]
+    assert "spec.podTemplate" in failed["message"]
+
+
+@pytest.mark.beside
 def test_an_active_deadline_ends_the_run(release: Cluster, name: str) -> None:
     release.apply(contract_run(name, spec={"activeDeadlineSeconds": 5}, steps=600, stepSeconds=0.2))
 

@@ -38,6 +38,29 @@ CASES = {
         Reason.HOST_OUT_OF_MEMORY,
     ),
     "evicted before it ran": (raw_pod(phase="Failed", reason="Evicted"), Reason.PREEMPTED),
+    "evicted for its node's sake": (
+        raw_pod(
+            phase="Failed", reason="Evicted", message="The node was low on resource: memory. Threshold quantity: 1"
+        ),
+        Reason.PREEMPTED,
+    ),
+    **{
+        f"evicted for {what}": (
+            raw_pod(
+                phase="Failed",
+                reason="Evicted",
+                message=words,
+                conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}],
+                containerStatuses=terminated(exitCode=137),
+            ),
+            Reason.STORAGE_EXCEEDED,
+        )
+        for what, words in {
+            "what all wrote": "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. ",
+            "what one wrote": 'Container trainer exceeded its local ephemeral storage limit "1Gi". ',
+            "what is in a volume": 'Usage of EmptyDir volume "scratch" exceeds the limit "1Gi". ',
+        }.items()
+    },
     "its node is gone": (
         raw_pod(
             phase="Failed",
@@ -63,7 +86,7 @@ def test_from_pod_to_reason(pod: dict[str, Any], reason: Reason) -> None:
 
     assert outcome is not None
     assert outcome.reason == reason
-    assert outcome.message.endswith((".", "boom"))
+    assert outcome.message.endswith((".", "boom", "write less."))
 
 
 def test_a_running_pod_has_no_outcome() -> None:
