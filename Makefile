@@ -54,6 +54,10 @@ e2e: venv needs ## The tests on a real cluster alone
 external: venv needs ## Two releases on external services, over TLS: PostgreSQL, versitygw for S3, MLflow
 	$(BIN)/pytest tests/e2e/chart/test_external.py
 
+.PHONY: compose
+compose: venv needs ## compose.yaml started, trained with, stopped and started again
+	$(BIN)/pytest tests/e2e/test_compose.py
+
 .PHONY: chaos
 chaos: venv needs ## Kill the operator at random for five minutes, take away what it stands on, check everything
 	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 $(BIN)/pytest -s tests/e2e/chaos

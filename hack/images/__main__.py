@@ -1,7 +1,8 @@
 """`python3 hack/images build [NAME …]` makes the images of chart and tests; `list` names them.
 
-The project's own are built; MLflow, PostgreSQL, MinIO and versitygw are pulled where a registry can be reached, and
-built from packages and Go modules under the same names where not. An image whose inputs have not changed is left alone.
+The project's own are built; MLflow, PostgreSQL, MinIO, Redis and versitygw are pulled where a registry can be reached,
+and built from packages and Go modules under the same names where not. An image whose inputs have not changed is left
+alone.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ CATALOGUE: Final = {
             official=True,
             part="minio",
         ),
+        Image("redis", "docker.io/library/redis:7.4", "images/redis/Dockerfile", ("images/redis",), official=True),
         Image(
             "versitygw",
             "ghcr.io/versity/versitygw:v1.8.0",

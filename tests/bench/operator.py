@@ -97,6 +97,7 @@ async def measure(cluster: Cluster, tracking_uri: str, arguments: argparse.Names
         Figure("bare: Jobs created", bare["jobs"], "1/s"),
         Figure("bare: statuses patched", bare["patches"], "1/s"),
         Figure("bare: MLflow runs created", bare["runs"], "1/s"),
+        Figure("bare: runs of which all calls are made", bare["lives"], "1/s"),
         Figure("bare: the calls of one run, one after the other (p50)", alone["bare"] * 1000, "ms"),
         Figure("one alone: created to Job (p50)", alone["p50"] * 1000, "ms"),
         at_most("one alone / bare calls", alone["p50"] / alone["bare"], "ratio", 1.2),
@@ -104,6 +105,7 @@ async def measure(cluster: Cluster, tracking_uri: str, arguments: argparse.Names
         Figure(f"{arguments.runs} at once: created to Job (p99)", together.p99, "s"),
         at_least(f"{arguments.runs} at once: throughput", together.rate, "runs/s", 100),
         at_least("throughput / slower bare part", together.rate / slower, "ratio", 0.8),
+        Figure("throughput / bare runs of which all calls are made", together.rate / bare["lives"], "ratio"),
         Figure("writes up to a waiting pod, without Events", together.writes, "per run"),
         Figure("Events up to a waiting pod", together.events, "per run"),
         *(Figure(f"processor time of {part}", ms, "ms/run") for part, ms in together.cpu_ms.items()),
@@ -173,7 +175,47 @@ async def bare_parts(kube: Kube, tracking_uri: str, count: int) -> dict[str, flo
         began = time.perf_counter()
         list(pool.map(lambda i: create_run(client, experiment, str(i)), range(count)))
         runs = count / (time.perf_counter() - began)
-    return {"jobs": jobs, "patches": patches, "runs": runs}
+        lives = await bare_lives(kube, pool, client, experiment, count)
+    return {"jobs": jobs, "patches": patches, "runs": runs, "lives": lives}
+
+
+async def bare_lives(kube: Kube, pool: ThreadPoolExecutor, client: Any, experiment: str, count: int) -> float:
+    """Per second: all that is asked of API server and MLflow for a run until its pod waits, by nobody in particular."""
+
+    async def live(name: str) -> None:
+        made = await kube._call("POST", path(), resource(name, suspend=True))
+        made = await kube.patch_finalizers(NAMESPACE, name, ["a.b/c"], made["metadata"]["resourceVersion"])
+        await asyncio.get_running_loop().run_in_executor(pool, create_run, client, experiment, name)
+        for step in ("Pending", "Waiting"):
+            status = {"phase": "Pending", "runID": "r", "attempt": 1, "jobName": step}
+            made = await kube.patch_status(NAMESPACE, name, status, made["metadata"]["resourceVersion"])
+            if step == "Pending":
+                await kube.create_job(NAMESPACE, bare_job(name))
+            await kube.create_event(NAMESPACE, bare_event(name, step, made["metadata"]["uid"]))
+
+    names = [f"life-{i}" for i in range(count)]
+    began = time.perf_counter()
+    await gathered([lambda name=name: live(name) for name in names])
+    rate = count / (time.perf_counter() - began)
+    await gathered([lambda name=name: kube.delete_job(NAMESPACE, f"{name}-a1") for name in names])
+    await clean(kube)
+    return rate
+
+
+def bare_event(name: str, reason: str, uid: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"{name}.{reason.lower()}", "namespace": NAMESPACE},
+        "eventTime": "2026-01-01T00:00:00.000000Z",
+        "type": "Normal",
+        "reason": reason,
+        "action": reason,
+        "note": "Something happened.",
+        "reportingController": "bench",
+        "reportingInstance": "bench",
+        "regarding": {"apiVersion": API_VERSION, "kind": KIND, "name": name, "namespace": NAMESPACE, "uid": uid},
+    }
 
 
 @dataclass

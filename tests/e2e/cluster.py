@@ -71,7 +71,9 @@ class Cluster:
     env: dict[str, str] = field(repr=False)
     namespace: str
 
-    def run(self, *command: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, text: str | None = None, check: bool = True, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             command,
             env=self.env,
@@ -79,7 +81,7 @@ class Cluster:
             capture_output=True,
             text=True,
             input=text,
-            timeout=COMMAND_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
         if check and done.returncode != 0:

@@ -66,9 +66,8 @@ def trained(release: Cluster, mlflow: Mlflow, recordings: None) -> Iterator[Trai
     release.kubectl("apply", "-f", "manifests/examples/localizer.yaml")
     try:
         wait = ("wait", "--for=condition=Complete", "trainingrun/localizer", f"--timeout={TRAINING_S:.0f}s")
-        assert release.run("kubectl", "-n", release.namespace, *wait, check=False).returncode == 0, release.explain(
-            "localizer"
-        )
+        done = release.run("kubectl", "-n", release.namespace, *wait, check=False, timeout_s=TRAINING_S + 60)
+        assert done.returncode == 0, release.explain("localizer")
         resource = release.training_run("localizer")
         runs = mlflow.runs_of(resource["metadata"]["uid"])
         assert len(runs) == 1

@@ -13,12 +13,18 @@ from tests.e2e.conftest import GPU_NODE, Mlflow, signal_container
 from tests.e2e.test_localizer import TRAINING_S, example
 
 pytestmark = pytest.mark.beside
+SEED, SESSIONS = 7, 6
+"""Of the example's recordings."""
 
 
 def without_gpu(name: str, **training: Any) -> dict[str, Any]:
-    """The example, smaller, where its image is, leaving the GPUs to the tests beside it."""
-    run = example(name, epochs=2, **training)
-    run["spec"]["resources"]["gpusPerWorker"] = 0
+    """The example on half of the recordings, where its image is; GPUs and a processor are left to the tests beside."""
+    from heimdall_trainer.data.generator import session_id
+
+    run = example(name, epochs=3, batchSize=8, **training)
+    run["spec"]["data"] = {"sessions": {"ids": [session_id(SEED, number) for number in range(SESSIONS)]}}
+    run["spec"]["model"]["backbone"] = "resnet10t"
+    run["spec"]["resources"] |= {"gpusPerWorker": 0, "cpu": "400m"}
     run["spec"]["podTemplate"] = {"spec": {"nodeSelector": {"kubernetes.io/hostname": GPU_NODE}}}
     del run["spec"]["export"]
     return run
@@ -59,9 +65,8 @@ def test_two_workers_train_together_and_go_on_when_one_is_killed(
     release: Cluster, mlflow: Mlflow, recordings: None, name: str
 ) -> None:
     del recordings
-    run = without_gpu(name, batchSize=8, checkpoints={"keep": 1, "everyMinutes": 0.05})
-    run["spec"]["model"]["backbone"] = "resnet10t"
-    run["spec"]["resources"] |= {"workers": 2, "memory": "3Gi", "cpu": "500m"}
+    run = without_gpu(name, checkpoints={"keep": 1, "everyMinutes": 0.05})
+    run["spec"]["resources"] |= {"workers": 2, "memory": "3Gi"}
     release.apply(run)
     status = release.wait_for_phase(name, "Running", "Failed", timeout_s=TRAINING_S)
     run_id = status["runID"]

@@ -47,6 +47,7 @@ CATALOGUE: Final = dict(
         _part("minio", "minio", "mc"),
         _part("versitygw"),
         _part("buildx"),
+        _part("compose", "docker-compose", rename=(("cmd", "docker-compose"),)),
         _part("containerd", "containerd", "containerd-shim-runc-v2", "ctr"),
         _part("crictl"),
         _part("cni-plugins", "bridge", "host-local", "loopback", "portmap", "ptp"),
@@ -67,6 +68,7 @@ NODE_PARTS: Final = (
     *("etcd", "coredns", "local-path-provisioner", "kube-router"),
 )
 ON_PATH: Final = {name: (name,) for name in ("kind", "helm", "kubeconform", "gitops-health")} | {
+    "compose": ("docker-compose",),
     "minio": ("minio", "mc"),
     "kubernetes": ("kubectl",),
 }

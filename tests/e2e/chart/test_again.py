@@ -36,7 +36,11 @@ def again(release: Cluster, confined: None) -> Iterator[Cluster]:
 
 
 def install(again: Cluster, chart: str | Path, *more: str) -> None:
-    listed = ("--set", "crd.install=false", "--set", f"operator.namespaces={{{again.namespace}}}")
+    # One worker process: MLflow is started many times here, and each of them takes seconds of a processor to begin.
+    listed = (
+        *("--set", "crd.install=false", "--set", "tracking.workers=1"),
+        *("--set", f"operator.namespaces={{{again.namespace}}}"),
+    )
     again.helm("install", NAME, str(chart), *listed, *PLACES, *more, "--wait", "--timeout", INSTALL_TIMEOUT)
 
 
