@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import enum
 import json
-from datetime import datetime
-from typing import Final
+from datetime import UTC, datetime
+from typing import Annotated, Final
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from heimdall_api.base import Model
 
@@ -144,6 +144,14 @@ class TerminationMessage(Model):
         return self.model_dump_json()
 
 
+def _in_utc(time: datetime) -> datetime:
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+
+
+Moment = Annotated[datetime, AfterValidator(_in_utc)]
+"""A time with its zone; one that names none is taken for UTC."""
+
+
 class Progress(Model):
     """How far training is."""
 
@@ -152,7 +160,7 @@ class Progress(Model):
     step: int = Field(ge=0, description="Optimizer steps done.")
     steps: int | None = Field(default=None, ge=0, description="Optimizer steps expected in all, if known.")
     first_step: int = Field(default=0, ge=0, description="Step that this attempt went on from.")
-    time: datetime | None = Field(default=None, description="When the last step ended.")
+    time: Moment | None = Field(default=None, description="When the last step ended.")
 
 
 class Checkpoint(Model):
@@ -163,7 +171,7 @@ class Checkpoint(Model):
     path: str = Field(description="Artifact path within the run.")
     sha256: str = Field(description="Checksum of its bytes, hexadecimal.")
     size: int = Field(ge=0, description="Length in bytes.")
-    time: datetime = Field(description="When its upload was whole.")
+    time: Moment = Field(description="When its upload was whole.")
     metric: float | None = Field(default=None, description="The monitored metric's value, if there is one.")
     last: bool = Field(default=False, description="Whether it is the one a next attempt goes on from.")
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Final
 
 import structlog
@@ -24,7 +25,7 @@ from heimdall_operator.actions import (
     RemoveFinalizer,
 )
 from heimdall_operator.decide import job_name
-from heimdall_operator.kube import ConflictError, Kube, RefusedError
+from heimdall_operator.kube import LOG_BYTES, ConflictError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
 from heimdall_operator.mlflow_gateway import MlflowGateway, RunGoneError
 from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid
@@ -35,6 +36,10 @@ from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import ModelMissingError
 
 FINALIZERS: Final = "finalizers"
+LOGS_BYTES: Final = 32 * 2**20
+"""Most that is kept of the logs of one attempt's pods in all."""
+PIECE: Final = 2**16
+"""Characters of a log between two of which everything else goes on."""
 
 log = structlog.get_logger()
 
@@ -106,6 +111,11 @@ class Actor:
 
     async def _open_attempt(self, observed: Observed, number: int) -> Observed:
         assert observed.status.run_id is not None  # noqa: S101 - decide opens attempts of known runs
+        # MLflow has no conditional writes: an operator that fell behind would open a run that another one has ended,
+        # and might write nothing afterwards by which it could find out.
+        fresh = await self._kube.get_training_run(observed.namespace, observed.name)
+        if fresh is None or fresh["metadata"]["resourceVersion"] != observed.version:
+            raise ConflictError(f"{observed.name} changed before attempt {number} was opened")
         try:
             return replace(observed, run=await self._mlflow.open_attempt(observed.status.run_id, number))
         except RunGoneError as error:
@@ -172,12 +182,14 @@ class Actor:
         """Logs of an attempt's pods and events about them, by file name; what can't be read says so in its file."""
         namespace, pods = observed.namespace, [pod.name for pod in observed.attempt_pods]
         about = [("Pod", name) for name in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
-        readings = [self._read_or_say(self._kube.read_log(namespace, name, CONTAINER)) for name in pods]
-        listings = [self._read_or_say(self._events(namespace, *each)) for each in about]
-        texts = await asyncio.gather(*readings, *listings)
-        texts = [redact(text) for text in texts]
-        logs = {f"{name}.log": text for name, text in zip(pods, texts, strict=False)}
-        return {**logs, "events.jsonl": "".join(texts[len(pods) :])}
+        limit = min(LOG_BYTES, LOGS_BYTES // max(len(pods), 1))
+        files: dict[str, str] = {}
+        for name in pods:
+            # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
+            text = await self._read_or_say(self._kube.read_log(namespace, name, CONTAINER, limit))
+            files[f"{name}.log"] = await _redacted(text)
+        events = [await self._read_or_say(self._events(namespace, *each)) for each in about]
+        return {**files, "events.jsonl": await _redacted("".join(events))}
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
         events = await self._kube.list_events(namespace, kind, name)
@@ -231,3 +243,14 @@ def _gone(observed: Observed, status: str) -> Any:
     from heimdall_tracking.runs import RunFacts
 
     return RunFacts(run_id=observed.status.run_id or "", experiment_id="", status=status)
+
+
+async def _redacted(text: str) -> str:
+    """A long text without secrets, a piece at a time: everything else goes on between two."""
+    # Cut between lines: what a cut divides would be recognised in neither half.
+    cuts = {text.rfind("\n", 0, about) + 1 for about in range(PIECE, len(text), PIECE)}
+    redacted = []
+    for begin, end in pairwise(sorted({0, *cuts, len(text)})):
+        redacted.append(redact(text[begin:end]))
+        await asyncio.sleep(0)
+    return "".join(redacted)

@@ -63,8 +63,8 @@ class Controller:
         self._namespaces: list[str | None] = list(namespaces) or [None]
         self._lost_pod_s = lost_pod_s
         self._followed_since: datetime | None = None
-        self._troubles: dict[Key, str] = {}
-        """Why Jobs could not be created at the last try: only to be told, and to bound the wait."""
+        self._troubles: dict[Key, tuple[str, datetime]] = {}
+        """Why Jobs could not be created at the last try, and since when: only to be told, and to bound the wait."""
         self._clock = clock
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
@@ -177,6 +177,7 @@ class Controller:
         resource = self.store.get(key)
         if resource is None:
             return None
+        trouble, trouble_since = self._troubles.get(key, ("", None))
         observed = observe(
             resource,
             self.store.children("Job", key),
@@ -184,7 +185,8 @@ class Controller:
             self._facts.get((resource.get("status") or {}).get("runID", "")),
             lost_pod_s=self._lost_pod_s,
             followed_since=self._followed_since,
-            trouble=self._troubles.get(key, ""),
+            trouble=trouble,
+            trouble_since=trouble_since,
         )
         for _ in range(STEP_LIMIT):
             decision = decide(observed, self._clock())
@@ -209,7 +211,9 @@ class Controller:
                 raise
             except Exception as error:
                 if isinstance(action, CreateJob):
-                    self._troubles[Key(observed.namespace, observed.name)] = shorten(str(error))
+                    key = Key(observed.namespace, observed.name)
+                    _, since = self._troubles.get(key, ("", self._clock()))
+                    self._troubles[key] = (shorten(str(error)), since)
                 if decision.status != observed.status:
                     # What happened is kept, and people see what is waited for.
                     await self._write(decision.status, observed)

@@ -45,6 +45,8 @@ ATTEMPTS_KEPT: Final = 10
 """How many attempts a status lists."""
 RETRY_DELAY_S: Final = 10
 RETRY_DELAY_LIMIT_S: Final = 300
+FRUITLESS_S: Final = 60
+"""An attempt that trained for less has hardly got further."""
 MEBIBYTE: Final = 2**20
 POLL_S: Final = 5
 """How soon to look again where no event may tell of a change."""
@@ -161,9 +163,21 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
     if _living(observed, now):
         # Two attempts never overlap, not even two Jobs of one attempt.
         return Decision((), status, POLL_S)
+    held = _held_by_others(observed)
+    if held is not None:
+        return Decision((DeleteJob(held.name),), status)
     if observed.run is None or observed.run.attempt < attempt.number or observed.run.status != "RUNNING":
         return Decision((OpenAttempt(attempt.number),), status)
     return Decision((CreateJob(attempt.number),), status, _until_deadline(observed, spec, now))
+
+
+def _held_by_others(observed: Observed) -> JobFacts | None:
+    """An older attempt's Job whose trainer has ended while another container goes on: the pod still holds its GPUs."""
+    holding = {
+        pod.attempt for pod in observed.pods if pod.exit_code is not None and pod.phase not in ("Succeeded", "Failed")
+    }
+    older = (job for job in observed.jobs if job.attempt < observed.status.attempt and job.attempt in holding)
+    return next((job for job in older if not job.deleting and job.finished is None), None)
 
 
 def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
@@ -239,7 +253,7 @@ def _living(observed: Observed, now: datetime) -> list[PodFacts]:
 
 def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
     if observed.job is None:
-        return _no_job(observed, spec, attempt, now)
+        return _no_job(observed, spec, now)
     if observed.job.suspended:
         return None
     pod = _waiting_pod(observed)
@@ -258,9 +272,10 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     )
 
 
-def _no_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
+def _no_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Outcome | None:
     """A Job that can't be created is not waited for without end either, once it was tried."""
-    waited = age_s(attempt.start_time, now)
+    # Counted from the first try: MLflow or the operator may have been away for longer than the deadline before it.
+    waited = age_s(observed.trouble_since, now)
     if not observed.trouble or waited < spec.pending_deadline_seconds:
         return None
     why = f"The Job could not be created within spec.pendingDeadlineSeconds ({waited:.0f} s): {observed.trouble}"
@@ -268,11 +283,13 @@ def _no_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
 
 
 def _pending_since(observed: Observed, attempt: Attempt) -> datetime | None:
-    """When the wait for pods began: time in a queue is the queue's business."""
-    started = observed.job.started if observed.job is not None else None
-    if started is None or attempt.start_time is None:
+    """When the wait for pods began: time in a queue is the queue's business, and so is what came before the Job."""
+    job = observed.job
+    if job is None:
         return attempt.start_time
-    return max(started, attempt.start_time)
+    if job.started is None:
+        return None if job.queued else job.created
+    return job.started
 
 
 def _waiting_pod(observed: Observed) -> PodFacts | None:
@@ -450,9 +467,8 @@ def _next_memory(spec: TrainingRunSpec, attempt: Attempt) -> str | None:
 
 def _retry(observed: Observed, attempt: Attempt, memory: str | None, now: datetime) -> Decision:
     reason = Reason(attempt.reason or Reason.UNKNOWN)
-    delay = 0.0
-    if reason not in FREE and observed.status.failures:
-        delay = min(RETRY_DELAY_S * 2.0 ** (observed.status.failures - 1), RETRY_DELAY_LIMIT_S)
+    failures = _fruitless(observed.status) - 1 if reason in FREE else observed.status.failures
+    delay = min(RETRY_DELAY_S * 2.0 ** (failures - 1), RETRY_DELAY_LIMIT_S) if failures > 0 else 0.0
     left = delay - age_s(attempt.end_time, now)
     message = f"Attempt {attempt.number} ended ({reason}); the next one goes on from the last checkpoint."
     if left > 0:
@@ -460,6 +476,17 @@ def _retry(observed: Observed, attempt: Attempt, memory: str | None, now: dateti
     status = _next_attempt(observed.status, observed.name, now, memory)
     # Kept with the attempt that has ended; the next one has nothing to keep yet.
     return Decision((), waiting(status, observed, "Retrying", message, now))
+
+
+def _fruitless(status: TrainingRunStatus) -> int:
+    """How many attempts in a row ended early though nobody is to blame: what comes back at once may do so for ever."""
+    count = 0
+    for attempt in reversed(status.attempts):
+        early = age_s(attempt.running_time, attempt.end_time) < FRUITLESS_S if attempt.end_time is not None else False
+        if not early or attempt.reason not in FREE - {Reason.SUSPENDED}:
+            break
+        count += 1
+    return count
 
 
 def _succeed(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:

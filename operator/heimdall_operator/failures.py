@@ -113,10 +113,14 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
             f"{pod.exceeded_storage.strip()} Raise the limit (ephemeral-storage of the container, sizeLimit of the "
             "volume) in spec.podTemplate of a new TrainingRun, or write less."
         )
+    if pod.start_error:
+        return Reason.POD_NOT_STARTED, f"The container could not be started: {pod.start_error}"
     if pod.disruption is not None:
         lost = pod.disruption in _LOST_NODE
         text = f"The node {pod.node} was lost" if lost else "Kubernetes took the pod's place for something else"
         return (Reason.NODE_LOST if lost else Reason.PREEMPTED), f"{text} ({pod.disruption})."
+    if pod.lost_track:
+        return Reason.NODE_LOST, f"The node {pod.node} went away, and does not know what became of the container."
     if pod.exit_code is None:
         return Reason.UNKNOWN, f"The pod ended before its container ran. {pod.refusal}".strip()
     if pod.exit_code == ExitCode.SUCCESS:

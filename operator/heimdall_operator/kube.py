@@ -11,6 +11,8 @@ from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, V
 from heimdall_operator import metrics
 
 LOG_LINES: Final = 10_000
+LOG_LINES_OF_LONG: Final = 256
+"""Of a log whose lines are so long that LOG_LINES of them are too much, such as a progress bar's."""
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
 HTTP_ERROR: Final = 400
@@ -92,11 +94,23 @@ class Kube:
         """A Service, or None where there is none."""
         return await self._get(_path("/api/v1", namespace, "services", name))
 
-    async def read_log(self, namespace: str, pod: str, container: str) -> str:
-        """The end of a container's log."""
-        query = [("container", container), ("tailLines", str(LOG_LINES)), ("limitBytes", str(2 * LOG_BYTES))]
-        text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)
-        return text[-LOG_BYTES:].decode(errors="replace")
+    async def read_log(self, namespace: str, pod: str, container: str, limit: int = LOG_BYTES) -> str:
+        """The end of a container's log.
+
+        Args:
+            namespace: The pod's.
+            pod: Its name.
+            container: Of which of its containers.
+            limit: Most bytes of it.
+        """
+        text = b""
+        for lines in (LOG_LINES, LOG_LINES_OF_LONG):
+            # The server counts bytes from the first of the lines on: of more than these, the end would be missing.
+            query = [("container", container), ("tailLines", str(lines)), ("limitBytes", str(2 * limit))]
+            text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)
+            if len(text) < 2 * limit:
+                break
+        return text[-limit:].decode(errors="replace")
 
     async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
         """Events about an object."""

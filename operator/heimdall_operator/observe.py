@@ -17,6 +17,10 @@ from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
 LOST_POD_S: Final = 300.0
+_LOST_TRACK: Final = frozenset({"Unknown", "ContainerStatusUnknown"})
+"""Reasons of a terminated container that the kubelet gives when it does not know."""
+_NOT_STARTED: Final = frozenset({"StartError", "ContainerCannotRun"})
+"""Reasons of a terminated container that never ran; its start is given as 1970."""
 _OWN_STORAGE: Final = re.compile(
     r"Pod ephemeral local storage usage exceeds|exceeded its local ephemeral storage limit|Usage of EmptyDir volume"
 )
@@ -51,6 +55,10 @@ class PodFacts:
     killed_for_memory: bool = False
     exceeded_storage: str = ""
     """The kubelet's words where it evicted the pod for what the pod itself wrote, and not for its node's sake."""
+    lost_track: bool = False
+    """Whether its node came back and does not know what became of the container."""
+    start_error: str = ""
+    """Why the container could not even be started: its command is not in the image, say."""
     last_words: str = ""
     """Termination message, or the last lines of the log."""
     finished: datetime | None = None
@@ -119,6 +127,8 @@ class Observed:
     """Since when progress could be read from MLflow without interruption; None while it can't."""
     trouble: str = ""
     """Why the attempt's Job could not be created at the last try."""
+    trouble_since: datetime | None = None
+    """When it could not be created for the first time."""
     run: RunFacts | None = None
     """What MLflow says; None while nobody asked."""
     registration: Registration | None = None
@@ -161,6 +171,7 @@ def observe(
     lost_pod_s: float = LOST_POD_S,
     followed_since: datetime | None = None,
     trouble: str = "",
+    trouble_since: datetime | None = None,
 ) -> Observed:
     """Read what is known of one TrainingRun.
 
@@ -172,13 +183,14 @@ def observe(
         lost_pod_s: See Observed.
         followed_since: See Observed.
         trouble: See Observed.
+        trouble_since: See Observed.
 
     Returns:
         The observation.
     """
     metadata = resource["metadata"]
     spec, error = _spec(resource.get("spec") or {})
-    status = TrainingRunStatus.model_validate(resource.get("status") or {})
+    status = TrainingRunStatus.model_validate(resource.get("status") or {}, extra="ignore")
     return Observed(
         name=metadata["name"],
         namespace=metadata["namespace"],
@@ -190,6 +202,7 @@ def observe(
         lost_pod_s=lost_pod_s,
         followed_since=followed_since,
         trouble=trouble,
+        trouble_since=trouble_since,
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
         queue_labels=tuple(
             (name, value) for name, value in (metadata.get("labels") or {}).items() if name in QUEUE_LABELS
@@ -233,7 +246,9 @@ def pod_facts(pod: Manifest) -> PodFacts:
     conditions = {item["type"]: item for item in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
     message = status.get("message") or ""
-    started = (state.get("running") or terminated).get("startedAt")
+    reason = terminated.get("reason")
+    not_started = reason in _NOT_STARTED
+    started = None if not_started else (state.get("running") or terminated).get("startedAt")
     return PodFacts(
         name=metadata["name"],
         attempt=_attempt(metadata),
@@ -246,10 +261,12 @@ def pod_facts(pod: Manifest) -> PodFacts:
         waiting_message=waiting.get("message", ""),
         unschedulable=scheduled.get("message") if scheduled.get("reason") == "Unschedulable" else None,
         exit_code=terminated.get("exitCode"),
-        killed_for_memory=terminated.get("reason") == "OOMKilled",
+        killed_for_memory=reason == "OOMKilled",
+        lost_track=reason in _LOST_TRACK,
+        start_error=(terminated.get("message") or str(reason)) if not_started else "",
         exceeded_storage=message if status.get("reason") == "Evicted" and _OWN_STORAGE.search(message) else "",
         last_words=terminated.get("message", ""),
-        finished=_time_or_none(terminated.get("finishedAt")),
+        finished=_time_or_none(terminated.get("finishedAt")) or _ended(status, conditions.values()),
         worker=int((metadata.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
         refusal=": ".join(part for part in (status.get("reason"), message) if part),
         disruption=_disruption(conditions, status),
@@ -264,9 +281,20 @@ def owner_uid(manifest: Manifest) -> str | None:
 
 def _spec(raw: Mapping[str, Any]) -> tuple[TrainingRunSpec | None, str]:
     try:
-        return TrainingRunSpec.model_validate(raw), ""
+        # The API server has refused or removed what the CRD does not know. What is left and unknown here is of a newer
+        # CRD, in the minutes of an upgrade: no reason to fail every run that trains.
+        return TrainingRunSpec.model_validate(raw, extra="ignore"), ""
     except ValidationError as error:
         return None, explain(error, "spec")
+
+
+def _ended(status: Mapping[str, Any], conditions: Iterable[Mapping[str, Any]]) -> datetime | None:
+    """When a pod ended whose container does not say: when it last changed."""
+    if status.get("phase") not in {"Succeeded", "Failed"}:
+        return None
+    return max(
+        (_time(item["lastTransitionTime"]) for item in conditions if item.get("lastTransitionTime")), default=None
+    )
 
 
 def _disruption(conditions: Mapping[str, Any], status: Mapping[str, Any]) -> str | None:

@@ -147,6 +147,10 @@ def refusals(overrides: Mapping[str, Any]) -> list[str]:
     return found
 
 
+_FREE_KEYS: Final = frozenset({"labels", "annotations", "nodeSelector", "matchLabels"})
+_OBJECTS: Final = frozenset({"metadata", "spec", "securityContext", "resources", "limits", "requests"} | _FREE_KEYS)
+
+
 def _shapes(value: Any, path: str) -> list[str]:
     """Lists that are merged by key must hold objects with that key; named objects must be objects."""
     found: list[str] = []
@@ -154,10 +158,10 @@ def _shapes(value: Any, path: str) -> list[str]:
         return found
     for name, child in value.items():
         where = f"{path}.{name}"
-        if name in ("metadata", "spec", "labels", "annotations", "securityContext") and not isinstance(
-            child, Mapping | None
-        ):
+        if name in _OBJECTS and not isinstance(child, Mapping | None):
             found.append(f"{where} must be an object")
+        elif name in _FREE_KEYS:
+            continue  # their keys are the user's own words: env, ports, volumes …
         elif name in MERGE_KEYS and child is not None:
             key = MERGE_KEYS[name][0]
             if not isinstance(child, list) or not all(isinstance(item, Mapping) and item.get(key) for item in child):
@@ -181,7 +185,7 @@ def _removals(value: Any, path: str) -> list[str]:
             found.append(f"{path}.{name}: directives of patches are not taken: remove it")
         elif child is None and name in _KEPT:
             found.append(f"{path}.{name}: null would remove what the pod needs: remove it")
-        elif name not in ("labels", "annotations", "nodeSelector"):
+        elif name not in _FREE_KEYS:
             found += _removals(child, f"{path}.{name}")
     return found
 

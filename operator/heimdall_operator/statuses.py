@@ -99,7 +99,10 @@ def _estimate(status: TrainingRunStatus, run: RunFacts) -> datetime | None:
     done, left = progress.step - progress.first_step, progress.steps - progress.step
     if done <= 0 or left <= 0 or progress.time <= since:
         return None
-    estimate = progress.time + (progress.time - since) * (left / done)
+    try:
+        estimate = progress.time + (progress.time - since) * (left / done)
+    except OverflowError:
+        return None  # further away than a calendar goes
     return estimate.replace(microsecond=0)
 
 

@@ -6,12 +6,15 @@ import re
 from typing import Final
 
 MASK: Final = "***"
+# Lengths are bounded: logs of megabytes are searched, and what never ends would be looked for at every character.
 _USERINFO: Final = re.compile(
-    r"(?<=://)(?:[^/?#\s'\"]+"
+    r"(?<=://)(?:[^/?#\s'\"]{1,512}"
     # SQLAlchemy takes passwords with /, ? and # in them; what begins like a port is none.
-    r"|[^/?#\s'\":@]*:(?!\d+[/?#])[^\s'\"]+)@"
+    r"|[^/?#\s'\":@]{0,256}:(?!\d+[/?#])[^\s'\"]{1,512})@"
 )
-_QUERY: Final = re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|signature|credential|key)[^=&\s]*=)[^&\s'\"]+")
+_QUERY: Final = re.compile(
+    r"(?i)([?&][^=&?\s]{0,64}(?:password|secret|token|signature|credential|key)[^=&?\s]{0,64}=)[^&\s'\"]+"
+)
 _SECRET_NAME: Final = re.compile(
     r"(?i)(pass(word|wd|phrase)|secret|(^|[^a-z])token$|(auth|access|api|bearer)[_-]?token|credential"
     r"|(api|access|private|secret)[_-]?key)"

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from heimdall_api.contract import Checkpoint, format_checkpoints, parse_checkpoints
+from heimdall_api.contract import Checkpoint, Progress, format_checkpoints, parse_checkpoints
 from heimdall_api.quantity import parse_quantity
 from heimdall_api.types import TrainingRun, TrainingRunSpec
 
@@ -49,3 +50,10 @@ def test_checkpoints_survive_their_tag() -> None:
 @pytest.mark.parametrize("tag", [None, "", "{", "[{}]", "3"])
 def test_an_unreadable_checkpoint_tag_counts_as_none(tag: str | None) -> None:
     assert parse_checkpoints(tag) == []
+
+
+def test_a_time_that_names_no_zone_is_taken_for_utc() -> None:
+    """As Python's own isoformat() writes it, in an image of somebody's own."""
+    progress = Progress.model_validate({"epoch": 0, "epochs": 1, "step": 1, "time": "2026-11-01T12:00:00"})
+
+    assert progress.time == datetime(2026, 11, 1, 12, tzinfo=UTC)

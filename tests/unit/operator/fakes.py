@@ -94,8 +94,9 @@ class World:
 
 
 class FakeKube:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, clock: Callable[[], datetime] = lambda: NOW) -> None:
         self.world = world
+        self._clock = clock
 
     async def list_training_runs(self, namespace: str | None) -> list[dict[str, Any]]:
         return [copy.deepcopy(self.world.run)] if self.world.run else []
@@ -118,7 +119,7 @@ class FakeKube:
             raise ConflictError(name)
         assert not self.world.living(), "two attempts overlap"
         job = copy.deepcopy(job)
-        job["metadata"]["creationTimestamp"] = STAMP
+        job["metadata"]["creationTimestamp"] = self._clock().isoformat().replace("+00:00", "Z")
         self.world.jobs[name] = self.world.stamp(job)
         self.world.pod_of(job, phase="Pending")
         if self.world.run is None:
@@ -151,7 +152,7 @@ class FakeKube:
     async def create_service(self, namespace: str, service: dict[str, Any]) -> None:
         self.world.services.add(service["metadata"]["name"])
 
-    async def read_log(self, namespace: str, pod: str, container: str) -> str:
+    async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
         return f"log of {pod}\n"
 
     async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
@@ -244,7 +245,7 @@ class FakeMlflow:
 
 def controller(world: World, clock: Callable[[], datetime] = lambda: NOW) -> Controller:
     """A new operator process: it knows nothing but what it lists."""
-    kube: Any = FakeKube(world)
+    kube: Any = FakeKube(world, clock)
     mlflow: Any = FakeMlflow(world)
     store = Store()
     return Controller(

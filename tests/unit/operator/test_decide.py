@@ -500,7 +500,9 @@ def test_a_job_that_can_not_be_created_says_why_and_is_not_waited_for_for_ever()
     assert waiting.actions == (CreateJob(1),)
     assert "exceeded quota: team" in condition_of(waiting.status, "Complete").message
 
-    late = settled(replace(seen, spec=spec(pendingDeadlineSeconds=30)))
+    bounded = replace(seen, spec=spec(pendingDeadlineSeconds=30), status=status(attempt(start_time=ago(9000))))
+    assert decide(replace(bounded, trouble_since=ago(5)), NOW).actions == (CreateJob(1),), "what came before is none"
+    late = settled(replace(bounded, trouble_since=ago(31)))
     assert condition(late, "Failed") == ("True", "PodNotStarted")
     assert "exceeded quota: team" in condition_of(late, "Failed").message
 
@@ -509,6 +511,18 @@ def test_a_job_is_tried_once_even_if_the_operator_was_away_for_long() -> None:
     seen = observed(run=run(), spec=spec(pendingDeadlineSeconds=30), status=status(attempt(start_time=ago(9000))))
 
     assert decide(seen, NOW).actions == (CreateJob(1),)
+
+
+def test_a_job_just_created_is_not_late_however_long_that_took() -> None:
+    """MLflow was away for longer than the deadline before the attempt could be opened."""
+    waited = status(attempt(start_time=ago(9000)))
+    seen = observed(run=run(), spec=spec(pendingDeadlineSeconds=30), status=waited, jobs=(job(created=ago(1)),))
+
+    assert decide(seen, NOW).status.attempts[-1].reason is None
+    late = decide(replace(seen, jobs=(job(created=ago(31)),)), NOW)
+    assert late.status.attempts[-1].reason == "PodNotStarted"
+    queued = decide(replace(seen, jobs=(job(created=ago(9000), queued=True),)), NOW)
+    assert queued.status.attempts[-1].reason is None, "its queue has just let it go"
 
 
 def test_a_run_that_mlflow_refuses_fails() -> None:
@@ -533,6 +547,34 @@ def test_a_sidecar_does_not_keep_the_gpu_of_a_finished_run() -> None:
     soon = decide(replace(seen, status=status(phase="Succeeded", completion_time=ago(5))), NOW)
     assert soon.actions == ()
     assert soon.look_again_s is not None
+
+
+def test_a_sidecar_does_not_keep_the_gpu_from_the_next_attempt() -> None:
+    ended = attempt(1, reason="Unknown", end_time=ago(60))
+    beside = pod(1, exit_code=3)
+    seen = observed(run=run(attempt=2), status=status(ended, attempt(2)), jobs=(job(1),), pods=(beside,))
+
+    assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
+    going = decide(replace(seen, jobs=(job(1, deleting=True),)), NOW)
+    assert going.actions == (CreateJob(2),)
+    over = decide(replace(seen, pods=(ended_pod(3),)), NOW)
+    assert over.actions == (CreateJob(2),), "its Job stays, with its pod's log"
+
+
+def test_what_comes_back_at_once_is_tried_again_ever_later() -> None:
+    """A node whose disk is full takes the pod, evicts it, and takes it again."""
+
+    def wait(*ends: Any) -> float | None:
+        return decide(observed(run=run(), status=status(*ends), logs=""), NOW).look_again_s
+
+    def preempted(number: int, trained_s: float) -> Any:
+        return attempt(number, reason="Preempted", running_time=ago(1 + trained_s), end_time=ago(1))
+
+    assert wait(preempted(1, 5)) is None, "the first time at once"
+    assert wait(preempted(1, 5), preempted(2, 5)) == 9
+    assert wait(*(preempted(number, 5) for number in range(1, 5))) == 39
+    assert wait(*(preempted(number, 5) for number in range(1, 10))) == 299
+    assert wait(preempted(1, 5), preempted(2, 3600)) is None, "it got further"
 
 
 def test_a_pod_that_its_node_refused_says_so() -> None:

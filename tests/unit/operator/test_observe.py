@@ -61,6 +61,21 @@ CASES = {
             "what is in a volume": 'Usage of EmptyDir volume "scratch" exceeds the limit "1Gi". ',
         }.items()
     },
+    "a node that crashed and came back": (
+        raw_pod(
+            phase="Failed",
+            containerStatuses=[{"state": {"terminated": {"exitCode": 137, "reason": "ContainerStatusUnknown"}}}],
+            conditions=[{"type": "Ready", "status": "False", "lastTransitionTime": STAMP}],
+        ),
+        Reason.NODE_LOST,
+    ),
+    "a command that is not in the image": (
+        raw_pod(
+            phase="Failed",
+            containerStatuses=terminated(exitCode=128, reason="StartError", message='exec: "trainn": not found.'),
+        ),
+        Reason.POD_NOT_STARTED,
+    ),
     "its node is gone": (
         raw_pod(
             phase="Failed",
@@ -87,6 +102,34 @@ def test_from_pod_to_reason(pod: dict[str, Any], reason: Reason) -> None:
     assert outcome is not None
     assert outcome.reason == reason
     assert outcome.message.endswith((".", "boom", "write less."))
+
+
+def test_a_pod_that_does_not_say_when_it_ended_ended_when_it_last_changed() -> None:
+    later = "2026-11-01T13:00:00Z"
+    raw, _ = CASES["a node that crashed and came back"]
+    raw = raw | {"status": raw["status"] | {"conditions": [{"type": "Ready", "lastTransitionTime": later}]}}
+
+    outcome = judge_pod(pod_facts(raw))
+
+    assert outcome is not None
+    assert outcome.ended is not None
+    assert outcome.ended.isoformat() == "2026-11-01T13:00:00+00:00"
+
+
+def test_a_container_that_could_not_be_started_never_ran() -> None:
+    raw, _ = CASES["a command that is not in the image"]
+
+    assert pod_facts(raw).running_since is None
+
+
+def test_fields_of_a_newer_crd_fail_nobody() -> None:
+    metadata = {"name": "run", "namespace": "team", "uid": "u", "creationTimestamp": STAMP}
+    spec = {"newer": 1, "retries": {"limit": 1, "newer": {}}, "training": {"newer": []}}
+    seen = observe({"metadata": metadata, "spec": spec, "status": {"phase": "Running", "newer": 1}})
+
+    assert seen.spec is not None
+    assert seen.spec.retries.limit == 1
+    assert seen.status.phase == "Running"
 
 
 def test_a_running_pod_has_no_outcome() -> None:

@@ -111,6 +111,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a volume of ours": ({"spec": {"volumes": [{"name": "scratch"}]}}, "choose another name"),
     "an unknown part": ({"sepc": {}}, "spec.podTemplate.sepc is unknown: use metadata and spec"),
     "a list that is none": ({"spec": {"containers": {"name": "trainer"}}}, "must be a list of objects with name"),
+    "resources that are none": (trainer(resources="x"), "resources must be an object"),
     "an object that is none": ({"spec": []}, "spec.podTemplate.spec must be an object"),
     "no trainer": (trainer(**{"$patch": "delete"}), "$patch: directives of patches are not taken"),
 }
@@ -131,6 +132,10 @@ TAKEN: dict[str, dict[str, Any]] = {
     "a claim": {"spec": {"volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": "d"}}]}},
     "a sidecar": {"spec": {"containers": [{"name": "side", "image": "x", "resources": {"limits": {"memory": "1Gi"}}}]}},
     "other devices": trainer(resources={"limits": {"rdma/hca": 1}}),
+    "labels and places named like lists": {
+        "metadata": {"labels": {"env": "prod", "volumes": "many"}, "annotations": {"containers": "one"}},
+        "spec": {"nodeSelector": {"env": "gpu"}},
+    },
     "no host network": {"spec": {"hostNetwork": False}},
 }
 
