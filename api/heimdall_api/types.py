@@ -161,7 +161,7 @@ class EarlyStoppingSpec(Model):
 class CheckpointSpec(Model):
     """Which checkpoints are kept, and how often they are made."""
 
-    keep: int = Field(default=3, ge=1, le=100, description="How many of the best checkpoints are kept beside the last.")
+    keep: int = Field(default=3, ge=1, le=20, description="How many of the best checkpoints are kept beside the last.")
     every_minutes: float = Field(
         default=10,
         gt=0,

@@ -51,6 +51,8 @@ class Checkpointing:
         self._last_step = trainer.global_step
         self._grace.enter_loop()
         self._restore_loaders(trainer.fit_loop)
+        if any(stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks):
+            trainer.should_stop = True  # the last attempt was done; Lightning restores the count, not the conclusion
         self._grace.watch()
 
     def _restore_loaders(self, loop: Any) -> None:
@@ -99,6 +101,8 @@ class Checkpointing:
         value = trainer.callback_metrics.get(self._monitor)
         self._save(trainer, metric=None if value is None else float(value), suffix="-end")
         if group.any_of([self._grace.began], trainer)[0]:
+            # Lightning logs an epoch's metrics after this hook, which it won't get past.
+            trainer._logger_connector.update_train_epoch_metrics()  # noqa: SLF001 - there is no other way
             self._stop(trainer)
 
     def _stop(self, trainer: Any) -> None:
@@ -199,6 +203,8 @@ def as_callback(pl: Any, callback: Any) -> Any:
     Returns:
         The same object, of a class that the package's Trainer takes.
     """
+    # Lightning calls Checkpoints at an epoch's end behind everything else, the module and early stopping included: what
+    # these log and decide belongs to the epoch that is saved and reported.
     kind = type(callback)
-    callback.__class__ = type(kind.__name__, (kind, pl.Callback), {})
+    callback.__class__ = type(kind.__name__, (kind, pl.callbacks.Checkpoint), {})
     return callback

@@ -91,10 +91,17 @@ class CheckpointPublisher:
         )
         with self._changed:
             while len(self._pending) >= PENDING_LIMIT:
-                given_up, _ = self._pending.popleft()
-                given_up.unlink(missing_ok=True)
+                # The newest one is what a next attempt goes on from, the best what the model is made of.
+                given_up = min(self._pending, key=lambda item: self._worth(item[1]))
+                self._pending.remove(given_up)
+                given_up[0].unlink(missing_ok=True)
             self._pending.append((file, checkpoint))
             self._changed.notify_all()
+
+    def _worth(self, checkpoint: Checkpoint) -> float:
+        if checkpoint.metric is None:
+            return -math.inf
+        return checkpoint.metric if self._mode == "max" else -checkpoint.metric
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that was submitted is published; whether it was."""

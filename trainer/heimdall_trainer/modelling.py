@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from heimdall_api.contract import ONNX_FILE
+from heimdall_tracking.redact import redact
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
@@ -91,9 +92,16 @@ def log_module(tracker: MLflowTracker, module: Any, example: Any, *, folder: Pat
     if example is not None:
         import torch
 
-        with torch.no_grad():
-            output = module(torch.from_numpy(example))
-        signature = infer_signature(example, output.numpy()) if isinstance(output, torch.Tensor) else None
+        try:
+            with torch.no_grad():
+                output = module(torch.from_numpy(example))
+            signature = infer_signature(example, output.numpy()) if isinstance(output, torch.Tensor) else None
+        except Exception as error:  # noqa: BLE001 - whatever the module expects of a batch, hours of training count more
+            log.warning(
+                "the model is logged without signature and example: it does not take the first tensor of a batch",
+                error=f"{type(error).__name__}: {redact(error)}",
+            )
+            example = None
 
     def save(place: str, model: Any) -> None:
         mlflow.pytorch.save_model(

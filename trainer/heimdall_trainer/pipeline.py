@@ -236,9 +236,8 @@ class TrainingPipeline:
         """Checkpoints, progress, early stopping, learning-rate monitor."""
         stopping = self.spec.training.early_stopping
         callbacks = [
-            as_callback(pl, self._progress),
             pl.callbacks.LearningRateMonitor("step"),
-            # The last: a checkpoint holds the state of all the others.
+            as_callback(pl, self._progress),
             as_callback(pl, self._checkpointing),
         ]
         if stopping.patience > 0 and self._has_validation():
@@ -264,7 +263,6 @@ class TrainingPipeline:
             logger=make_logger(pl, self.tracker),
             callbacks=self.setup_callbacks(pl),
             plugins=[make_checkpoint_io(pl)],
-            enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=os.isatty(2),
             log_every_n_steps=1,

@@ -190,4 +190,7 @@ def _single_array(batch: Any) -> Any:
     import torch
 
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    return first[:1].numpy() if isinstance(first, torch.Tensor) else None
+    if not isinstance(first, torch.Tensor):
+        return None
+    # bfloat16 is nothing that numpy knows.
+    return (first[:1].float() if first.dtype == torch.bfloat16 else first[:1]).numpy()

@@ -1,5 +1,14 @@
 {{- define "heimdall.fullname" -}}
-{{- if contains "heimdall" .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-heimdall{{ end }}
+{{- $name := ternary .Release.Name (printf "%s-heimdall" .Release.Name) (contains "heimdall" .Release.Name) }}
+{{- if gt (len $name) 39 }}{{- /* A StatefulSet's pods carry its name and 11 characters more in a label of 63. */}}
+{{- fail (printf "the release's name %s is too long: what is made of it may have 39 characters, and %s has %d. Choose a shorter one" .Release.Name $name (len $name)) }}
+{{- end }}
+{{- $name }}
+{{- end }}
+
+{{- /* The beginning of a Job's name, which its pods carry in a label of 63 characters, with revision and checksum behind it. */}}
+{{- define "heimdall.jobname" -}}
+{{ include "heimdall.fullname" . | trunc 32 | trimSuffix "-" }}
 {{- end }}
 
 {{- /* Labels of a role: include "heimdall.labels" (dict "root" $ "role" "operator") */}}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from heimdall_api.contract import GROUP, PLURAL
-from tests.unit.chart.helm import CHART, NAMESPACE, Manifest, Rendered, render
+from tests.unit.chart.helm import CHART, NAMESPACE, Manifest, Rendered, helm, render
 
 SPREAD = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
 
@@ -160,3 +160,19 @@ def test_training_namespaces_get_the_readers_secret_and_not_the_writers() -> Non
     }
     assert {("heimdall-trainer", NAMESPACE), ("heimdall-trainer", "team-a")} <= where
     assert ("heimdall-recordings-writer", "team-a") not in where
+
+
+@pytest.mark.parametrize("release", ["radio-localisation-production"[:30], "heimdall-" + 30 * "x"])
+def test_names_of_a_long_release_are_no_longer_than_labels(release: str) -> None:
+    done = helm("template", release, str(CHART), "--namespace", NAMESPACE)
+    assert done.returncode == 0, done.stderr
+    # At its 999th revision two digits are added.
+    jobs = [item["metadata"]["name"] for item in yaml.safe_load_all(done.stdout) if item and item["kind"] == "Job"]
+    assert len(jobs) == 2
+    assert max(map(len, jobs)) + 2 <= 63
+
+
+def test_a_release_whose_name_is_too_long_is_refused_by_name() -> None:
+    done = helm("template", "radio-localisation-production-x", str(CHART), "--namespace", NAMESPACE)
+    assert done.returncode != 0
+    assert "the release's name radio-localisation-production-x is too long" in done.stderr

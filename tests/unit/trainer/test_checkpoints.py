@@ -99,6 +99,38 @@ class FakeTracker:
 Publish = Callable[..., CheckpointPublisher]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "stay"),
+    [
+        ((1.0, 2.0, 3.0, 4.0), {0, 3}),
+        ((4.0, 3.0, 2.0, 1.0), {2, 3}),
+        ((2.0, None, 3.0, None), {0, 3}),
+        ((None, None, None), {1, 2}),
+    ],
+)
+def test_of_checkpoints_that_wait_the_newest_and_the_best_stay(
+    publish: Publish, tmp_path: Path, metrics: tuple[float | None, ...], stay: set[int]
+) -> None:
+    """Uploads that take longer than an epoch."""
+    tracker, uploading, go_on = FakeTracker(), threading.Event(), threading.Event()
+
+    def wait(name: str) -> None:
+        uploading.set()
+        assert go_on.wait(TIMEOUT_S)
+
+    tracker.before_upload = wait
+    publisher = publish(tracker)
+    publisher.submit(checkpoint_file(tmp_path, "first"), step=0, epoch=0, metric=None)
+    assert uploading.wait(TIMEOUT_S)
+    for step, metric in enumerate(metrics):
+        publisher.submit(checkpoint_file(tmp_path, f"waits-{step}"), step=step + 1, epoch=0, metric=metric)
+    go_on.set()
+    assert publisher.flush(TIMEOUT_S)
+
+    uploaded = {item for item in tracker.done if item.startswith("uploaded waits")}
+    assert uploaded == {f"uploaded waits-{step}" for step in stay}
+
+
 @pytest.fixture
 def publish() -> Iterator[Publish]:
     """Makes publishers, which are closed at the end."""

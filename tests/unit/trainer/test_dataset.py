@@ -214,6 +214,20 @@ def test_the_identity_of_a_dataset_changes_with_a_single_recording(mine: DataSet
     assert HeimdallDataModule(mine, spec).dataset_identity()["digest"] != whole["digest"]
 
 
+def test_a_side_that_can_not_be_read_is_told_before_training(mine: DataSettings) -> None:
+    """However few they are: the test would find out when training is over."""
+    tested = HeimdallDataModule(mine, DataSpec(test_fraction=0.2)).split.test
+    shutil.rmtree(mine.cache_dir)
+    lenient = mine.model_copy(update={"skip_limit": 0.9})
+    for sent in sent_of(mine):
+        if sent.session_id in tested:
+            for number in range(len(sent.recordings)):
+                data_file(mine, sent, number).unlink()
+
+    with pytest.raises(DataError, match=f"sessions kept for test can be read .{tested[0]}.: bring them back"):
+        HeimdallDataModule(lenient, DataSpec(test_fraction=0.2)).setup()
+
+
 def test_the_split_of_a_checkpoint_is_kept_whenever_it_comes(mine: DataSettings) -> None:
     data = HeimdallDataModule(mine, DataSpec())
     whole = data.split

@@ -34,12 +34,14 @@ from heimdall_api.contract import (
     ONNX_FILE,
     PLOTS_DIR,
     TAG_BEST,
+    TAG_CHECKPOINTS,
     TAG_PROGRESS,
     BestMetric,
     ExitCode,
     Progress,
     Reason,
     TerminationMessage,
+    parse_checkpoints,
 )
 from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
@@ -177,6 +179,26 @@ def trained(bench: Bench, recorded: DataSettings) -> Trained:
 
 
 # --- one training, whole -------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_counts_the_epoch_that_a_checkpoint_is_of(bench: Bench) -> None:
+    run_id = bench.new_run()
+    spec = user_spec("WorseAndWorse", epochs=10)
+    spec["training"]["earlyStopping"] = {"patience": 2}
+
+    bench.train(spec, run_id)
+
+    epochs = [0, 1, 2]
+    assert [step for step, _ in bench.history(run_id, "val/loss")] == epochs
+    tags = bench.client.get_run(run_id).data.tags
+    assert BestMetric.model_validate_json(tags[TAG_BEST]).value == 1
+    listed = parse_checkpoints(tags[TAG_CHECKPOINTS])
+    assert [item.metric for item in listed] == [1.0, 2.0, 3.0], "each is ranked by its own epoch's value"
+
+    # As after a kill while the results were being delivered: the next attempt has nothing more to train.
+    bench.train(spec, run_id, attempt=2)
+
+    assert [step for step, _ in bench.history(run_id, "val/loss")] == epochs
 
 
 def test_metrics_are_tracked_for_every_step_and_every_epoch(trained: Trained, bench: Bench) -> None:

@@ -56,6 +56,21 @@ class LineWithoutData(Line):
         self.log("test/loss", torch.nn.functional.mse_loss(self(batch[0]), batch[1]))
 
 
+class WorseAndWorse(LineWithoutData):
+    """Its validation says so in the module's own hook, at the epoch's very end."""
+
+    train_dataloader = Line.train_dataloader
+
+    def val_dataloader(self) -> Any:
+        return points()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_train_epoch_end(self) -> None:
+        self.log("val/loss", float(1 + self.current_epoch))
+
+
 class StoppedLine(Line):
     """Its first attempt is told to end in the middle of training."""
 

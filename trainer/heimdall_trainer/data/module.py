@@ -163,6 +163,7 @@ class HeimdallDataModule(L.LightningDataModule):
             database.close()
         settings = self._settings
         kept = keep_readable(transmissions, self._source, skip_limit=settings.skip_limit, threads=settings.read_threads)
+        _check_sides(split, {item.session_id for item in kept})
         if self._arrivals is not None:
             self._arrivals.prepare(kept, settings.read_threads)
         log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
@@ -209,3 +210,20 @@ def _still_there(split: Split, database: SessionStore) -> Split:
             "recording sessions are approved no longer; the training that has begun goes on", sessions=withdrawn
         )
     return split
+
+
+def _check_sides(split: Split, heard: set[str]) -> None:
+    """A side that nothing can be read of is told before training: the test would find out hours later.
+
+    Raises:
+        DataError: A side has sessions, and none of them has a readable recording.
+    """
+    for side, ids in split.sides.items():
+        if ids and not heard & set(ids):
+            raise DataError(
+                f"no recording of the sessions kept for {side} can be read ({', '.join(ids)}): bring them back, or "
+                "leave these sessions out with spec.data.sessions.ids"
+            )
+    silent = sorted(set(split.ids) - heard)
+    if silent:
+        log.warning("these recording sessions have no readable recording", sessions=silent)

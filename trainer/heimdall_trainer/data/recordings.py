@@ -86,13 +86,14 @@ class Bucket:
         self._bucket = name
         self._prefix = prefix
         self._made: Any = None
+        self._made_by = 0
 
     @property
     def _client(self) -> Any:
-        # Made where it is used: a client does not survive a pickle.
+        # Made where it is used: a client does not survive a pickle, and a fork shares its connections with its parent.
         with _MAKING_CLIENT:
-            if self._made is None:
-                self._made = _s3_client(self._settings)
+            if self._made is None or self._made_by != os.getpid():
+                self._made, self._made_by = _s3_client(self._settings), os.getpid()
         return self._made
 
     def __getstate__(self) -> dict[str, Any]:
