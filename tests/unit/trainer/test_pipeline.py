@@ -181,6 +181,18 @@ def trained(bench: Bench, recorded: DataSettings) -> Trained:
 # --- one training, whole -------------------------------------------------------------------------------------------
 
 
+def test_a_module_that_takes_more_than_a_batch_s_first_tensor_is_logged_all_the_same(bench: Bench) -> None:
+    run_id = bench.new_run()
+
+    with capture_logs() as logs:
+        bench.train({**user_spec("TwoInputs", epochs=1), "registration": {"model": "two"}}, run_id)
+
+    assert any("without signature and example" in line["event"] for line in logs)
+    run = bench.client.get_run(run_id)
+    (model,) = bench.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+    assert str(model.status) == "READY"
+
+
 def test_early_stopping_counts_the_epoch_that_a_checkpoint_is_of(bench: Bench) -> None:
     run_id = bench.new_run()
     spec = user_spec("WorseAndWorse", epochs=10)

@@ -71,6 +71,21 @@ class WorseAndWorse(LineWithoutData):
         self.log("val/loss", float(1 + self.current_epoch))
 
 
+class TwoInputs(Line):
+    """Batches of three, of which two go in."""
+
+    def forward(self, x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + offset
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, offset, y = batch
+        return torch.nn.functional.mse_loss(self(x, offset), y)
+
+    def train_dataloader(self) -> Any:
+        x = torch.linspace(-1, 1, 8).unsqueeze(1)
+        return DataLoader(TensorDataset(x, 0 * x, 2 * x), batch_size=8)
+
+
 class StoppedLine(Line):
     """Its first attempt is told to end in the middle of training."""
 
