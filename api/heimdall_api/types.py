@@ -158,10 +158,21 @@ class EarlyStoppingSpec(Model):
     )
 
 
+CHECKPOINTS_LIMIT: Final = 20
+"""Most of the best checkpoints that are kept: MLflow's tag that lists them holds 8,000 characters."""
+
+
 class CheckpointSpec(Model):
     """Which checkpoints are kept, and how often they are made."""
 
-    keep: int = Field(default=3, ge=1, le=20, description="How many of the best checkpoints are kept beside the last.")
+    keep: int = Field(
+        default=3,
+        ge=1,
+        # Older resources may hold more, which was never kept: the tag that lists checkpoints has no room for it.
+        le=100,
+        json_schema_extra={"maximum": CHECKPOINTS_LIMIT},
+        description="How many of the best checkpoints are kept beside the last.",
+    )
     every_minutes: float = Field(
         default=10,
         gt=0,

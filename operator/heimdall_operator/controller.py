@@ -23,7 +23,7 @@ from heimdall_operator.events import Event, events_between
 from heimdall_operator.failures import shorten
 from heimdall_operator.kube import ConflictError, Kube
 from heimdall_operator.mlflow_gateway import MlflowGateway
-from heimdall_operator.observe import LOST_POD_S, Observed, observe
+from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe
 from heimdall_operator.store import Key, Store
 from heimdall_operator.workqueue import WorkQueue
 from heimdall_tracking.runs import FinalStatus, RunFacts
@@ -63,8 +63,8 @@ class Controller:
         self._namespaces: list[str | None] = list(namespaces) or [None]
         self._lost_pod_s = lost_pod_s
         self._followed_since: datetime | None = None
-        self._troubles: dict[Key, tuple[str, datetime]] = {}
-        """Why Jobs could not be created at the last try, and since when: only to be told, and to bound the wait."""
+        self._troubles: dict[Key, Trouble] = {}
+        """Why Jobs could not be created at the last try: only to be told, and to bound the wait."""
         self._clock = clock
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
@@ -177,7 +177,6 @@ class Controller:
         resource = self.store.get(key)
         if resource is None:
             return None
-        trouble, trouble_since = self._troubles.get(key, ("", None))
         observed = observe(
             resource,
             self.store.children("Job", key),
@@ -185,8 +184,7 @@ class Controller:
             self._facts.get((resource.get("status") or {}).get("runID", "")),
             lost_pod_s=self._lost_pod_s,
             followed_since=self._followed_since,
-            trouble=trouble,
-            trouble_since=trouble_since,
+            trouble=self._troubles.get(key),
         )
         for _ in range(STEP_LIMIT):
             decision = decide(observed, self._clock())
@@ -211,14 +209,18 @@ class Controller:
                 raise
             except Exception as error:
                 if isinstance(action, CreateJob):
-                    key = Key(observed.namespace, observed.name)
-                    _, since = self._troubles.get(key, ("", self._clock()))
-                    self._troubles[key] = (shorten(str(error)), since)
+                    self._note_trouble(observed, action.number, str(error))
                 if decision.status != observed.status:
                     # What happened is kept, and people see what is waited for.
                     await self._write(decision.status, observed)
                 raise
         return observed
+
+    def _note_trouble(self, observed: Observed, attempt: int, message: str) -> None:
+        key = Key(observed.namespace, observed.name)
+        known = self._troubles.get(key)
+        since = known.since if known is not None and known.is_of(observed.uid, attempt) else self._clock()
+        self._troubles[key] = Trouble(observed.uid, attempt, shorten(message), since)
 
     async def _write(self, status: TrainingRunStatus, observed: Observed) -> Observed:
         """Write a status that changed, and an Event for each transition."""

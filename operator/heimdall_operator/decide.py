@@ -56,6 +56,8 @@ POD_VANISHED_S: Final = 20
 """How long a Job may have ended before its pod's own account is given up."""
 KEEP_LOGS_LIMIT_S: Final = 600
 """How long an attempt's end waits for MLflow to keep its log."""
+HELD_S: Final = 10
+"""How long a pod may go on without its trainer before what it holds is needed by the next attempt."""
 LINGER_S: Final = 60
 """How long the pods of a finished run may take to end by themselves: a sidecar may not know that training is over."""
 DELETION_LIMIT_S: Final = 600
@@ -157,27 +159,34 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
 
 def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
     message = "The training pod is being created."
-    if observed.trouble:
-        message = f"The attempt's Job could not be created yet: {observed.trouble}"
+    if observed.job_trouble is not None:
+        message = f"The attempt's Job could not be created yet: {observed.job_trouble.message}"
     status = waiting(observed.status, observed, "Pending", message, now)
     if _living(observed, now):
         # Two attempts never overlap, not even two Jobs of one attempt.
         return Decision((), status, POLL_S)
     held = _held_by_others(observed)
     if held is not None:
-        return Decision((DeleteJob(held.name),), status)
+        job, since = held
+        # A pod whose containers have all ended says so a moment after them, and stays; one with a sidecar never does.
+        if age_s(since, now) < HELD_S:
+            return Decision((), status, POLL_S)
+        return Decision((DeleteJob(job.name),), status)
     if observed.run is None or observed.run.attempt < attempt.number or observed.run.status != "RUNNING":
         return Decision((OpenAttempt(attempt.number),), status)
     return Decision((CreateJob(attempt.number),), status, _until_deadline(observed, spec, now))
 
 
-def _held_by_others(observed: Observed) -> JobFacts | None:
-    """An older attempt's Job whose trainer has ended while another container goes on: the pod still holds its GPUs."""
-    holding = {
-        pod.attempt for pod in observed.pods if pod.exit_code is not None and pod.phase not in ("Succeeded", "Failed")
+def _held_by_others(observed: Observed) -> tuple[JobFacts, datetime | None] | None:
+    """An older attempt's Job whose trainer has ended while its pod goes on, and since when: the pod holds its GPUs."""
+    ended = {
+        pod.attempt: pod.finished
+        for pod in observed.pods
+        if pod.exit_code is not None and pod.phase not in ("Succeeded", "Failed")
     }
-    older = (job for job in observed.jobs if job.attempt < observed.status.attempt and job.attempt in holding)
-    return next((job for job in older if not job.deleting and job.finished is None), None)
+    older = (job for job in observed.jobs if job.attempt < observed.status.attempt and job.attempt in ended)
+    held = next((job for job in older if not job.deleting and job.finished is None), None)
+    return (held, ended[held.attempt]) if held is not None else None
 
 
 def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
@@ -275,10 +284,10 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
 def _no_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Outcome | None:
     """A Job that can't be created is not waited for without end either, once it was tried."""
     # Counted from the first try: MLflow or the operator may have been away for longer than the deadline before it.
-    waited = age_s(observed.trouble_since, now)
-    if not observed.trouble or waited < spec.pending_deadline_seconds:
+    trouble = observed.job_trouble
+    if trouble is None or (waited := age_s(trouble.since, now)) < spec.pending_deadline_seconds:
         return None
-    why = f"The Job could not be created within spec.pendingDeadlineSeconds ({waited:.0f} s): {observed.trouble}"
+    why = f"The Job could not be created within spec.pendingDeadlineSeconds ({waited:.0f} s): {trouble.message}"
     return Outcome(reason=Reason.POD_NOT_STARTED, message=shorten(why), ended=now)
 
 

@@ -56,6 +56,7 @@ _BY_EXIT_CODE: Final = {
     ExitCode.SIGTERM: (Reason.PREEMPTED, "The pod was asked to end (SIGTERM) and made a checkpoint first."),
     137: (Reason.KILLED, "The container was killed (SIGKILL), not for memory: by the node or by hand."),
 }
+_NEVER_STARTS: Final = ("executable file not found", "no such file or directory", "permission denied")
 _LOST_NODE: Final = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost", "NodeShutdown"})
 
 
@@ -114,7 +115,10 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
             "volume) in spec.podTemplate of a new TrainingRun, or write less."
         )
     if pod.start_error:
-        return Reason.POD_NOT_STARTED, f"The container could not be started: {pod.start_error}"
+        # A driver that does not answer is another node's no trouble; a command that is not in the image is in none.
+        final = any(words in pod.start_error for words in _NEVER_STARTS)
+        text = f"The container could not be started: {pod.start_error}"
+        return (Reason.POD_NOT_STARTED if final else Reason.UNKNOWN), text
     if pod.disruption is not None:
         lost = pod.disruption in _LOST_NODE
         text = f"The node {pod.node} was lost" if lost else "Kubernetes took the pod's place for something else"

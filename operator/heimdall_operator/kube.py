@@ -11,8 +11,6 @@ from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, V
 from heimdall_operator import metrics
 
 LOG_LINES: Final = 10_000
-LOG_LINES_OF_LONG: Final = 256
-"""Of a log whose lines are so long that LOG_LINES of them are too much, such as a progress bar's."""
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
 HTTP_ERROR: Final = 400
@@ -104,7 +102,7 @@ class Kube:
             limit: Most bytes of it.
         """
         text = b""
-        for lines in (LOG_LINES, LOG_LINES_OF_LONG):
+        for lines in (LOG_LINES, LOG_LINES // 4, LOG_LINES // 16, LOG_LINES // 64):
             # The server counts bytes from the first of the lines on: of more than these, the end would be missing.
             query = [("container", container), ("tailLines", str(lines)), ("limitBytes", str(2 * limit))]
             text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)

@@ -95,6 +95,22 @@ class JobFacts:
     """Whether a queue (Kueue) suspends and resumes it."""
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """Why an attempt's Job could not be created."""
+
+    uid: str
+    """Of the TrainingRun: another one of the same name has troubles of its own."""
+    attempt: int
+    message: str
+    since: datetime
+    """When it could not be created for the first time."""
+
+    def is_of(self, uid: str, attempt: int) -> bool:
+        """Whether it is an attempt's."""
+        return (self.uid, self.attempt) == (uid, attempt)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """All that is known of one TrainingRun at one moment."""
@@ -125,10 +141,8 @@ class Observed:
     """Whether this look itself added the finalizer: before that nobody can have created an MLflow run."""
     followed_since: datetime | None = None
     """Since when progress could be read from MLflow without interruption; None while it can't."""
-    trouble: str = ""
-    """Why the attempt's Job could not be created at the last try."""
-    trouble_since: datetime | None = None
-    """When it could not be created for the first time."""
+    trouble: Trouble | None = None
+    """What kept a Job from being created at the last try; it may have been another attempt's."""
     run: RunFacts | None = None
     """What MLflow says; None while nobody asked."""
     registration: Registration | None = None
@@ -137,6 +151,12 @@ class Observed:
     """Where the newest attempt's log and events were kept; empty where nothing could be kept; None while nobody did."""
     refusal: str = ""
     """Why the attempt's Job or the model's registration can never work, where it was refused for good."""
+
+    @property
+    def job_trouble(self) -> Trouble | None:
+        """What keeps the newest attempt's Job from being created."""
+        trouble = self.trouble
+        return trouble if trouble is not None and trouble.is_of(self.uid, self.status.attempt) else None
 
     @property
     def job(self) -> JobFacts | None:
@@ -170,8 +190,7 @@ def observe(
     *,
     lost_pod_s: float = LOST_POD_S,
     followed_since: datetime | None = None,
-    trouble: str = "",
-    trouble_since: datetime | None = None,
+    trouble: Trouble | None = None,
 ) -> Observed:
     """Read what is known of one TrainingRun.
 
@@ -183,7 +202,6 @@ def observe(
         lost_pod_s: See Observed.
         followed_since: See Observed.
         trouble: See Observed.
-        trouble_since: See Observed.
 
     Returns:
         The observation.
@@ -202,7 +220,6 @@ def observe(
         lost_pod_s=lost_pod_s,
         followed_since=followed_since,
         trouble=trouble,
-        trouble_since=trouble_since,
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
         queue_labels=tuple(
             (name, value) for name, value in (metadata.get("labels") or {}).items() if name in QUEUE_LABELS

@@ -8,9 +8,9 @@ from typing import Final
 MASK: Final = "***"
 # Lengths are bounded: logs of megabytes are searched, and what never ends would be looked for at every character.
 _USERINFO: Final = re.compile(
-    r"(?<=://)(?:[^/?#\s'\"]{1,512}"
+    r"(?<=://)(?:[^/?#\s'\"]{1,8192}"
     # SQLAlchemy takes passwords with /, ? and # in them; what begins like a port is none.
-    r"|[^/?#\s'\":@]{0,256}:(?!\d+[/?#])[^\s'\"]{1,512})@"
+    r"|[^/?#\s'\":@]{0,256}:(?!\d+[/?#])[^\s'\"]{1,8192})@"
 )
 _QUERY: Final = re.compile(
     r"(?i)([?&][^=&?\s]{0,64}(?:password|secret|token|signature|credential|key)[^=&?\s]{0,64}=)[^&\s'\"]+"

@@ -51,7 +51,7 @@ class Checkpointing:
         self._last_step = trainer.global_step
         self._grace.enter_loop()
         self._restore_loaders(trainer.fit_loop)
-        if any(stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks):
+        if any(stopper.wait_count >= max(stopper.patience, 1) for stopper in trainer.early_stopping_callbacks):
             trainer.should_stop = True  # the last attempt was done; Lightning restores the count, not the conclusion
         self._grace.watch()
 
@@ -101,8 +101,11 @@ class Checkpointing:
         value = trainer.callback_metrics.get(self._monitor)
         self._save(trainer, metric=None if value is None else float(value), suffix="-end")
         if group.any_of([self._grace.began], trainer)[0]:
-            # Lightning logs an epoch's metrics after this hook, which it won't get past.
-            trainer._logger_connector.update_train_epoch_metrics()  # noqa: SLF001 - there is no other way
+            # Lightning logs an epoch's metrics after this hook, which it won't get past; as of the epoch's last step.
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped -= 1  # noqa: SLF001 - there is no other way
+            trainer._logger_connector.update_train_epoch_metrics()  # noqa: SLF001
+            loop._batches_that_stepped += 1  # noqa: SLF001
             self._stop(trainer)
 
     def _stop(self, trainer: Any) -> None:

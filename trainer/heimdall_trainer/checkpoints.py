@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
 
 PENDING_LIMIT: Final = 2
-"""Checkpoints that wait for upload; of more, the oldest is given up: a newer one says more."""
+"""Checkpoints that wait for upload; of more, the newest and the best stay."""
 RETRY_S: Final = 2.0
 RETRY_LIMIT_S: Final = 30.0
 METRICS_TIMEOUT_S: Final = 60.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from heimdall_api.contract import TAG_BEST
-from heimdall_api.types import DEFAULT_BACKBONE, TrainingRun
+from heimdall_api.types import CHECKPOINTS_LIMIT, DEFAULT_BACKBONE, TrainingRun
 from heimdall_tracking.redact import redact
 from heimdall_tracking.waiting import in_time
 from heimdall_trainer import group
@@ -92,7 +92,7 @@ class TrainingPipeline:
         self._publisher = CheckpointPublisher(
             tracker,
             attempt=attempt,
-            keep=self.spec.training.checkpoints.keep,
+            keep=min(self.spec.training.checkpoints.keep, CHECKPOINTS_LIMIT),
             mode=self.spec.training.early_stopping.mode,
             fenced=fenced,
         )

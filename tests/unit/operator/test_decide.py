@@ -12,6 +12,7 @@ from heimdall_api.types import Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
     POD_VANISHED_S,
+    POLL_S,
     AddFinalizer,
     CreateJob,
     Decision,
@@ -25,9 +26,10 @@ from heimdall_operator.decide import (
     decide,
 )
 from heimdall_operator.failures import judge_pod
-from heimdall_operator.observe import LOST_POD_S, Observed
+from heimdall_operator.observe import LOST_POD_S, Observed, Trouble
 from tests.unit.operator.builders import (
     NOW,
+    UID,
     ago,
     attempt,
     ended_pod,
@@ -494,15 +496,23 @@ def test_an_operator_that_has_just_started_takes_nothing_for_hung() -> None:
     assert first.status.attempts[-1].reason is None
 
 
+def trouble(**more: Any) -> Trouble:
+    return Trouble(**{"uid": UID, "attempt": 1, "message": "exceeded quota: team", **more})
+
+
 def test_a_job_that_can_not_be_created_says_why_and_is_not_waited_for_for_ever() -> None:
-    seen = observed(run=run(), trouble="exceeded quota: team")
+    seen = observed(run=run(), trouble=trouble(since=NOW))
     waiting = decide(seen, NOW)
     assert waiting.actions == (CreateJob(1),)
     assert "exceeded quota: team" in condition_of(waiting.status, "Complete").message
 
     bounded = replace(seen, spec=spec(pendingDeadlineSeconds=30), status=status(attempt(start_time=ago(9000))))
-    assert decide(replace(bounded, trouble_since=ago(5)), NOW).actions == (CreateJob(1),), "what came before is none"
-    late = settled(replace(bounded, trouble_since=ago(31)))
+    assert decide(replace(bounded, trouble=trouble(since=ago(5))), NOW).actions == (CreateJob(1),), (
+        "what came before is none"
+    )
+    for another in ({"attempt": 2}, {"uid": "another run of this name"}):
+        assert decide(replace(bounded, trouble=trouble(since=ago(9000), **another)), NOW).actions == (CreateJob(1),)
+    late = settled(replace(bounded, trouble=trouble(since=ago(31))))
     assert condition(late, "Failed") == ("True", "PodNotStarted")
     assert "exceeded quota: team" in condition_of(late, "Failed").message
 
@@ -551,12 +561,14 @@ def test_a_sidecar_does_not_keep_the_gpu_of_a_finished_run() -> None:
 
 def test_a_sidecar_does_not_keep_the_gpu_from_the_next_attempt() -> None:
     ended = attempt(1, reason="Unknown", end_time=ago(60))
-    beside = pod(1, exit_code=3)
+    beside = pod(1, exit_code=3, finished=ago(11))
     seen = observed(run=run(attempt=2), status=status(ended, attempt(2)), jobs=(job(1),), pods=(beside,))
 
     assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
     going = decide(replace(seen, jobs=(job(1, deleting=True),)), NOW)
     assert going.actions == (CreateJob(2),)
+    soon = decide(replace(seen, pods=(replace(beside, finished=ago(1)),)), NOW)
+    assert (soon.actions, soon.look_again_s) == ((), POLL_S), "it may be about to say that it has ended"
     over = decide(replace(seen, pods=(ended_pod(3),)), NOW)
     assert over.actions == (CreateJob(2),), "its Job stays, with its pod's log"
 

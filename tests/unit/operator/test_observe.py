@@ -72,9 +72,18 @@ CASES = {
     "a command that is not in the image": (
         raw_pod(
             phase="Failed",
-            containerStatuses=terminated(exitCode=128, reason="StartError", message='exec: "trainn": not found.'),
+            containerStatuses=terminated(
+                exitCode=128, reason="StartError", message='exec: "trainn": executable file not found.'
+            ),
         ),
         Reason.POD_NOT_STARTED,
+    ),
+    "a driver that does not answer": (
+        raw_pod(
+            phase="Failed",
+            containerStatuses=terminated(exitCode=128, reason="StartError", message="nvml error: driver mismatch."),
+        ),
+        Reason.UNKNOWN,
     ),
     "its node is gone": (
         raw_pod(

@@ -14,6 +14,7 @@ from heimdall_tracking.redact import names_secret, redact
         ("http://token@host", "http://***@host"),
         ("postgresql+psycopg2://u:p@ss@db:5432/mlflow", "postgresql+psycopg2://***@db:5432/mlflow"),
         ("postgresql://u:pa/ss?w#rd@db/mlflow", "postgresql://***@db/mlflow"),
+        pytest.param(f"postgresql://u:{'x' * 5000}@db/mlflow", "postgresql://***@db/mlflow", id="a token as password"),
         ("can't reach http://a:b@h and s3://c:d@e", "can't reach http://***@h and s3://***@e"),
         ("https://s3/b?X-Amz-Signature=abc&x=1", "https://s3/b?X-Amz-Signature=***&x=1"),
         ("https://s3/b?AWSAccessKeyId=abc&token=t", "https://s3/b?AWSAccessKeyId=***&token=***"),
