@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -868,6 +869,10 @@ def test_a_model_whose_server_stays_away_is_delivered_and_registered_by_the_comm
         if call in MODEL_CALLS:
             patch.setattr(TrainingPipeline, "_deliver", impatient)
         code, message, run = run_locally(user_spec("Line", epochs=1, registration={"model": name}), name)
+        # A process would have ended by now. Here an upload that was under way must not find the server back.
+        for thread in threading.enumerate():
+            if thread.name == "heimdall-uploads":
+                thread.join(TIMEOUT_S)
     assert code == ExitCode.UNDELIVERED, message
     assert f"the registration as {name}" in message.message
     facts = read_facts(bench.client, run.info.run_id)
