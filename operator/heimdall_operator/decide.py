@@ -491,8 +491,9 @@ def _fruitless(status: TrainingRunStatus) -> int:
     """How many attempts in a row ended early though nobody is to blame: what comes back at once may do so for ever."""
     count = 0
     for attempt in reversed(status.attempts):
-        early = age_s(attempt.running_time, attempt.end_time) < FRUITLESS_S if attempt.end_time is not None else False
-        if not early or attempt.reason not in FREE - {Reason.SUSPENDED}:
+        if attempt.end_time is None or attempt.reason not in FREE - {Reason.SUSPENDED}:
+            break
+        if age_s(attempt.running_time, attempt.end_time) >= FRUITLESS_S:
             break
         count += 1
     return count

@@ -316,7 +316,7 @@ def contract_run(name: str, *, spec: dict[str, Any] | None = None, **args: Any) 
 
 
 ON_GPU = {"resources": {"gpusPerWorker": 1, "cpu": "20m", "memory": "256Mi", "sharedMemory": "16Mi"}}
-"""What a run asks for that is about a GPU. There are two: three files at a time must not wait for one another's."""
+"""What a run asks for that is about a GPU. There are two: files beside each other must not wait for one another's."""
 
 
 @dataclass

@@ -99,38 +99,6 @@ class FakeTracker:
 Publish = Callable[..., CheckpointPublisher]
 
 
-@pytest.mark.parametrize(
-    ("metrics", "stay"),
-    [
-        ((1.0, 2.0, 3.0, 4.0), {0, 3}),
-        ((4.0, 3.0, 2.0, 1.0), {2, 3}),
-        ((2.0, None, 3.0, None), {0, 3}),
-        ((None, None, None), {1, 2}),
-    ],
-)
-def test_of_checkpoints_that_wait_the_newest_and_the_best_stay(
-    publish: Publish, tmp_path: Path, metrics: tuple[float | None, ...], stay: set[int]
-) -> None:
-    """Uploads that take longer than an epoch."""
-    tracker, uploading, go_on = FakeTracker(), threading.Event(), threading.Event()
-
-    def wait(name: str) -> None:
-        uploading.set()
-        assert go_on.wait(TIMEOUT_S)
-
-    tracker.before_upload = wait
-    publisher = publish(tracker)
-    publisher.submit(checkpoint_file(tmp_path, "first"), step=0, epoch=0, metric=None)
-    assert uploading.wait(TIMEOUT_S)
-    for step, metric in enumerate(metrics):
-        publisher.submit(checkpoint_file(tmp_path, f"waits-{step}"), step=step + 1, epoch=0, metric=metric)
-    go_on.set()
-    assert publisher.flush(TIMEOUT_S)
-
-    uploaded = {item for item in tracker.done if item.startswith("uploaded waits")}
-    assert uploaded == {f"uploaded waits-{step}" for step in stay}
-
-
 @pytest.fixture
 def publish() -> Iterator[Publish]:
     """Makes publishers, which are closed at the end."""
@@ -185,14 +153,48 @@ def test_an_upload_that_fails_names_nothing_and_is_tried_again(
     assert [item.step for item in parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])] == [1]
 
 
-def test_handing_over_never_waits_and_of_many_the_newest_are_published(publish: Publish, tmp_path: Path) -> None:
-    tracker, held, go_on = FakeTracker(), threading.Event(), threading.Event()
+def held_up(tracker: FakeTracker) -> tuple[threading.Event, threading.Event]:
+    """Whether an upload has begun, and what it waits for before it goes on."""
+    held, go_on = threading.Event(), threading.Event()
 
     def hold(name: str) -> None:
         held.set()
         assert go_on.wait(TIMEOUT_S)
 
     tracker.before_upload = hold
+    return held, go_on
+
+
+@pytest.mark.parametrize(
+    ("metrics", "stay"),
+    [
+        ((1.0, 2.0, 3.0, 4.0), {0, 3}),
+        ((4.0, 3.0, 2.0, 1.0), {2, 3}),
+        ((2.0, None, 3.0, None), {0, 3}),
+        ((None, None, None), {1, 2}),
+    ],
+)
+def test_of_checkpoints_that_wait_the_newest_and_the_best_stay(
+    publish: Publish, tmp_path: Path, metrics: tuple[float | None, ...], stay: set[int]
+) -> None:
+    """Uploads that take longer than an epoch."""
+    tracker = FakeTracker()
+    held, go_on = held_up(tracker)
+    publisher = publish(tracker)
+    publisher.submit(checkpoint_file(tmp_path, "first"), step=0, epoch=0, metric=None)
+    assert held.wait(TIMEOUT_S)
+    for step, metric in enumerate(metrics):
+        publisher.submit(checkpoint_file(tmp_path, f"waits-{step}"), step=step + 1, epoch=0, metric=metric)
+    go_on.set()
+    assert publisher.flush(TIMEOUT_S)
+
+    uploaded = {item for item in tracker.done if item.startswith("uploaded waits")}
+    assert uploaded == {f"uploaded waits-{step}" for step in stay}
+
+
+def test_handing_over_never_waits_and_of_many_the_newest_are_published(publish: Publish, tmp_path: Path) -> None:
+    tracker = FakeTracker()
+    held, go_on = held_up(tracker)
     publisher = publish(tracker)
     submit(publisher, tmp_path, 1)
     assert held.wait(TIMEOUT_S)
