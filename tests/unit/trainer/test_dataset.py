@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +150,17 @@ def test_recordings_that_can_not_be_read_are_reported_and_left_out(mine: DataSet
         "session generated-7-000, transmission generated-7-000-0001, receiver rx1",
         "session generated-7-000, transmission generated-7-000-0001, receiver rx2",
     ]
+
+
+def test_a_recording_of_a_receiver_nobody_knows_the_place_of_is_reported_and_left_out(mine: DataSettings) -> None:
+    with sqlite3.connect(mine.database_url.get_secret_value().removeprefix("sqlite:///")) as database:
+        database.execute("DELETE FROM receivers WHERE session_id = 'generated-7-000' AND receiver_id = 'rx1'")
+    database.close()
+    problems = list[Problem]()
+    kept = keep_readable(sent_of(mine), FeatureSource.open(mine), skip_limit=0.1, threads=2, report=problems.append)
+    assert len(problems) == SESSIONS["transmissions_per_session"]
+    assert all("no row for this receiver" in problem.reason for problem in problems)
+    assert [each.receiver.receiver_id for each in kept[0].recordings] == ["rx0", "rx2"]
 
 
 def test_more_unreadable_recordings_than_the_limit_are_an_error_that_names_them(mine: DataSettings) -> None:

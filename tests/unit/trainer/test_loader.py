@@ -112,3 +112,17 @@ def test_processes_that_train_together_share_the_samples() -> None:
     parts = [order(in_epoch(loader(replicas=2, rank=rank), 1)) for rank in range(2)]
     assert set(parts[0]).isdisjoint(parts[1])
     assert sorted(parts[0] + parts[1]) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, COUNT + 3])
+def test_a_sample_counts_in_one_process_alone(replicas: int) -> None:
+    places = [item["position"].tolist() for item in loader(shuffle=False).dataset]
+    counted = []
+    for rank in range(replicas):
+        part = loader(shuffle=False, replicas=replicas, rank=rank)
+        batches = list(part)
+        assert len(batches) == len(part)
+        for batch in batches:
+            real = batch.get("counted", torch.ones(len(batch["position"]), dtype=torch.bool))
+            counted += batch["position"][real].tolist()
+    assert sorted(counted) == sorted(places)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from heimdall_trainer.errors import ConfigurationError
+from heimdall_trainer.model.losses import gaussian_nll
 from heimdall_trainer.model.module import LocalizationModule, schedule_share
 from heimdall_trainer.model.net import SCALE_BOUNDS, SIGMA_BOUNDS_M, LocalizationNet, feature_width
 
@@ -343,6 +344,19 @@ def quiet_module(monkeypatch: pytest.MonkeyPatch) -> LocalizationModule:
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
     return module
+
+
+@pytest.mark.parametrize("real", [8, 5, 0])
+def test_what_is_repeated_for_another_process_is_not_judged(quiet_module: LocalizationModule, real: int) -> None:
+    spectrograms, receivers = scene(8, 3, 1)
+    batch = {"spectrograms": spectrograms, "receivers": receivers, "position": torch.zeros(8, 2)}
+    with torch.no_grad():
+        prediction = quiet_module(spectrograms[:real], receivers[:real]) if real else None
+        quiet_module.test_step({**batch, "counted": torch.arange(8) < real}, 0)  # type: ignore[arg-type]
+    expected = 0.0 if prediction is None else real * float(gaussian_nll(prediction, torch.zeros(real, 2)))
+    assert float(quiet_module.test_loss.mean_value) == pytest.approx(expected, rel=1e-4)
+    assert float(quiet_module.test_loss.weight) == real
+    assert len(quiet_module.test_metrics.errors[0]) == real
 
 
 def test_validation_makes_sigma_as_large_as_errors_are(quiet_module: LocalizationModule) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from heimdall_trainer.data.sessions import SessionStore
+from heimdall_trainer.data.sessions import SessionStore, receivers
 from heimdall_trainer.errors import ConfigurationError, DataError
 from tests.unit.trainer.builders import data_settings, session
 
@@ -59,6 +60,14 @@ def test_approving_what_is_not_there_is_refused(store: SessionStore) -> None:
 
 def test_a_session_comes_back_as_it_was_added(store: SessionStore) -> None:
     assert store.transmissions(["a"]) == list(session("a").transmissions)
+
+
+def test_a_recording_whose_receiver_has_no_row_is_there_without_a_place(store: SessionStore) -> None:
+    with store._engine.begin() as connection:
+        connection.execute(receivers.delete().where(receivers.c.session_id == "a", receivers.c.receiver_id == "rx1"))
+    first = store.transmissions(["a"])[0]
+    assert [each.receiver.receiver_id for each in first.recordings] == ["rx0", "rx1", "rx2"]
+    assert math.isnan(first.recordings[1].receiver.latitude)
 
 
 def test_transmissions_come_in_a_fixed_order(store: SessionStore) -> None:

@@ -34,6 +34,8 @@ class Sample(TypedDict):
     """Latitude and longitude of the origin in degrees, shape (2,), float64."""
     mask: NotRequired[Tensor]
     """Of a batch: which receivers are there, and no padding; shape (B, R), bool."""
+    counted: NotRequired[Tensor]
+    """Of a batch for one of several processes: which samples are no repetition; shape (B,), bool."""
 
 
 class HeimdallDataset(Dataset[Sample]):

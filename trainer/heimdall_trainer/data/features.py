@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -66,6 +67,8 @@ class FeatureSource:
 
     def check(self, recording: Recording) -> str | None:
         """Make sure that a recording's features are in the cache; what is wrong with it if they can't be."""
+        if math.isnan(recording.receiver.latitude):
+            return "its session has no row for this receiver, so that nobody knows where it stood"
         try:
             self.get(recording)
         except UnreadableError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from heimdall_trainer.data.dataset import HeimdallDataset, Sample, collate
@@ -13,7 +14,8 @@ from heimdall_trainer.data.dataset import HeimdallDataset, Sample, collate
 class ResumableSampler(DistributedSampler[Sample]):
     """Indices in an order that depends on seed and epoch alone; the first of them can be left out.
 
-    Lightning sets its epoch, and leaves a distributed sampler as it is, on one device too.
+    Lightning sets its epoch, and leaves a distributed sampler as it is, on one device too. All processes are given
+    equally many, or they would wait for each other: the first few indices come a second time for that.
     """
 
     skip: int = 0
@@ -77,8 +79,16 @@ class ResumableLoader(DataLoader[Sample]):
         self._order.skip = self._given * self._batch_samples
         self._heimdall.set_epoch(epoch)
         for batch in super().__iter__():
+            if self._order.num_replicas > 1:
+                batch["counted"] = self._counted(len(batch["position"]))
             self._given += 1
             yield batch
+
+    def _counted(self, size: int) -> torch.Tensor:
+        """Which samples of the next batch are no repetition: shape (size,), bool."""
+        first = self._given * self._batch_samples
+        places = self._order.rank + self._order.num_replicas * torch.arange(first, first + size)
+        return places < len(self._heimdall)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, and how many of its batches were given out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,10 @@ recordings = sa.Table(
 
 @dataclass(frozen=True, kw_only=True)
 class Receiver:
-    """A receiver and its place: degrees, metres above the ellipsoid, decibels."""
+    """A receiver and its place: degrees, metres above the ellipsoid, decibels.
+
+    The place is NaN where a recording names a receiver that its session has no row of.
+    """
 
     receiver_id: str
     latitude: float
@@ -327,14 +331,15 @@ def _transmissions_query(session_ids: Sequence[str]) -> sa.Select[Any]:
                 sessions.sample_rate_hz,
                 sessions.center_frequency_hz,
             ),
-            *(heard.receiver_id, heard.altitude_m, heard.noise_figure_db),
+            *(recordings.c.receiver_id, heard.altitude_m, heard.noise_figure_db),
             heard.latitude.label("receiver_latitude"),
             heard.longitude.label("receiver_longitude"),
             *(recordings.c.object_key, recordings.c.sample_count, recordings.c.sha256, recordings.c.full_scale_dbm),
         )
         .join(recording_sessions, sessions.id == transmissions.c.session_id)
         .join(recordings, recordings.c.transmission_id == transmissions.c.id)
-        .join(
+        # A recording without its receiver's row is to be reported, not lost.
+        .outerjoin(
             receivers,
             sa.and_(heard.session_id == transmissions.c.session_id, heard.receiver_id == recordings.c.receiver_id),
         )
@@ -365,10 +370,10 @@ def _recording(row: Any) -> Recording:
         transmission_id=row.id,
         receiver=Receiver(
             receiver_id=row.receiver_id,
-            latitude=row.receiver_latitude,
-            longitude=row.receiver_longitude,
-            altitude_m=row.altitude_m,
-            noise_figure_db=row.noise_figure_db,
+            latitude=_number(row.receiver_latitude),
+            longitude=_number(row.receiver_longitude),
+            altitude_m=_number(row.altitude_m),
+            noise_figure_db=_number(row.noise_figure_db),
         ),
         object_key=row.object_key,
         sample_count=row.sample_count,
@@ -376,3 +381,7 @@ def _recording(row: Any) -> Recording:
         full_scale_dbm=row.full_scale_dbm,
         sample_rate_hz=row.sample_rate_hz,
     )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

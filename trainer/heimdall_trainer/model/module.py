@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytorch_lightning as L  # noqa: N812 - the name its users know
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from heimdall_trainer.data.dataset import Sample
 from heimdall_trainer.model.losses import loss_by_name
@@ -64,6 +65,9 @@ class LocalizationModule(L.LightningModule):
         self._weight_decay = weight_decay
         self.validation_metrics = PositionMetrics()
         self.test_metrics = PositionMetrics()
+        # Not `self.log` with a batch size: it rounds the sizes' mean over processes down.
+        self.validation_loss = MeanMetric()
+        self.test_loss = MeanMetric()
 
     def forward(self, spectrograms: Tensor, receivers: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Locate transmissions, see LocalizationNet.forward."""
@@ -79,20 +83,23 @@ class LocalizationModule(L.LightningModule):
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
         """Take a batch into the metrics."""
         del batch_idx
-        self._evaluate(batch, "val", self.validation_metrics)
+        prediction = self._predict(batch)
+        # The scale is found here: it must not be judged by what it was found with.
+        unscaled = torch.cat([prediction[:, :2], prediction[:, 2:] / self.net.sigma_scale], dim=-1)
+        self._judge(unscaled, batch, self.validation_metrics, self.validation_loss)
 
     def test_step(self, batch: Sample, batch_idx: int) -> None:
         """Take a batch into the metrics."""
         del batch_idx
-        self._evaluate(batch, "test", self.test_metrics)
+        self._judge(self._predict(batch), batch, self.test_metrics, self.test_loss)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all batches, and let what is said from now on be as sure as it was right."""
-        self.net.set_sigma_scale(self._log_metrics("val", self.validation_metrics)["sigma_scale"])
+        self.net.set_sigma_scale(self._log("val", self.validation_metrics, self.validation_loss)["sigma_scale"])
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of all batches."""
-        self._log_metrics("test", self.test_metrics)
+        self._log("test", self.test_metrics, self.test_loss)
 
     def configure_optimizers(self) -> Any:
         """AdamW (Loshchilov and Hutter 2019) with a short warm-up and a cosine over all steps (2017)."""
@@ -114,19 +121,21 @@ class LocalizationModule(L.LightningModule):
     def _predict(self, batch: Sample) -> Tensor:
         return self(batch["spectrograms"], batch["receivers"], batch.get("mask"))  # type: ignore[no-any-return]
 
-    def _evaluate(self, batch: Sample, prefix: str, metrics: PositionMetrics) -> None:
-        prediction = self._predict(batch)
-        if prefix == "val":
-            # The scale is found here: it must not be judged by what it was found with.
-            prediction = torch.cat([prediction[:, :2], prediction[:, 2:] / self.net.sigma_scale], dim=-1)
-        loss = self._loss(prediction, batch["position"])
-        metrics.update(prediction, batch["position"])
-        self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["position"]))
+    def _judge(self, prediction: Tensor, batch: Sample, metrics: PositionMetrics, loss: MeanMetric) -> None:
+        truth = batch["position"]
+        if "counted" in batch:
+            prediction, truth = prediction[batch["counted"]], truth[batch["counted"]]
+        # Also where nothing counts: processes that have seen nothing must still take part in gathering.
+        metrics.update(prediction, truth)
+        loss.update(self._loss(prediction, truth) if len(truth) else 0.0, weight=len(truth))
 
-    def _log_metrics(self, prefix: str, metrics: PositionMetrics) -> dict[str, Tensor]:
+    def _log(self, prefix: str, metrics: PositionMetrics, loss: MeanMetric) -> dict[str, Tensor]:
         values = metrics.compute()
-        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()})
+        # All processes have the same values already; Lightning warns of values that it was not asked to gather.
+        self.log(f"{prefix}/loss", loss.compute(), prog_bar=True, sync_dist=True)
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True)
         metrics.reset()
+        loss.reset()
         return values
 
 
