@@ -28,6 +28,8 @@ helm -n heimdall install heimdall charts/heimdall --create-namespace --wait
 helm -n heimdall test heimdall
 ```
 
+The images of operator and trainer are not published:
+[build and push them](../../docs/quickstart.md#on-a-cluster-that-you-have) first.
 How it is operated: [docs/chart.md](../../docs/chart.md). Who reaches whom: [docs/network.md](../../docs/network.md).
 From Git: [docs/gitops.md](../../docs/gitops.md).
 

@@ -42,13 +42,26 @@ app.kubernetes.io/component: {{ .role }}
 {{- end }}
 
 {{- define "heimdall.databaseSecret" -}}
+{{- if not (or .Values.trainer.createSecrets .Values.database.existingSecret) }}
+{{- fail (printf "database.existingSecret is needed with trainer.createSecrets=false: passwords would be made up anew at each rendering, and the Secret %s, which is yours then, must hold one of them. Name a Secret with the keys postgres-password, mlflow-password, writer-password and reader-password (one that the chart made before is named %s-database)" .Values.trainer.secretName (include "heimdall.fullname" .)) }}
+{{- end }}
 {{- if and .Values.database.external (not .Values.database.existingSecret) }}{{ fail "database.existingSecret is needed with database.external: the passwords are that server's" }}{{ end }}
 {{- .Values.database.existingSecret | default (printf "%s-database" (include "heimdall.fullname" .)) }}
 {{- end }}
 
 {{- define "heimdall.objectStoreSecret" -}}
+{{- if not (or .Values.trainer.createSecrets .Values.objectStore.existingSecret) }}
+{{- fail (printf "objectStore.existingSecret is needed with trainer.createSecrets=false: keys would be made up anew at each rendering, and the Secret %s, which is yours then, must hold one of them. Name a Secret with the keys root-user, root-password, and mlflow-, writer- and reader-access-key and -secret-key (one that the chart made before is named %s-object-store)" .Values.trainer.secretName (include "heimdall.fullname" .)) }}
+{{- end }}
 {{- if and .Values.objectStore.external (not .Values.objectStore.existingSecret) }}{{ fail "objectStore.existingSecret is needed with objectStore.external: the keys are that server's" }}{{ end }}
 {{- .Values.objectStore.existingSecret | default (printf "%s-object-store" (include "heimdall.fullname" .)) }}
+{{- end }}
+
+{{- define "heimdall.sslMode" -}}
+{{- if and (hasPrefix "verify-" .Values.database.sslMode) (not (include "heimdall.caSource" .)) }}
+{{- fail (printf "caBundle is needed with database.sslMode=%s: PostgreSQL's clients know no public authorities. Give the certificates of the authority that signed the server's, which whoever runs it publishes, or set database.sslMode=require" .Values.database.sslMode) }}
+{{- end }}
+{{- .Values.database.sslMode }}
 {{- end }}
 
 {{- define "heimdall.databaseHost" -}}
@@ -130,7 +143,7 @@ HEIMDALL_RECORDINGS_URL: {{ printf "s3://%s" $root.Values.objectStore.recordings
 HEIMDALL_S3_ENDPOINT_URL: {{ include "heimdall.objectStoreUrl" $root | b64enc }}
 HEIMDALL_S3_REGION: {{ $root.Values.objectStore.region | b64enc }}
 {{- if $root.Values.database.external }}
-PGSSLMODE: {{ $root.Values.database.sslMode | b64enc }}
+PGSSLMODE: {{ include "heimdall.sslMode" $root | b64enc }}
 {{- end }}
 HEIMDALL_S3_ACCESS_KEY: {{ get $store (printf "%s-access-key" .who) }}
 HEIMDALL_S3_SECRET_KEY: {{ get $store (printf "%s-secret-key" .who) }}

@@ -15,7 +15,7 @@ securityContext:
 # libpq takes the password from here: it is in no argument and no address.
 - {name: PGPASSWORD, valueFrom: {secretKeyRef: {name: {{ include "heimdall.databaseSecret" . }}, key: mlflow-password}}}
 {{- if .Values.database.external }}
-- {name: PGSSLMODE, value: {{ .Values.database.sslMode | quote }}}
+- {name: PGSSLMODE, value: {{ include "heimdall.sslMode" . | quote }}}
 {{- end }}
 {{- if include "heimdall.caSource" . }}
 - {name: PGSSLROOTCERT, value: /etc/heimdall-ca/ca.crt}

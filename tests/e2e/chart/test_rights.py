@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import requests
 
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import Cluster, wait_for
 from tests.e2e.conftest import Mlflow
 
 FORBIDDEN = [
@@ -24,9 +24,9 @@ FORBIDDEN = [
 ALLOWED = [("create", "jobs"), ("patch", "trainingruns/status"), ("get", "pods/log"), ("create", "services")]
 
 
-def can_i(where: Cluster, verb: str, resource: str, *, account_of: Cluster | None = None) -> str:
-    """Whether a release's operator may do something in a namespace: yes or no."""
-    account = f"system:serviceaccount:{(account_of or where).namespace}:heimdall-operator"
+def can_i(where: Cluster, verb: str, resource: str, *, account_of: Cluster | None = None, account: str = "") -> str:
+    """Whether a release's operator, or another account, may do something in a namespace: yes or no."""
+    account = account or f"system:serviceaccount:{(account_of or where).namespace}:heimdall-operator"
     kind, _, part = resource.partition("/")
     ask = ("kubectl", "-n", where.namespace, "auth", "can-i", verb, kind, f"--subresource={part}", f"--as={account}")
     return where.run(*ask, check=False).stdout.strip()
@@ -40,6 +40,33 @@ def test_the_operator_may_not(release: Cluster, verb: str, resource: str) -> Non
 @pytest.mark.parametrize(("verb", "resource"), ALLOWED)
 def test_the_operator_may(release: Cluster, verb: str, resource: str) -> None:
     assert can_i(release, verb, resource) == "yes"
+
+
+@pytest.mark.parametrize(
+    ("role", "verb", "resource", "answer"),
+    [
+        ("view", "list", "trainingruns", "yes"),
+        ("view", "create", "trainingruns", "no"),
+        ("edit", "create", "trainingruns", "yes"),
+        ("edit", "patch", "trainingruns/status", "no"),
+        ("admin", "delete", "trainingruns", "yes"),
+    ],
+)
+def test_people_with_a_built_in_role_may(release: Cluster, role: str, verb: str, resource: str, answer: str) -> None:
+    binding = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "RoleBinding",
+        "metadata": {"name": f"people-who-{role}"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+        "subjects": [{"kind": "User", "name": f"somebody-who-{role}s", "apiGroup": "rbac.authorization.k8s.io"}],
+    }
+    release.apply(binding)
+    # The control plane puts built-in roles together behind the scenes.
+    wait_for(
+        lambda: can_i(release, verb, resource, account=f"somebody-who-{role}s") == answer,
+        what=f"{role} may {verb} {resource}: {answer}",
+        timeout_s=60,
+    )
 
 
 def test_nobody_asks_mlflow_without_a_password(release: Cluster, mlflow: Mlflow) -> None:

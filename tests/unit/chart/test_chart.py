@@ -124,7 +124,7 @@ def test_passwords_stay_on_uninstall(rendered: Rendered) -> None:
 
 
 def test_the_operator_has_the_rights_it_needs_and_no_others(rendered: Rendered) -> None:
-    rules = rendered.of_kind("ClusterRole")[0]["rules"]
+    rules = rendered.one("ClusterRole", f"{NAMESPACE}-heimdall-operator")["rules"]
     granted: dict[str, set[str]] = {}
     for rule in rules:
         for resource in rule["resources"]:
@@ -144,8 +144,8 @@ def test_the_operator_has_the_rights_it_needs_and_no_others(rendered: Rendered) 
 
 def test_with_a_list_of_namespaces_there_is_nothing_of_the_cluster() -> None:
     rendered = render({"operator.namespaces": ["team-a", "team-b"]})
-    assert not rendered.of_kind("ClusterRole")
-    assert not rendered.of_kind("ClusterRoleBinding")
+    assert rendered.names("ClusterRole") == {f"{NAMESPACE}-heimdall-view", f"{NAMESPACE}-heimdall-edit"}
+    assert not rendered.of_kind("ClusterRoleBinding"), "the two are for people"
     assert {role["metadata"]["namespace"] for role in rendered.of_kind("Role")} == {"team-a", "team-b"}
     for binding in rendered.of_kind("RoleBinding"):
         assert binding["subjects"][0]["namespace"] == NAMESPACE
@@ -160,6 +160,31 @@ def test_training_namespaces_get_the_readers_secret_and_not_the_writers() -> Non
     }
     assert {("heimdall-trainer", NAMESPACE), ("heimdall-trainer", "team-a")} <= where
     assert ("heimdall-recordings-writer", "team-a") not in where
+
+
+def test_namespaces_that_are_watched_can_train() -> None:
+    rendered = render({"operator.namespaces": ["team-b"]})
+    where = {item["metadata"].get("namespace") for item in rendered.of_kind("Secret")}
+    assert {NAMESPACE, "team-b"} <= where
+
+
+def test_built_in_roles_take_up_rights_on_training_runs(rendered: Rendered) -> None:
+    aggregated: dict[str, set[str]] = {}
+    for role in rendered.of_kind("ClusterRole"):
+        for label, value in role["metadata"]["labels"].items():
+            if "aggregate-to-" in label:
+                assert value == "true"
+                (rule,) = role["rules"]
+                assert rule["resources"] == ["trainingruns"], "nobody but the operator writes a status"
+                aggregated.setdefault(label.rpartition("-")[2], set()).update(rule["verbs"])
+    seen = {"get", "list", "watch"}
+    changed = {"create", "update", "patch", "delete", "deletecollection"}
+    assert aggregated == {"view": seen, "edit": seen | changed, "admin": seen | changed}
+
+
+@pytest.mark.parametrize("values", [{"crd.userRoles": False}, {"crd.install": False}], ids=str)
+def test_rights_of_people_are_left_out_where_they_are_not_wanted(values: dict[str, bool]) -> None:
+    assert render(values).names("ClusterRole") == {f"{NAMESPACE}-heimdall-operator"}
 
 
 @pytest.mark.parametrize("release", ["radio-localisation-production"[:30], "heimdall-" + 30 * "x"])

@@ -151,10 +151,22 @@ def test_an_existing_secret_that_can_not_be_read_is_refused_rather_than_invented
     assert "trainer.createSecrets=false" in said
 
 
-def test_logins_that_nobody_could_give_to_training_pods_are_refused() -> None:
-    said = refused(*flags({"trainer.createSecrets": False, "trainer.secretName": "ours"}))
-    assert "tracking.auth.existingSecret is needed with trainer.createSecrets=false" in said
-    for remedy in ("Secret ours", "trainer-password", "named heimdall-tracking", "tracking.auth.enabled=false"):
+@pytest.mark.parametrize(
+    ("left_out", "remedies"),
+    [
+        (
+            "tracking.auth.existingSecret",
+            ("trainer-password", "named heimdall-tracking", "tracking.auth.enabled=false"),
+        ),
+        ("database.existingSecret", ("reader-password", "named heimdall-database")),
+        ("objectStore.existingSecret", ("reader-access-key", "named heimdall-object-store")),
+    ],
+)
+def test_passwords_that_nobody_could_give_to_training_pods_are_refused(left_out: str, remedies: tuple[str]) -> None:
+    values = {name: value for name, value in EXISTING_SECRETS.items() if name != left_out}
+    said = refused(*flags({**values, "trainer.secretName": "ours"}))
+    assert f"{left_out} is needed with trainer.createSecrets=false" in said
+    for remedy in ("Secret ours", *remedies):
         assert remedy in said, remedy
 
 
@@ -168,8 +180,8 @@ def test_logins_that_nobody_could_give_to_training_pods_are_refused() -> None:
     ids=",".join,
 )
 def test_where_logins_are_known_or_not_asked_for_no_secret_is_made_for_training_pods(value: dict[str, Any]) -> None:
-    rendered = render({"trainer.createSecrets": False, **value})
-    assert not {"heimdall-trainer", "heimdall-tracking"} & rendered.names("Secret")
+    values = {name: each for name, each in EXISTING_SECRETS.items() if name != "tracking.auth.existingSecret"}
+    assert not render({**values, **value}).of_kind("Secret")
 
 
 def test_with_existing_secrets_the_chart_renders_without_a_cluster_and_makes_none() -> None:
@@ -198,7 +210,8 @@ def test_an_external_mlflows_credentials_reach_the_operator() -> None:
 
 def test_an_external_database_and_store_are_what_mlflow_is_told() -> None:
     values = {name: value for name, value in EVERY_ROLE_EXTERNAL.items() if not name.startswith("tracking.external")}
-    rendered = render({**values, "database.sslMode": "verify-full", "objectStore.region": "eu-central-1"})
+    secured = {"database.sslMode": "verify-full", "caBundle.existingConfigMap": "trusted"}
+    rendered = render({**values, **secured, "objectStore.region": "eu-central-1"})
     assert "StatefulSet" not in {item["kind"] for item in rendered.manifests}
     said = environment(server(rendered))
     assert said["BACKEND_STORE_URI"] == "postgresql+psycopg2://mlflow@db.example.com:5432/mlflow"
@@ -220,12 +233,21 @@ def test_an_external_database_and_store_are_what_mlflow_is_told() -> None:
     ],
 )
 def test_an_external_service_without_its_address_or_secret_is_refused(left_out: str, role: str) -> None:
-    values = {
-        name: value
-        for name, value in EVERY_ROLE_EXTERNAL.items()
-        if name != left_out and name.startswith((role, "trainer", "tracking.auth"))
-    }
-    assert left_out in refused(*flags(values))
+    of_role = {name: value for name, value in EVERY_ROLE_EXTERNAL.items() if name.startswith(role)}
+    values = EXISTING_SECRETS | of_role
+    del values[left_out]
+    assert f"{left_out} is needed" in refused(*flags(values))
+
+
+@pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])
+def test_a_certificate_that_can_not_be_checked_is_refused(mode: str) -> None:
+    said = refused(*flags({**EVERY_ROLE_EXTERNAL, "tracking.external": False, "database.sslMode": mode}))
+    assert f"caBundle is needed with database.sslMode={mode}" in said
+
+
+def test_an_external_database_is_spoken_to_by_tls() -> None:
+    rendered = render({**EVERY_ROLE_EXTERNAL, "tracking.external": False})
+    assert environment(server(rendered))["PGSSLMODE"] == "require"
 
 
 # --- certificate authorities -------------------------------------------------------------------------------------
