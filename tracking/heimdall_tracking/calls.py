@@ -1,4 +1,8 @@
-"""What is told to the server behind training, as data: it can be made again, put away on disk, and made another day."""
+"""What is told to the server behind training, as data: it can be made again, put away on disk, and made another day.
+
+Always `synchronous`: with MLFLOW_ENABLE_ASYNC_LOGGING MLflow's client would only take a note, and what it can't deliver
+would be lost.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ class SetTag(BaseModel):
         Raises:
             MlflowException: The server is away or refuses.
         """
-        client.set_tag(run_id, self.name, self.value)
+        client.set_tag(run_id, self.name, self.value, synchronous=True)
 
 
 class LogParams(BaseModel):
@@ -71,7 +75,7 @@ def _send_params(client: MlflowClient, run_id: str, params: dict[str, str]) -> N
     from mlflow.exceptions import MlflowException
 
     try:
-        client.log_batch(run_id, params=[Param(name, value) for name, value in params.items()])
+        client.log_batch(run_id, params=[Param(name, value) for name, value in params.items()], synchronous=True)
     except MlflowException as error:
         if not is_refusal(error):
             raise

@@ -57,7 +57,7 @@ def publish(
     before_naming()
     every = [item for item in listed if item.path != whole.path] + [whole, *newer]
     stay, dropped = retained(every, keep=keep, mode=mode)
-    client.set_tag(run_id, TAG_CHECKPOINTS, format_checkpoints(stay))
+    client.set_tag(run_id, TAG_CHECKPOINTS, format_checkpoints(stay), synchronous=True)
     return stay, dropped
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
+
+INFINITY: Final = 1.79769e308
+"""What MLflow's databases keep an infinity as, nearly: they keep the largest number, this is a little less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +20,16 @@ class Point:
     value: float
     step: int
     timestamp_ms: int
+
+
+def storable(value: float) -> float:
+    """A value as every database of MLflow takes it."""
+    return math.copysign(INFINITY, value) if math.isinf(value) else value
+
+
+def is_number(value: float) -> bool:
+    """Whether a value that MLflow has kept was neither NaN nor an infinity."""
+    return abs(value) < INFINITY
 
 
 def to_lines(points: Iterable[Point]) -> bytes:

@@ -15,22 +15,26 @@ _USERINFO: Final = re.compile(
 _QUERY: Final = re.compile(
     r"(?i)([?&][^=&?\s]{0,64}(?:password|secret|token|signature|credential|key)[^=&?\s]{0,64}=)[^&\s'\"]+"
 )
+# As libpq and ODBC are told: password=… among other words.
+_WORD: Final = re.compile(
+    r"(?i)\b(pass(?:word|wd)|pwd)(\s{0,8}=\s{0,8})(?:'[^']{1,8192}'|\"[^\"]{1,8192}\"|[^\s;&'\"]{1,8192})"
+)
 _SECRET_NAME: Final = re.compile(
-    r"(?i)(pass(word|wd|phrase)|secret|(^|[^a-z])token$|(auth|access|api|bearer)[_-]?token|credential"
-    r"|(api|access|private|secret)[_-]?key)"
+    r"(?i)(pass(word|wd|phrase)|secret|(^|[^a-z])token$|(?-i:[a-z]Token$)|(auth|access|api|bearer)[_-]?token|credential"
+    r"|(api|access|private|secret)[_-]?key|authorization|(^|[_-])pwd$|(db|user|login|smtp|proxy|sql)[_-]?pass$)"
 )
 
 
 def redact(text: object) -> str:
-    """A text without the user names and passwords that its URLs hold.
+    """A text without the user names and passwords that its URLs and connection strings hold.
 
     Args:
         text: Anything that is about to be logged or raised.
 
     Returns:
-        The text, with `***` where a URL named a user, a password or a signature.
+        The text, with `***` where a URL named a user, a password or a signature, or a word a password.
     """
-    return _QUERY.sub(rf"\1{MASK}", _USERINFO.sub(f"{MASK}@", str(text)))
+    return _WORD.sub(rf"\1\2{MASK}", _QUERY.sub(rf"\1{MASK}", _USERINFO.sub(f"{MASK}@", str(text))))
 
 
 def names_secret(name: str) -> bool:

@@ -6,10 +6,11 @@ Creating a version is not idempotent in MLflow, so it is looked up by run ID fir
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from heimdall_tracking.params import clean_name
+from heimdall_tracking.points import is_number
 from heimdall_tracking.runs import RunFacts, find_model
 
 if TYPE_CHECKING:
@@ -58,11 +59,13 @@ def register(client: MlflowClient, facts: RunFacts, spec: RegistrationSpec) -> R
     version = find_version(client, spec.model, facts.run_id)
     if version is None:
         version = _create_version(client, facts, spec.model)
-    for alias in spec.aliases:
+    # The alias of a promotion has to be won, whoever names it here too.
+    aliases = [alias for alias in spec.aliases if spec.promotion is None or alias != spec.promotion.alias]
+    for alias in aliases:
         client.set_registered_model_alias(spec.model, alias, version)
     message = f"Registered as version {version} of {spec.model}"
-    if spec.aliases:
-        message += f" with alias {', '.join(spec.aliases)}"
+    if aliases:
+        message += f" with alias {', '.join(aliases)}"
     if spec.promotion is not None:
         message += f"; {promote(client, facts, spec.model, version, spec.promotion)}"
     return Registration(name=spec.model, version=version, message=f"{message}.")
@@ -96,9 +99,9 @@ def promote(client: MlflowClient, facts: RunFacts, name: str, version: str, spec
     Raises:
         MlflowException: The server is away or refuses.
     """
-    value = facts.metrics.get(spec.metric)
-    if value is None or not math.isfinite(value):
-        state = "is missing" if value is None else f"is {value}"
+    value = facts.metrics.get(clean_name(spec.metric))
+    if value is None or not is_number(value):
+        state = "is missing" if value is None else f"is {value:.6g}"
         return f"not promoted to {spec.alias}: its {spec.metric} {state}"
     if spec.threshold is not None and not _reaches(value, spec.threshold, spec.mode):
         return (
@@ -111,7 +114,7 @@ def promote(client: MlflowClient, facts: RunFacts, name: str, version: str, spec
     if holder == version:
         return f"promoted to {spec.alias} ({spec.metric} {value:.6g})"
     best = _metric_of(client, name, holder, spec.metric)
-    if best is not None and math.isfinite(best) and not _better(value, best, spec.mode):
+    if best is not None and is_number(best) and not _better(value, best, spec.mode):
         return f"not promoted to {spec.alias}: {spec.metric} {value:.6g} does not beat version {holder}'s {best:.6g}"
     client.set_registered_model_alias(name, spec.alias, version)
     known = "unknown" if best is None else f"{best:.6g}"
@@ -133,7 +136,8 @@ def _create_version(client: MlflowClient, facts: RunFacts, name: str) -> str:
         model_id=model_id,
         await_creation_for=READY_TIMEOUT_S,
     )
-    return str(version.version)
+    # A client that repeats what it got no answer to may have made two: the first is the one that is found from now on.
+    return find_version(client, name, facts.run_id) or str(version.version)
 
 
 def source_of(client: MlflowClient, model_id: str) -> str:
@@ -171,7 +175,7 @@ def _metric_of(client: MlflowClient, name: str, version: str, metric: str) -> fl
 
     run_id = client.get_model_version(name, version).run_id
     try:
-        return client.get_run(run_id).data.metrics.get(metric) if run_id else None
+        return client.get_run(run_id).data.metrics.get(clean_name(metric)) if run_id else None
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None  # its run was deleted: nothing to compare with

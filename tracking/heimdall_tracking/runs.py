@@ -193,7 +193,7 @@ def open_attempt(client: MlflowClient, facts: RunFacts, attempt: int) -> None:
         MlflowException: The server is away or refuses.
     """
     if facts.attempt < attempt:
-        client.set_tag(facts.run_id, TAG_ATTEMPT, str(attempt))
+        client.set_tag(facts.run_id, TAG_ATTEMPT, str(attempt), synchronous=True)
     if facts.status != "RUNNING":
         client.update_run(facts.run_id, status="RUNNING")
 

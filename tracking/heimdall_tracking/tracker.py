@@ -8,7 +8,6 @@ at once and raises.
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from heimdall_tracking.errors import TrackingError, is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
 from heimdall_tracking.params import clean_name, clean_text, flatten
-from heimdall_tracking.points import Point
+from heimdall_tracking.points import Point, is_number, storable
 from heimdall_tracking.queue import MetricQueue, now_ms
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import find_version, source_of
@@ -48,8 +47,6 @@ REGISTER_TIMEOUT_S: Final = 300
 FLUSH_TIMEOUT_S: Final = 300
 END_TIMEOUT_S: Final = 15
 """How long an end that must not wait for the server tries to tell it."""
-INFINITY: Final = 1.79769e308
-"""What MLflow's databases keep an infinity as."""
 TAG_LIMIT: Final = 5000
 """Longest value of a tag."""
 SEARCH_PAGE: Final = 1000
@@ -151,15 +148,17 @@ class MLflowTracker:
             The run's ID.
 
         Raises:
+            TrackingError: A run was started already, and has not ended.
             MlflowException: The server is away, or there is no such run.
         """
+        self._check_free()
         if run_id is not None:
             run = self.client.get_run(run_id)
             self._experiment_id = str(run.info.experiment_id)
             if run.info.status != "RUNNING":
                 self.client.update_run(run_id, status="RUNNING")
             for name, value in (tags or {}).items():
-                self.client.set_tag(run_id, name, value)
+                self.client.set_tag(run_id, name, value, synchronous=True)
         else:
             name = run_name or f"{self.settings.run_name_prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
             run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags or {}))
@@ -174,10 +173,17 @@ class MLflowTracker:
             run_id: ID of the run.
 
         Raises:
+            TrackingError: A run was started already, and has not ended.
             MlflowException: The server is away, or there is no such run.
         """
+        self._check_free()
         self._experiment_id = str(self.client.get_run(run_id).info.experiment_id)
         self._run_id = run_id
+
+    def _check_free(self) -> None:
+        """What waits in the background belongs to one run."""
+        if self._run_id is not None:
+            raise TrackingError(f"run {self._run_id} was started and has not ended: call end_run first")
 
     def end_run(self, status: FinalStatus = "FINISHED", timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Deliver what is left, then end the run.
@@ -363,7 +369,7 @@ class MLflowTracker:
             except (TypeError, ValueError, RuntimeError, OverflowError):
                 log.warning("a metric is no number and was left out", metric=str(name))
                 continue
-            points.append(Point(clean_name(name), _storable(number), int(step), stamp))
+            points.append(Point(clean_name(name), storable(number), int(step), stamp))
         if self._metrics is None:
             client, run_id = self.client, self.run_id
             self._metrics = MetricQueue(lambda batch: send_points(client, run_id, batch), spill=self._spill())
@@ -375,7 +381,7 @@ class MLflowTracker:
         Raises:
             MlflowException: The server is away or refuses.
         """
-        self.client.set_tag(self.run_id, name, value)
+        self.client.set_tag(self.run_id, name, value, synchronous=True)
 
     def put_tag(self, name: str, value: object) -> None:
         """Set a tag of the run behind training; of values that wait, only the newest is sent."""
@@ -462,7 +468,7 @@ class MLflowTracker:
         version = self.client.create_model_version(
             name, source, self.run_id, model_id=model_id, await_creation_for=timeout_s
         )
-        return str(version.version)
+        return find_version(self.client, name, self.run_id) or str(version.version)
 
     def transition_model_stage(
         self, name: str, version: str, stage: Literal["Staging", "Production", "Archived", "None"]
@@ -496,7 +502,7 @@ class MLflowTracker:
     def get_best_run(self, metric: str, mode: Literal["min", "max"] = "min") -> dict[str, Any] | None:
         """The experiment's finished run with the best value of a metric, or None where there is none.
 
-        Runs that lack the metric, or whose value is not a number, don't count; of equals the older wins.
+        Runs that lack the metric, or whose value is NaN or infinite, don't count; of equals the older wins.
 
         Args:
             metric: Name of the metric.
@@ -514,7 +520,7 @@ class MLflowTracker:
             )
             for run in page:
                 value = run.data.metrics.get(clean_name(metric))
-                if value is not None and not math.isnan(value):
+                if value is not None and is_number(value):
                     return _info(run)
             token = page.token
             if not token:
@@ -539,11 +545,7 @@ def send_points(client: MlflowClient, run_id: str, points: Sequence[Point]) -> N
     from mlflow.entities import Metric
 
     batch = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in points]
-    client.log_batch(run_id, metrics=batch)
-
-
-def _storable(value: float) -> float:
-    return math.copysign(INFINITY, value) if math.isinf(value) else value
+    client.log_batch(run_id, metrics=batch, synchronous=True)
 
 
 def _info(run: Run) -> dict[str, Any]:

@@ -24,8 +24,12 @@ def make_checkpoint_io(pl: Any) -> Any:
         """Reads as Lightning does."""
 
         def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-            del storage_options
-            save_whole(checkpoint, Path(path))
+            if "://" in str(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
+                return
+            file = Path(path)
+            file.parent.mkdir(parents=True, exist_ok=True)  # a callback of the user's own leaves that to whoever writes
+            save_whole(checkpoint, file)
 
     return StraightCheckpointIO()
 

@@ -25,7 +25,7 @@ from heimdall_tracking.errors import OvertakenError
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import check_attempt
 from heimdall_tracking.undelivered import LeftCheckpoint
-from heimdall_trainer.errors import FencedError
+from heimdall_trainer.errors import FencedError, UndeliveredError
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
@@ -65,6 +65,8 @@ class CheckpointPublisher:
         self._changed = threading.Condition()
         self._under_way: tuple[Path, Checkpoint] | None = None
         self._closed = False
+        self._given_up = False
+        """Whether what is under way was handed back; what it still does must have no effect."""
         self.fence: FencedError | None = None
         """Set when a newer attempt has taken over."""
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
@@ -126,6 +128,7 @@ class CheckpointPublisher:
         self._thread.join(min(timeout_s, JOIN_S))
         if self.fence is not None:
             return []
+        self._given_up = True
         with self._changed:
             first = [] if self._under_way is None else [self._under_way]
             left, self._under_way = [*first, *self._pending], None
@@ -234,6 +237,12 @@ class CheckpointPublisher:
         log.info("checkpoint published", step=checkpoint.step, seconds=round(time.monotonic() - began, 2))
 
     def _before_naming(self) -> None:
-        # What a checkpoint knows of must be there before the checkpoint is: metrics first.
-        self._tracker.flush_metrics(METRICS_TIMEOUT_S)
+        # What a checkpoint knows of must be there before it is: the next attempt does not log it again.
+        while not self._tracker.flush_metrics(METRICS_TIMEOUT_S):
+            if self._closed:
+                raise UndeliveredError("the metrics that were logged before it could not be delivered")
+            log.info("a checkpoint waits until the metrics that were logged before it are delivered")
+            self.check_fence()
+        if self._given_up:
+            raise UndeliveredError("it was given up, and is kept on disk")
         self.check_fence()

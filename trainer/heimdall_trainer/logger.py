@@ -6,6 +6,7 @@ own; here metrics go through the queue, and the run's owner ends it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from heimdall_trainer.group import is_first
@@ -45,6 +46,6 @@ def make_logger(pl: Any, tracker: MLflowTracker) -> Any:
         def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
             if not is_first():
                 return
-            tracker.log_params({"module": vars(params) if hasattr(params, "__dict__") else dict(params)})
+            tracker.log_params({"module": dict(params) if isinstance(params, Mapping) else vars(params)})
 
     return TrackerLogger()

@@ -173,11 +173,17 @@ class TrainingPipeline:
             timeout_s: How long they have; once SIGTERM was received, no longer than the grace period has left.
         """
         deadline = time.monotonic() + timeout_s
-        for left in self._publisher.close(timeout_s):
+        self._until(deadline, self._publisher.flush)
+        for left in self._publisher.close(max(0.0, self._left_s(deadline))):
             self.tracker.leave_checkpoint(left)
-        while (left_s := self._left_s(deadline)) > 0 and not self.tracker.flush(min(left_s, LOOK_EVERY_S)):
-            pass
+        self._until(deadline, self.tracker.flush)
         self.tracker.close(0)
+
+    def _until(self, deadline: float, flush: Callable[[float], bool]) -> None:
+        """Wait for a delivery, looking now and then whether SIGTERM has brought the deadline nearer."""
+        while (left_s := self._left_s(deadline)) > 0 and not flush(min(left_s, LOOK_EVERY_S)):
+            if self._publisher.fence is not None:
+                return
 
     def _left_s(self, deadline: float) -> float:
         """Seconds until a deadline, or until the grace period is over, if that has begun and is sooner."""

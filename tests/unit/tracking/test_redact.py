@@ -18,9 +18,12 @@ from heimdall_tracking.redact import names_secret, redact
         ("can't reach http://a:b@h and s3://c:d@e", "can't reach http://***@h and s3://***@e"),
         ("https://s3/b?X-Amz-Signature=abc&x=1", "https://s3/b?X-Amz-Signature=***&x=1"),
         ("https://s3/b?AWSAccessKeyId=abc&token=t", "https://s3/b?AWSAccessKeyId=***&token=***"),
+        ("host=db user=u password=hunter2 dbname=x", "host=db user=u password=*** dbname=x"),
+        ("host=db password='hunter 2' user=u", "host=db password=*** user=u"),
+        ("Server=db;Uid=u;Pwd = hunter2;Port=1", "Server=db;Uid=u;Pwd = ***;Port=1"),
     ],
 )
-def test_users_passwords_and_signatures_in_urls_are_masked(text: str, redacted: str) -> None:
+def test_users_passwords_and_signatures_are_masked(text: str, redacted: str) -> None:
     assert redact(text) == redacted
 
 
@@ -32,6 +35,7 @@ def test_users_passwords_and_signatures_in_urls_are_masked(text: str, redacted: 
         "http://127.0.0.1:5000/models/name@champion",
         "mail alice@example.org",
         "sqlite:///folder/mlflow.db",
+        "passwords=3 and pwd is /home",
         "",
     ],
 )
@@ -48,12 +52,19 @@ def test_errors_are_redacted_like_texts() -> None:
     [
         *("password", "db.password", "passwd", "PGPASSWORD", "passphrase", "client_secret", "AWS_SECRET_ACCESS_KEY"),
         *("token", "hf.token", "api_key", "apikey", "access-key", "private_key", "authToken", "credentials"),
+        *("headers.Authorization", "hfToken", "pwd", "db_pwd", "db_pass"),
     ],
 )
 def test_names_of_secrets_are_known(name: str) -> None:
     assert names_secret(name)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "tokenizer", "keys", "monkey", "passes", "learning_rate", "key"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("max_tokens", "tokenizer", "keys", "monkey", "passes", "learning_rate", "key", "forward_pass", "maxtoken"),
+        "authored",
+    ],
+)
 def test_names_that_only_resemble_one_are_not(name: str) -> None:
     assert not names_secret(name)

@@ -10,6 +10,8 @@ from mlflow import MlflowClient
 
 from heimdall_api.types import PromotionSpec, RegistrationSpec
 from heimdall_tracking import registry
+from heimdall_tracking.params import clean_name
+from heimdall_tracking.points import storable
 from heimdall_tracking.registry import ModelMissingError, Registration, register
 from tests.unit.tracking.conftest import NewRun
 from tests.unit.tracking.test_runs import read
@@ -159,6 +161,51 @@ def test_a_value_that_is_no_number_promotes_nothing(client: MlflowClient, new_ru
 
     assert done.message.endswith("not promoted to champion: its loss is nan.")
     assert aliases(client, name) == {}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinity_promotes_nothing_and_gives_way(
+    client: MlflowClient, new_run: NewRun, name: str, value: float
+) -> None:
+    mode: Mode = "max" if value > 0 else "min"
+    kept = new_run(loss=storable(value))
+    assert "not promoted to champion: its loss is" in register_run(client, kept, spec(name, mode=mode)).message
+
+    client.set_registered_model_alias(name, "champion", "1")
+    register_run(client, new_run(loss=1.0), spec(name, mode=mode))
+    assert aliases(client, name) == {"champion": "2"}
+
+
+def test_a_metric_is_found_by_the_name_it_was_logged_under(client: MlflowClient, new_run: NewRun, name: str) -> None:
+    logged = "test/recall@10"
+    wanted = RegistrationSpec(model=name, promotion=PromotionSpec(metric=logged, mode="max"))
+    for value in (0.5, 0.6, 0.4):
+        done = register_run(client, new_run(**{clean_name(logged): value}), wanted)
+
+    assert done.message.endswith("; not promoted to champion: test/recall@10 0.4 does not beat version 2's 0.6.")
+    assert aliases(client, name) == {"champion": "2"}
+
+
+def test_the_alias_of_a_promotion_has_to_be_won(client: MlflowClient, new_run: NewRun, name: str) -> None:
+    done = register_run(client, new_run(loss=5.0), spec(name, "champion", "candidate", threshold=1.0))
+
+    assert done.message.startswith(f"Registered as version 1 of {name} with alias candidate; not promoted")
+    assert aliases(client, name) == {"candidate": "1"}
+
+
+def test_a_version_that_was_made_twice_is_the_first_one(
+    client: MlflowClient, new_run: NewRun, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = client.create_model_version
+
+    def repeated(*args: object, **how: object) -> object:
+        create(*args, **how)  # type: ignore[arg-type]
+        return create(*args, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client, "create_model_version", repeated)
+
+    assert register_run(client, new_run(), RegistrationSpec(model=name, aliases=["candidate"])).version == "1"
+    assert aliases(client, name) == {"candidate": "1"}
 
 
 def test_a_missing_metric_promotes_nothing(client: MlflowClient, new_run: NewRun, name: str) -> None:

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.async_logging.async_logging_queue import AsyncLoggingQueue
 from structlog.testing import capture_logs
 
 from heimdall_tracking import tracker as module
 from heimdall_tracking.errors import TrackingError
+from heimdall_tracking.points import INFINITY, storable
 from heimdall_tracking.queue import MetricQueue
 from heimdall_tracking.settings import TrackingSettings
-from heimdall_tracking.tracker import INFINITY, MLflowTracker, initialize_mlflow
+from heimdall_tracking.tracker import MLflowTracker, initialize_mlflow
 from tests.unit.tracking.conftest import NewRun
 from tests.unit.tracking.fakes import PATIENCE_S, join
 
@@ -65,6 +67,32 @@ def test_a_run_starts_with_name_and_tags_and_ends_finished(tracker: MLflowTracke
     assert (run.info.status, run.info.run_name, run.data.tags["team"]) == ("FINISHED", "mine", "rf")
     with pytest.raises(TrackingError):
         _ = tracker.run_id
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(tracker: MLflowTracker, new_run: NewRun) -> None:
+    first = tracker.start_run("first")
+    with pytest.raises(TrackingError, match=f"run {first} was started and has not ended: call end_run first"):
+        tracker.start_run("second")
+    with pytest.raises(TrackingError, match="call end_run first"):
+        tracker.attach(new_run())
+    tracker.end_run()
+    assert tracker.start_run("second") != first
+    tracker.end_run()
+
+
+def test_what_is_delivered_is_there_whatever_mlflows_client_prefers(
+    started: MLflowTracker, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With this variable MLflow's client makes calls in a thread of its own, which gives up what it can't deliver."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    monkeypatch.setattr(AsyncLoggingQueue, "activate", lambda _: pytest.fail("it was left to MLflow's own thread"))
+    started.log_metrics({"loss": 1.0}, step=1)
+    started.log_params({"width": 3})
+    started.put_tag("behind", "b")
+    started.set_tag("now", "n")
+    assert started.flush(PATIENCE_S)
+    run = client.get_run(started.run_id).data
+    assert (run.metrics, run.params["width"], run.tags["behind"], run.tags["now"]) == ({"loss": 1.0}, "3", "b", "n")
 
 
 def test_a_run_without_a_name_gets_the_prefix(tracker: MLflowTracker, client: MlflowClient) -> None:
@@ -203,7 +231,7 @@ def test_what_was_given_up_is_not_called_delivered_when_the_end_is_tried_again(
 def test_the_best_run_is_the_one_with_the_best_value(
     tracker: MLflowTracker, new_run: NewRun, mode: Any, best: float
 ) -> None:
-    for value in (2.0, 1.0, 3.0, math.nan):
+    for value in (2.0, 1.0, 3.0, math.nan, storable(math.inf), storable(-math.inf)):
         new_run(model=False, loss=value)
     new_run(model=False, other=-9.0)
 

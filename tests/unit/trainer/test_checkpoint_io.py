@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -87,5 +88,9 @@ def test_a_trainer_of_either_package_goes_on_from_what_it_saved(package: str, tm
     first.fit(model())
     first.save_checkpoint(file)
     assert list(tmp_path.iterdir()) == [file]
+    # As a ModelCheckpoint of the user's own does, whose folder nobody has made.
+    first.save_checkpoint(tmp_path / "mlflow/run/x.ckpt")
+    first.save_checkpoint(f"memory://{package}/x.ckpt")
+    assert fsspec.filesystem("memory").exists(f"/{package}/x.ckpt")
     second.fit(model(), ckpt_path=file, weights_only=False)
     assert (first.global_step, second.global_step) == (1, 3)

@@ -76,6 +76,7 @@ class FakeTracker:
         self.tags = dict(tags or {})
         self.done: list[str] = []
         self.before_upload: Callable[[str], None] = lambda name: None
+        self.metrics_delivered: Callable[[], bool] = lambda: True
 
     def get_run(self, run_id: str) -> Any:
         return SimpleNamespace(
@@ -88,10 +89,11 @@ class FakeTracker:
         self.done.append(f"uploaded {name}")
 
     def flush_metrics(self, timeout_s: float) -> bool:
-        self.done.append("metrics delivered")
-        return True
+        delivered = self.metrics_delivered()
+        self.done.append("metrics delivered" if delivered else "metrics wait")
+        return delivered
 
-    def set_tag(self, run_id: str, name: str, value: str) -> None:
+    def set_tag(self, run_id: str, name: str, value: str, synchronous: bool | None = None) -> None:
         self.tags[name] = value
         self.done.append(f"named {parse_checkpoints(value)[-1].path}")
 
@@ -133,6 +135,52 @@ def test_a_checkpoint_is_named_only_after_its_bytes_and_metrics_are_there(publis
     content = (tmp_path / "step-1.ckpt").read_bytes()
     assert (named.step, named.metric, named.last) == (1, 0.5, True)
     assert (named.size, named.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_checkpoint_waits_for_its_metrics_and_is_uploaded_once(publish: Publish, tmp_path: Path) -> None:
+    tracker, answers = FakeTracker(), iter([False, False, True])
+    tracker.metrics_delivered = lambda: next(answers)
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1)
+    assert publisher.flush(TIMEOUT_S)
+    waits = ["metrics wait", "metrics wait", "metrics delivered"]
+    assert tracker.done == ["uploaded step-1.ckpt", *waits, "named checkpoints/step-1.ckpt"]
+
+
+def test_a_checkpoint_whose_metrics_were_not_delivered_is_never_named(publish: Publish, tmp_path: Path) -> None:
+    tracker, waits, closed = FakeTracker(), threading.Event(), threading.Event()
+
+    def delivered() -> bool:
+        waits.set()
+        closed.wait(TIMEOUT_S)
+        return False
+
+    tracker.metrics_delivered = delivered
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1)
+    assert waits.wait(TIMEOUT_S)
+    left = publisher.close()
+    closed.set()
+    publisher._thread.join(TIMEOUT_S)
+    assert [item.checkpoint.step for item in left] == [1]
+    assert TAG_CHECKPOINTS not in tracker.tags
+
+
+def test_what_was_handed_back_is_not_named_behind_it(publish: Publish, tmp_path: Path) -> None:
+    tracker, uploading, closed = FakeTracker(), threading.Event(), threading.Event()
+
+    def upload(name: str) -> None:
+        uploading.set()
+        closed.wait(TIMEOUT_S)
+
+    tracker.before_upload = upload
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1)
+    assert uploading.wait(TIMEOUT_S)
+    assert len(publisher.close()) == 1
+    closed.set()
+    publisher._thread.join(TIMEOUT_S)
+    assert TAG_CHECKPOINTS not in tracker.tags
 
 
 def test_an_upload_that_fails_names_nothing_and_is_tried_again(

@@ -133,9 +133,10 @@ def test_a_second_sigterm_does_not_begin_the_grace_period_anew(clock: Clock) -> 
     assert counted.left_s() == left - 5
 
 
+@pytest.mark.parametrize("waiting", ["checkpoint", "metrics"])
 @pytest.mark.parametrize("failure", [TerminatedError("asked to end"), RuntimeError("boom")], ids=["told", "failed"])
 def test_sigterm_while_what_is_left_is_delivered_breaks_nothing_off_and_shortens_the_wait(
-    failure: BaseException, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: BaseException, waiting: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the only one, after a failure; or as one more."""
     monkeypatch.setenv(ENV_GRACE_PERIOD, "12")
@@ -153,6 +154,7 @@ def test_sigterm_while_what_is_left_is_delivered_breaks_nothing_off_and_shortens
         return clock.wait(timeout_s)
 
     monkeypatch.setattr(made, "_train", train)
+    made._publisher.flush = told_meanwhile if waiting == "checkpoint" else lambda _: True  # type: ignore[method-assign]
     run.flush = told_meanwhile  # type: ignore[method-assign]
     began = clock.now
     with pytest.raises(type(failure)):
@@ -207,6 +209,26 @@ def test_a_failure_waits_for_what_was_logged(clock: Clock, tmp_path: Path, monke
         made.train()
     assert run.done == ["closed"]
     assert clock.now - began == pipeline.FAILURE_TIMEOUT_S
+
+
+def test_a_failure_lets_a_checkpoint_arrive_that_is_under_way(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, run = training(clock, tmp_path)
+
+    def arrives(timeout_s: float) -> bool:
+        clock.wait(timeout_s)
+        if clock.now - began < 10:
+            return False
+        run.done.append("arrived")
+        return True
+
+    made._publisher.flush = arrives  # type: ignore[method-assign]
+    monkeypatch.setattr(made, "_train", lambda: 1 / 0)
+    began = clock.now
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    assert run.done == ["arrived", "closed"]
 
 
 def test_the_waits_at_the_end_share_one_time(clock: Clock, tmp_path: Path) -> None:
