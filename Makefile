@@ -18,7 +18,7 @@ help: ## List the targets
 $(STAMP): requirements/bootstrap.txt requirements/dev.txt $(ROOMS:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11")'
 	@echo "→ development environment in $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(ROOMS:%=-e ./%)
@@ -40,35 +40,35 @@ demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, it
 	@$(PYTHON) hack/demo
 
 .PHONY: test
-test: venv needs ## Every test: lint, types, unit, integration, e2e on a real cluster
+test: needs-test venv ## Every test: lint, types, unit, integration, e2e on a real cluster
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(PYTHON) hack/cluster parts helm prometheus gitops-health minio
 	@PYTHON="$(PYTHON)" hack/e2e --beside
 
 .PHONY: e2e
-e2e: venv needs ## The tests on a real cluster alone
+e2e: needs venv ## The tests on a real cluster alone
 	@PYTHON="$(PYTHON)" hack/e2e
 
 .PHONY: external
-external: venv needs ## Two releases on external services, over TLS: PostgreSQL, versitygw for S3, MLflow
+external: needs venv ## Two releases on external services, over TLS: PostgreSQL, versitygw for S3, MLflow
 	$(BIN)/pytest tests/e2e/chart/test_external.py
 
 .PHONY: compose
-compose: venv needs ## compose.yaml started, trained with, stopped and started again
+compose: needs venv ## compose.yaml started, trained with, stopped and started again
 	$(BIN)/pytest tests/e2e/test_compose.py
 
 .PHONY: chaos
-chaos: venv needs ## Kill the operator at random for five minutes, take away what it stands on, check everything
+chaos: needs venv ## Kill the operator at random for five minutes, take away what it stands on, check everything
 	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 $(BIN)/pytest -s tests/e2e/chaos
 
 .PHONY: outages
-outages: venv needs ## MLflow, PostgreSQL, MinIO stay away for three minutes in mid-training, each and all: half an hour
+outages: needs-test venv ## MLflow, PostgreSQL, MinIO stay away for three minutes in mid-training, each and all: half an hour
 	HEIMDALL_OUTAGE_S=180 $(BIN)/pytest -s tests/integration/test_outages.py
 	HEIMDALL_OUTAGE_S=180 $(BIN)/pytest -s tests/integration/test_tracking.py -k servers_are_away
 
 .PHONY: fuzz
-fuzz: venv needs ## 1,000 generated specs: each refused, failed with a reason, or trained
+fuzz: needs venv ## 1,000 generated specs: each refused, failed with a reason, or trained
 	HEIMDALL_FUZZ_SPECS=1000 $(BIN)/pytest -s tests/e2e/test_fuzz.py
 
 .PHONY: bench-operator
@@ -91,6 +91,10 @@ bench-trainer: venv ## What tracking, spectrogram, loader, Lightning and checkpo
 .PHONY: needs
 needs: ## Tell what is missing on this machine, and how to get it
 	@$(PYTHON) hack/needs.py
+
+.PHONY: needs-test
+needs-test: ## The same for the tests, which start servers of their own
+	@$(PYTHON) hack/needs.py --test
 
 .PHONY: clean
 clean: ## Take the cluster down and remove its cache

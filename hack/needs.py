@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -17,7 +18,12 @@ GO: Final = (1, 26)
 
 def main() -> None:
     """Say what is missing, one line each, and fail if anything is."""
-    missing = [line for line in (_python(), _engine(), _kubernetes(), _postgresql(), _redis(), _room()) if line]
+    parser = argparse.ArgumentParser(prog="hack/needs.py", description="Tell what is missing on this machine.")
+    parser.add_argument("--test", action="store_true", help="for make test too, which starts servers of its own")
+    checks = [_python, _engine, _kubernetes, _room]
+    if parser.parse_args().test:
+        checks += [_postgresql, _redis, _prometheus]
+    missing = [line for check in checks if (line := check())]
     if missing:
         sys.exit("Missing on this machine:\n" + "\n".join(f"- {line}" for line in missing))
 
@@ -31,7 +37,11 @@ def _python() -> str | None:
 
 
 def _engine() -> str | None:
-    if _docker_answers() or (os.geteuid() == 0 and Path("/etc/debian_version").exists()):
+    if _docker_answers():
+        if _output(["docker", "buildx", "version"]) is None:
+            return "Docker's buildx, which images are built with (Debian, Ubuntu: apt-get install docker-buildx)"
+        return None
+    if _can_install():
         return None
     return "a Docker engine that answers (docker version), or root on Debian, where one is installed for you"
 
@@ -50,7 +60,7 @@ def _postgresql() -> str | None:
     """The integration tests start a server of their own; as root on Debian they install it."""
     if list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb"):
         return None
-    if os.geteuid() == 0 and Path("/etc/debian_version").exists():
+    if _can_install():
         return None
     return "PostgreSQL's server programs, for make test (Debian: apt-get install postgresql)"
 
@@ -59,9 +69,20 @@ def _redis() -> str | None:
     """The integration tests start a server of their own; as root on Debian they install it."""
     if shutil.which("redis-server") or shutil.which("redis-check-rdb"):
         return None
-    if os.geteuid() == 0 and Path("/etc/debian_version").exists():
+    if _can_install():
         return None
     return "Redis's server, for make test (Debian: apt-get install redis-tools)"
+
+
+def _prometheus() -> str | None:
+    """Alerts and dashboard are tested by it; on Debian it is taken out of its package, and not installed."""
+    if shutil.which("apt-get") or (shutil.which("prometheus") and shutil.which("promtool")):
+        return None
+    return "Prometheus and promtool, for make test (https://prometheus.io/download)"
+
+
+def _can_install() -> bool:
+    return os.geteuid() == 0 and Path("/etc/debian_version").exists()
 
 
 def _room() -> str | None:

@@ -21,9 +21,8 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "hack/cluster"))
 
 from heimdall_cluster import engine, images, parts  # noqa: E402
+from heimdall_cluster.cli import locked  # noqa: E402
 from heimdall_cluster.steps import ClusterError, read, say, step  # noqa: E402
-
-LABEL: Final = "dev.heimdall.inputs"
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,8 @@ def main() -> None:
             print(f"{image.name:12}{image.reference}")
         return
     try:
-        engine.ensure()
+        with locked():
+            engine.ensure()
         build(CATALOGUE[name] for name in arguments.names or CATALOGUE)
     except ClusterError as error:
         sys.exit(f"hack/images: {error}")
@@ -119,14 +119,16 @@ def main() -> None:
 def build(wanted: Iterable[Image]) -> None:
     """Make images that are not there or not up to date."""
     for image in wanted:
-        digest = inputs_digest(image)
-        if _label(image) == digest or (image.official and images.exists(image.reference) and images.can_pull()):
+        digest, label = inputs_digest(image), _label(image)
+        # An official image without our label was pulled by somebody: it is what is wanted.
+        if label == digest or (image.official and label == ""):
             continue
         if image.official and images.can_pull():
             with step(f"pulling {image.reference}"):
                 images.docker("pull", "--quiet", image.reference, log="images")
             continue
-        images.ensure_python()
+        with locked():
+            images.ensure_python()
         before = _inspect(image, "{{.Id}}")
         with step(f"building {image.reference}"):
             _build(image, digest)
@@ -148,7 +150,7 @@ def inputs_digest(image: Image) -> str:
 
 
 def _label(image: Image) -> str | None:
-    return _inspect(image, f'{{{{index .Config.Labels "{LABEL}"}}}}')
+    return _inspect(image, f'{{{{index .Config.Labels "{images.LABEL}"}}}}')
 
 
 def _inspect(image: Image, template: str) -> str | None:
@@ -169,14 +171,15 @@ def _build(image: Image, digest: str) -> None:
         "--tag",
         image.reference,
         "--label",
-        f"{LABEL}={digest}",
+        f"{images.LABEL}={digest}",
         "--file",
         ROOT / image.dockerfile,
     ]
     if not image.part:
         images.docker("build", *options, ROOT, log="images")
         return
-    parts.ensure([image.part])
+    with locked():
+        parts.ensure([image.part])
     with tempfile.TemporaryDirectory() as name:
         for program in parts.CATALOGUE[image.part].binaries:
             shutil.copy(parts.path_of(image.part, program), name)

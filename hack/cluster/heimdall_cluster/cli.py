@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import shlex
@@ -11,10 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from pathlib import Path
+from typing import IO, Final
 
-from heimdall_cluster import debian, engine, images, kind, parts
-from heimdall_cluster.paths import BIN, CACHE, KUBECONFIG, LOCK
+from heimdall_cluster import debian, engine, images, kind, parts, steps
+from heimdall_cluster.paths import BEFORE, BIN, CACHE, KUBECONFIG, LOCK
 from heimdall_cluster.steps import ClusterError, say, step
 
 LOCK_TIMEOUT_S: Final = 3600
@@ -31,7 +33,7 @@ def main() -> None:
         if arguments.command in ("env", "status"):
             arguments.call(arguments)
             return
-        with _locked():
+        with locked():
             arguments.call(arguments)
     except ClusterError as error:
         sys.exit(f"hack/cluster: {error}")
@@ -66,7 +68,7 @@ def _up(_: argparse.Namespace) -> None:
     check_machine()
     engine.ensure()
     parts.ensure(["kind", "helm"])
-    if kind.is_healthy():
+    if kind.recovers():
         say("the cluster is up")
         kind.settle()
     else:
@@ -83,8 +85,9 @@ def check_machine() -> None:
         ClusterError: Disk or memory do not suffice.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    cold = not all(parts.is_built(parts.CATALOGUE[name]) for name in parts.NODE_PARTS) and not kind.KUBECONFIG.exists()
-    needed = DISK_NEEDED_GB if cold else DISK_NEEDED_WARM_GB
+    needed = DISK_NEEDED_WARM_GB
+    if _is_cold():
+        needed = max(needed, DISK_NEEDED_GB - round(_size(CACHE) / 1e9))
     free = shutil.disk_usage(CACHE).free / 1e9
     if free < needed:
         raise ClusterError(f"{needed} GB of disk are needed under {CACHE}, {free:.0f} GB are free: make room")
@@ -93,12 +96,37 @@ def check_machine() -> None:
         raise ClusterError(f"{MEMORY_NEEDED_GB} GB of memory are needed, this machine has {memory:.0f}")
 
 
+def _is_cold() -> bool:
+    """Whether a first `up` has still to make what a cluster is made of."""
+    if kind.KUBECONFIG.exists() or all(parts.is_built(parts.CATALOGUE[name]) for name in parts.NODE_PARTS):
+        return False
+    return not images.has_pulled_node()
+
+
+def _size(folder: Path) -> int:
+    """Bytes that a folder holds, of which what an interrupted call has made already is not needed again."""
+    found = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += (Path(where) / name).lstat().st_size
+    return found
+
+
 def _down(arguments: argparse.Namespace) -> None:
-    if (engine.answers() or not engine.is_ours()) and kind.exists():
-        with step("taking the cluster down"):
-            kind.delete()
+    there = engine.answers() or not engine.is_ours()
+    if not there and kind.MARKER.exists() and not BEFORE.exists():
+        raise ClusterError("the cluster is in a Docker engine that does not answer: start Docker first")
+    try:
+        if there and not kind.is_of_others() and kind.exists():
+            with step("taking the cluster down"):
+                kind.delete()
+        if there and arguments.all and not engine.environment():
+            with step("removing our images"):
+                images.remove_ours()
+    finally:
+        engine.stop()
     KUBECONFIG.unlink(missing_ok=True)
-    engine.stop()
     if arguments.all:
         parts.drop_go_caches()
         with step(f"removing {CACHE}"):
@@ -132,7 +160,6 @@ def _engine(_: argparse.Namespace) -> None:
 
 
 def _parts(arguments: argparse.Namespace) -> None:
-    CACHE.mkdir(parents=True, exist_ok=True)
     parts.ensure(name for name in arguments.names if name not in debian.CATALOGUE)
     for name in arguments.names:
         if name in debian.CATALOGUE:
@@ -145,21 +172,34 @@ def _images(_: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
-    """One call at a time."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with LOCK.open("w") as lock:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    say("another hack/cluster is at work; waiting for it")
-                    told = True
-                if time.monotonic() > deadline:
-                    raise ClusterError(f"another hack/cluster held {LOCK} for {LOCK_TIMEOUT_S} s") from None
-                time.sleep(1)
-        yield
+def locked() -> Iterator[None]:
+    """One call at a time; what one that was killed has begun ends first."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    told = False
+    while True:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with LOCK.open("w") as lock:
+            if _taken(lock):
+                steps.held.append(lock.fileno())
+                try:
+                    for leftover in CACHE.glob("tmp*"):
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    yield
+                finally:
+                    steps.held.clear()
+                return
+        if not told:
+            say("another hack/cluster is at work; waiting for it")
+            told = True
+        if time.monotonic() > deadline:
+            raise ClusterError(f"another hack/cluster held {LOCK} for {LOCK_TIMEOUT_S} s")
+        time.sleep(1)
+
+
+def _taken(lock: IO[str]) -> bool:
+    """Whether the lock is ours now, and no file that `down --all` has removed meanwhile."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(lock.fileno()).st_ino == LOCK.stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False

@@ -26,9 +26,13 @@ def ensure(package: str) -> None:
     """
     targets = [PARTS / package / path for path in CATALOGUE[package]]
     if not all(target.exists() for target in targets):
+        if all(shutil.which(target.name) for target in targets):
+            return
         names = " and ".join(target.name for target in targets)
         if shutil.which("apt-get") is None:
-            raise ClusterError(f"{names} are missing (on Debian they are taken from the package {package})")
+            raise ClusterError(
+                f"{names} are missing: install them (on Debian they are taken from the package {package})"
+            )
         with step(f"taking {names} out of Debian's package {package}"):
             _extract(package)
     for target in targets:

@@ -10,9 +10,10 @@ import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from heimdall_cluster import parts
 from heimdall_cluster.paths import BEFORE, CLIENT_CONFIG, DATA_ROOT, ENGINE, EXEC_ROOT, LOGS, PID_FILE, RUN, SOCKET
@@ -21,8 +22,13 @@ from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_unti
 START_TIMEOUT_S: Final = 60
 STOP_TIMEOUT_S: Final = 60
 CAP_SYS_RESOURCE: Final = 24
+FIREWALLS: Final = ("iptables", "ip6tables")
 HAIRPIN: Final = re.compile(r"-A POSTROUTING -s (\S+)/32 -d \1/32 -p \w+ .*-j MASQUERADE$")
 """By this rule a container reaches a port of its own that is published."""
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+POLICY: Final = Path("/usr/sbin/policy-rc.d")
+"""Asked by Debian's packages whether they may start their services."""
+UNITS: Final = ("docker.service", "docker.socket", "containerd.service")
 BRIDGE: Final = re.compile(r"docker0|br-[0-9a-f]{12}")
 """Links that Docker's engine makes."""
 RUNC_WRAPPER: Final = '''#!/usr/bin/python3 -S
@@ -115,19 +121,54 @@ def _require_debian_root() -> None:
 
 def _install() -> None:
     packages = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap"}
-    missing = [
-        package
-        for program, package in packages.items()
-        if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin") is None
-    ]
+    missing = [package for program, package in packages.items() if not _is_installed(program)]
     if not missing:
         return
-    with step(f"installing {', '.join(missing)} from Debian"):
-        log = LOGS / "apt.log"
-        # The package must not start a service of its own.
-        env = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        run(["apt-get", "update", "-qq"], log=log)
-        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], log=log, env=env)
+    with step(f"installing {', '.join(missing)} from Debian"), _no_services():
+        _apt("update", "-qq")
+        _apt("install", "-y", "-qq", "--no-install-recommends", *missing)
+        if not _is_installed("docker"):
+            # Since Debian 13 the client is a package of its own.
+            _apt("install", "-y", "-qq", "--no-install-recommends", "docker-cli")
+    if "docker.io" in missing and shutil.which("systemctl"):
+        # An engine of the system's own, started with the machine, would take the place of ours.
+        read(["systemctl", "disable", *UNITS])
+
+
+def _is_installed(program: str) -> bool:
+    return shutil.which(program, path="/usr/sbin:/usr/bin:/sbin") is not None
+
+
+def _apt(*arguments: str) -> None:
+    run(["apt-get", *arguments], log=LOGS / "apt.log", env={"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"})
+
+
+@contextmanager
+def _no_services() -> Iterator[None]:
+    """Packages that are installed meanwhile start no service."""
+    if POLICY.exists():
+        yield  # whoever put it there has decided
+        return
+    POLICY.write_text("#!/bin/sh\nexit 101\n")
+    POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        POLICY.unlink()
+
+
+def require_builder() -> None:
+    """Make sure that images can be built from Debian's packages here, whoever's engine it is.
+
+    Raises:
+        ClusterError: This is no Debian, or not root.
+    """
+    if platform.system() != "Linux" or not Path("/etc/debian_version").exists() or os.geteuid() != 0:
+        raise ClusterError(
+            "images can't be pulled, and building them needs root on Debian: let Docker reach its registries "
+            "(docker pull hello-world), or call this as root on Debian"
+        )
+    _install()
 
 
 def _start() -> None:
@@ -135,7 +176,9 @@ def _start() -> None:
     ENGINE.mkdir(parents=True, exist_ok=True)
     RUN.mkdir(parents=True, exist_ok=True)
     if not BEFORE.exists():
-        BEFORE.write_text(json.dumps(_host_state()))
+        fresh = BEFORE.with_suffix(".new")
+        fresh.write_text(json.dumps(_host_state()))
+        fresh.replace(BEFORE)
     command = [
         *("dockerd", "--host", f"unix://{SOCKET}", "--data-root", str(DATA_ROOT), "--exec-root", str(EXEC_ROOT)),
         *("--pidfile", str(PID_FILE), "--storage-driver", "overlay2", "--log-level", "warn"),
@@ -169,10 +212,11 @@ def has_capability(number: int) -> bool:
 
 def _host_state() -> dict[str, object]:
     return {
+        "boot": BOOT_ID.read_text().strip(),
         "links": sorted(link.name for link in Path("/sys/class/net").iterdir()),
         "ip_forward": Path("/proc/sys/net/ipv4/ip_forward").read_text().strip(),
         "chains": sorted(_docker_chains()),
-        "forward": _forward_policy(),
+        "forward": {tool: _forward_policy(tool) for tool in FIREWALLS},
     }
 
 
@@ -272,43 +316,50 @@ def _descendants_of_ours() -> Iterator[int]:
 
 
 def _our_mounts() -> list[str]:
-    ours = (f"{DATA_ROOT}/", f"{RUN}/")
+    return mounts_under(DATA_ROOT, RUN)
+
+
+def mounts_under(*folders: Path) -> list[str]:
+    """What is mounted in folders, in the order in which it was mounted."""
+    ours = tuple(f"{folder}/" for folder in folders)
     points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [point for point in points if f"{point}/".startswith(ours)]
 
 
-def _restore_host(before: dict[str, object]) -> None:
-    links = before["links"]
-    chains = before["chains"]
-    assert isinstance(links, list)
-    assert isinstance(chains, list)
-    for name in _bridges() - set(links):
+def _restore_host(before: dict[str, Any]) -> None:
+    """Take back what our engine did to links and firewall, unless somebody else's may have done the same since."""
+    if before["boot"] != BOOT_ID.read_text().strip():
+        return  # links and rules went with the machine's restart
+    if _foreign_answers():
+        say("  another Docker engine answers: links and firewall rules are left to it")
+        return
+    for name in _bridges() - set(before["links"]):
         # What a killed container had plugged in goes with its bridge.
         for port in Path(f"/sys/class/net/{name}/brif").glob("*"):
             read(["ip", "link", "delete", port.name])
         read(["ip", "link", "delete", name])
-    if not chains:
-        remove_firewall_rules(policy=str(before.get("forward", "ACCEPT")))
-    Path("/proc/sys/net/ipv4/ip_forward").write_text(str(before["ip_forward"]))
+    if not before["chains"]:
+        remove_firewall_rules(policies=before["forward"])
+    Path("/proc/sys/net/ipv4/ip_forward").write_text(before["ip_forward"])
 
 
 def _bridges() -> set[str]:
     return {link.name for link in Path("/sys/class/net").iterdir() if BRIDGE.fullmatch(link.name)}
 
 
-def _forward_policy() -> str:
+def _forward_policy(tool: str) -> str:
     """What the host does with packets between its links that no rule speaks of."""
-    listing = (read(["iptables", "-S", "FORWARD"]) or "").split()
+    listing = (read([tool, "-S", "FORWARD"]) or "").split()
     return listing[2] if listing[:2] == ["-P", "FORWARD"] else "ACCEPT"
 
 
-def remove_firewall_rules(*, policy: str) -> None:
+def remove_firewall_rules(*, policies: Mapping[str, str]) -> None:
     """Remove Docker's chains, and the rules that lead to them or name its bridges.
 
     Args:
-        policy: The forward chain's policy before.
+        policies: The forward chain's policy before, by tool.
     """
-    for tool in ("iptables", "ip6tables"):
+    for tool in FIREWALLS:
         for table in ("filter", "nat", "raw", "mangle"):
             listing = (read([tool, "-t", table, "-S"]) or "").splitlines()
             for rule in listing:
@@ -318,7 +369,7 @@ def remove_firewall_rules(*, policy: str) -> None:
                 if rule.startswith("-N DOCKER"):
                     read([tool, "-t", table, "-X", rule.split()[1]])
         # Docker's engine makes the forward chain refuse what it does not know.
-        read([tool, "-P", "FORWARD", policy])
+        read([tool, "-P", "FORWARD", policies[tool]])
 
 
 def is_docker_rule(rule: str) -> bool:

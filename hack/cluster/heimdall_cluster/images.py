@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import IO, Final
@@ -23,7 +26,10 @@ DEBIAN: Final = "heimdall/debian:bookworm"
 PYTHON: Final = "python:3.11-slim-bookworm"
 NETWORK_TOOLS: Final = "heimdall/network-tools:bookworm"
 NODE_BASE: Final = "heimdall/kind-base:dev"
-NODE: Final = f"heimdall/kind-node:{KUBERNETES_VERSION}"
+NODE_NAME: Final = "heimdall/kind-node"
+LABEL: Final = "dev.heimdall.inputs"
+"""On every image of ours: a checksum of what it is made of."""
+ARCHITECTURE: Final = {"aarch64": "arm64", "arm64": "arm64"}.get(platform.machine(), "amd64")
 KUBE_ROUTER: Final = "docker.io/heimdall/kube-router:v2.1.0"
 SUITE: Final = "bookworm"
 CA_BUNDLE: Final = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -78,6 +84,8 @@ def _ensure_debian() -> None:
         return
     tree = CACHE / "debian"
     with step("making a Debian base image with debootstrap"):
+        for mount in reversed(engine.mounts_under(tree)):  # of one that was killed
+            read(["umount", "--lazy", mount])
         shutil.rmtree(tree, ignore_errors=True)
         run(
             ["debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, tree], log=LOGS / "debootstrap.log"
@@ -104,10 +112,12 @@ def ensure_node() -> str | None:
     Returns:
         Its name; None where kind's own can be pulled.
     """
-    if exists(NODE):
-        return NODE
+    node = node_name()
+    if exists(node):
+        return node
     if can_pull():
         return None
+    engine.require_builder()
     parts.ensure(["kind", *parts.NODE_PARTS])
     _ensure_debian()
     with step("building the images of Kubernetes' own parts"):
@@ -118,13 +128,45 @@ def ensure_node() -> str | None:
         _build_node_base()
     with step("building the node image"):
         kind = parts.path_of("kind")
-        command = [kind, "build", "node-image", "--type", "file", tarball, "--base-image", NODE_BASE, "--image", NODE]
+        command = [kind, "build", "node-image", "--type", "file", tarball, "--base-image", NODE_BASE, "--image", node]
         # kind leaves what it unpacks, 1 GB, in the folder for temporary files.
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             run(command, log=LOGS / "node-image.log", env={**client_environment(), "TMPDIR": scratch})
         tarball.unlink()
-        read([engine.docker(), "image", "rm", NODE_BASE], env=engine.environment())
-    return NODE
+        _remove([NODE_BASE, *(name for name in _listed(NODE_NAME) if name != node)])
+    return node
+
+
+def node_name() -> str:
+    """The node image, named after all that it is made of: of other parts, another one is made."""
+    digest = hashlib.sha256()
+    for name in ("kind", *parts.NODE_PARTS):
+        digest.update(parts.fingerprint(parts.CATALOGUE[name]).encode())
+    for file in sorted(path for path in IMAGES_SOURCE.rglob("*") if path.is_file()):
+        digest.update(file.read_bytes())
+    return f"{NODE_NAME}:{KUBERNETES_VERSION}-{digest.hexdigest()[:12]}"
+
+
+def has_pulled_node() -> bool:
+    """Whether the engine that was there has pulled one of kind's node images."""
+    return bool(read(["docker", "image", "ls", "--quiet", "kindest/node"]))
+
+
+def remove_ours() -> None:
+    """Remove every image that was built here from an engine that is not ours; what was pulled stays."""
+    listed = [engine.docker(), "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"label={LABEL}"]
+    labelled = (read(listed, env=engine.environment()) or "").split()
+    _remove({*labelled, *_listed("heimdall/*")})
+
+
+def _listed(reference: str) -> list[str]:
+    command = [engine.docker(), "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", reference]
+    return (read(command, env=engine.environment()) or "").split()
+
+
+def _remove(names: Iterable[str]) -> None:
+    for name in names:
+        read([engine.docker(), "image", "rm", name], env=engine.environment())
 
 
 def client_environment() -> dict[str, str]:
@@ -162,7 +204,7 @@ def _server_tarball() -> Path:
         for binary in ("kubeadm", "kubelet", "kubectl"):
             tar.add(parts.path_of("kubernetes", binary), f"kubernetes/server/bin/{binary}")
         for binary in KUBE_BINARIES:
-            image = f"registry.k8s.io/{binary}-amd64:{KUBERNETES_VERSION}"
+            image = f"registry.k8s.io/{binary}-{ARCHITECTURE}:{KUBERNETES_VERSION}"
             base = NETWORK_TOOLS if binary == "kube-proxy" else "scratch"
             build_binary(image, parts.path_of("kubernetes", binary), base=base)
             # What no archive names, kind would pull: so the last one holds everything else too.

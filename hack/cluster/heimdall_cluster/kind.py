@@ -14,6 +14,7 @@ from heimdall_cluster.paths import HERE, KUBECONFIG, LOGS
 from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_until
 
 NAME: Final = "heimdall"
+PLATFORM: Final = f"linux/{images.ARCHITECTURE}"
 CONTROL_PLANE: Final = f"{NAME}-control-plane"
 WORKERS: Final = (f"{NAME}-worker", f"{NAME}-worker2")
 GPU_NODE: Final = WORKERS[1]
@@ -21,7 +22,11 @@ GPUS: Final = 2
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 SERVICES: Final = (("kube-system", "coredns"), ("local-path-storage", "local-path-provisioner"))
 """What pods of any node stand on: namespace and name of Deployments."""
+MARKER: Final = KUBECONFIG.with_name("kind.json")
+"""Configuration of a cluster that this tool made: under an engine of others, one of its name may be somebody's."""
 NODE_GRACE_S: Final = 20
+RECOVERY_TIMEOUT_S: Final = 30
+"""How long a cluster whose nodes all run may take to be Ready again, before it is made anew."""
 NODES_TIMEOUT_S: Final = 180
 LOAD_TIMEOUT_S: Final = 900
 DELETE_TIMEOUT_S: Final = 120
@@ -90,6 +95,24 @@ def is_healthy() -> bool:
     return len(ready) == 1 + len(WORKERS)
 
 
+def is_of_others() -> bool:
+    """Whether the cluster of our name is one that this tool did not make."""
+    return not MARKER.exists() and not engine.environment() and exists()
+
+
+def recovers() -> bool:
+    """Whether the cluster is healthy, or is so in a moment: a node may just have missed a beat."""
+    try:
+        wait_until(
+            lambda: is_healthy() or len(_containers(all_states=False)) != 1 + len(WORKERS),
+            what="that all nodes are Ready",
+            timeout_s=RECOVERY_TIMEOUT_S if KUBECONFIG.exists() else 0,
+        )
+    except ClusterError:
+        return False
+    return is_healthy()
+
+
 def _is_ready(node: dict[str, Any]) -> bool:
     return any(item["type"] == "Ready" and item["status"] == "True" for item in node["status"]["conditions"])
 
@@ -105,6 +128,11 @@ def _containers(*, all_states: bool) -> list[str]:
 
 def create() -> None:
     """Make the cluster, taking down what is left of a broken one."""
+    if is_of_others():
+        raise ClusterError(
+            f"there is a kind cluster {NAME} that this tool did not make: it is left alone. If nobody needs it, "
+            f"kind delete cluster --name {NAME}"
+        )
     if exists():
         say("  what is left of an earlier cluster does not work: it is taken down first")
         delete()
@@ -126,10 +154,9 @@ def _create(node_image: str | None) -> None:
     own_cni = node_image is not None
     kept = list(stores.ensure(node_image, WORKERS).values()) if node_image and engine.environment() else []
     cgroup_v1 = not Path("/sys/fs/cgroup/cgroup.controllers").exists()
-    file = KUBECONFIG.with_name("kind.json")
-    file.write_text(json.dumps(config(own_cni=own_cni, cgroup_v1=cgroup_v1, kept=kept)))
+    MARKER.write_text(json.dumps(config(own_cni=own_cni, cgroup_v1=cgroup_v1, kept=kept)))
     with step("creating the cluster with kind"):
-        command = [parts.path_of("kind"), "create", "cluster", "--config", file, "--kubeconfig", KUBECONFIG]
+        command = [parts.path_of("kind"), "create", "cluster", "--config", MARKER, "--kubeconfig", KUBECONFIG]
         image = ["--image", node_image] if node_image else []
         run([*command, *image], log=LOGS / "kind.log", env=images.client_environment(), timeout_s=600)
     if own_cni:
@@ -188,10 +215,11 @@ def simulate_gpus() -> None:
 
 def delete() -> None:
     """Take the cluster down."""
+    parts.ensure(["kind"])
     command = [parts.path_of("kind"), "delete", "cluster", "--name", NAME, "--kubeconfig", KUBECONFIG]
     run(command, log=LOGS / "kind.log", env=images.client_environment(), timeout_s=DELETE_TIMEOUT_S)
     KUBECONFIG.unlink(missing_ok=True)
-    KUBECONFIG.with_name("kind.json").unlink(missing_ok=True)
+    MARKER.unlink(missing_ok=True)
     if engine.environment():
         # The network is shared by all kind clusters of an engine: only of our own engine it is ours.
         read([engine.docker(), "network", "rm", "kind"], env=engine.environment())
@@ -204,7 +232,7 @@ def load(names: list[str], nodes: list[str]) -> None:
         wanted = read([engine.docker(), "image", "inspect", "--format", "{{.Id}}", name], env=engine.environment())
         if wanted is None:
             raise ClusterError(f"the engine has no image {name}: build it first (python3 hack/images build)")
-        missing = tuple(node for node in nodes if image_id(node, name) != wanted.strip())
+        missing = tuple(node for node in nodes if wanted.strip() not in image_ids(node, name))
         if missing:
             lacking.setdefault(missing, []).append(name)
     for missing, images_of in lacking.items():
@@ -221,7 +249,8 @@ def _stream(names: Sequence[str], node: str) -> None:
         ClusterError: The engine or the node failed.
     """
     env = {**os.environ, **engine.environment()}
-    importing = ["ctr", "--namespace", "k8s.io", "images", "import", "--all-platforms", "--digests"]
+    # An image that was pulled names platforms of which only the machine's own is there.
+    importing = ["ctr", "--namespace", "k8s.io", "images", "import", "--platform", PLATFORM, "--digests"]
     with (LOGS / "kind.log").open("ab") as log:
         save = subprocess.Popen([engine.docker(), "save", *names], env=env, stdout=subprocess.PIPE, stderr=log)
         command = [engine.docker(), "exec", "-i", node, *importing, "--snapshotter=overlayfs", "-"]
@@ -238,24 +267,14 @@ def _stream(names: Sequence[str], node: str) -> None:
         raise ClusterError(f"{', '.join(names)} could not be loaded into {node}: see {LOGS / 'kind.log'}")
 
 
-def image_id(node: str, name: str) -> str | None:
-    """ID of a node's image of a name, or None where it has none."""
-    found = read(
-        [
-            engine.docker(),
-            "exec",
-            node,
-            "crictl",
-            "inspecti",
-            "-o",
-            "go-template",
-            "--template",
-            "{{.status.id}}",
-            images.whole_name(name),
-        ],
-        env=engine.environment(),
-    )
-    return found.strip() if found else None
+def image_ids(node: str, name: str) -> set[str]:
+    """What a node's image of a name may be called: by its configuration, or by its manifest."""
+    whole, inside = images.whole_name(name), [engine.docker(), "exec", node]
+    template = ("-o", "go-template", "--template", "{{.status.id}}")
+    by_configuration = read([*inside, "crictl", "inspecti", *template, whole], env=engine.environment())
+    listed = ["ctr", "--namespace", "k8s.io", "images", "list", f"name=={whole}"]
+    by_manifest = (read([*inside, *listed], env=engine.environment()) or "").splitlines()[1:]
+    return {*(by_configuration or "").split(), *(word for line in by_manifest for word in line.split()[2:3])}
 
 
 def _drop_replaced(nodes: Iterable[str]) -> None:

@@ -15,6 +15,10 @@ TAIL_LINES: Final = 25
 COMMAND_TIMEOUT_S: Final = 1800
 
 
+held: list[int] = []
+"""Descriptors that commands inherit: a lock is held until what it is for has ended, though this process be killed."""
+
+
 class ClusterError(Exception):
     """Something is missing or failed; the message tells a person what and what to do."""
 
@@ -70,6 +74,7 @@ def run(
                 input=text,
                 text=True,
                 timeout=timeout_s,
+                pass_fds=held,
             )
         except FileNotFoundError as error:
             raise ClusterError(f"{command[0]} is missing") from error
