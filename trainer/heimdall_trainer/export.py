@@ -291,15 +291,29 @@ def _scene(batch: int, receivers: int, values: int) -> tuple[Tensor, Tensor]:
 def _example_of(module: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
     """Names and tensors that `forward` is called with."""
     example = module.example_input_array
-    parameters = list(inspect.signature(module.forward).parameters)
-    given = example if isinstance(example, Mapping) else dict(zip(parameters, _as_tuple(example), strict=False))
-    tensors = tuple(given[name].detach().cpu() for name in parameters if isinstance(given.get(name), Tensor))
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if isinstance(example, Mapping):
+        given = dict(example)
+        names = [name for name in positional if name in given]
+        if given and (len(names) != len(given) or names != positional[: len(names)]):
+            raise ExportError(
+                f"example_input_array of {type(module).__name__} names {', '.join(given)}: it must name the first "
+                f"positional arguments of forward, which are {', '.join(positional)}"
+            )
+    else:
+        values = _as_tuple(example)
+        rest = [each.name for each in parameters if each.kind == each.VAR_POSITIONAL]
+        more = [f"{name}_{index}" for name in rest for index in range(len(values) - len(positional))]
+        names = [*positional, *more][: len(values)]
+        given = dict(zip(names, values, strict=False))
+    tensors = tuple(given[name].detach().cpu() for name in names if isinstance(given[name], Tensor))
     if not tensors or len(tensors) != (len(example) if isinstance(example, Mapping) else len(_as_tuple(example))):
         raise ExportError(
             f"{type(module).__name__} has no example input: set example_input_array to what its forward takes (a "
             "tensor, a tuple or a dictionary of tensors)"
         )
-    return tuple(name for name in parameters if name in given), tensors
+    return tuple(names), tensors
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -68,10 +68,15 @@ def trainer_options(pl: Any) -> dict[str, Any]:
     Args:
         pl: `pytorch_lightning` or `lightning.pytorch`.
     """
+    import torch
+
+    # Not Lightning's own choice: a Mac's GPU knows no numbers of 64 bits, which recordings' places have.
+    accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     if world_size() == 1:
-        return {"devices": 1}
+        return {"accelerator": accelerator, "devices": 1}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return {
+        "accelerator": accelerator,
         "strategy": pl.strategies.DDPStrategy(timeout=COLLECTIVE_TIMEOUT),
         "num_nodes": world_size() // local,
         "devices": local,

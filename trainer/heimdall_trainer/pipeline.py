@@ -282,7 +282,9 @@ class TrainingPipeline:
 
         if self.spec.training.precision != "auto":
             return self.spec.training.precision
-        return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+        # Emulated, which torch counts as supported, it would be slower than what it is to save.
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if has_bf16 else "32-true"
 
     def _log_parameters(self, trainer: Any) -> None:
         import torch

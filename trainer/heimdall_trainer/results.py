@@ -153,13 +153,18 @@ class Results:
         from heimdall_trainer import modelling
         from heimdall_trainer.data.module import HeimdallDataModule
 
-        batch = next(iter((data if data is not None else module).train_dataloader()))
         if self._localizer:
-            example = {name: batch[name][:1].numpy() for name in ("spectrograms", "receivers")}
+            batch = _batch_of(module, data) or dict(zip(INPUTS, module.example_input_array, strict=True))
+            example = {name: batch[name][:1].numpy() for name in INPUTS}
             sessions = data.state_dict() if isinstance(data, HeimdallDataModule) else {}
             modelling.log_localizer(self._tracker, module.net, example, folder=self._folder, onnx=onnx, known=sessions)
         else:
-            modelling.log_module(self._tracker, module, _single_array(batch), folder=self._folder, onnx=onnx)
+            example = _single_array(_batch_of(module, data))
+            modelling.log_module(self._tracker, module, example, folder=self._folder, onnx=onnx)
+
+
+INPUTS: Final = ("spectrograms", "receivers")
+"""What a localizer is given of a batch."""
 
 
 def loss_history(client: MlflowClient, run_id: str) -> dict[str, History]:
@@ -183,6 +188,18 @@ def _is_whole(module: Any) -> bool:
     base = lightning_of(module).LightningModule
     late = any(getattr(type(module), hook) is not getattr(base, hook) for hook in ("configure_model", "setup"))
     return not late and not any(is_lazy(each) for each in (*module.parameters(), *module.buffers()))
+
+
+def _batch_of(module: Any, data: Any) -> Any:
+    """A batch of the training's data; None where they can't be read any more: Lightning has had them torn down."""
+    try:
+        return next(iter((data if data is not None else module).train_dataloader()))
+    except Exception as error:  # noqa: BLE001 - an example is no reason to lose what hours have made
+        log.warning(
+            "the training's data can't be read after it, so no example is taken from them",
+            error=f"{type(error).__name__}: {redact(error)}",
+        )
+        return None
 
 
 def _single_array(batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Final, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -78,6 +79,20 @@ class DataSettings(BaseSettings):
     def _check_redis(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("is no URL of a Redis: use redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS")
+        try:
+            _ = value and urlsplit(value.get_secret_value()).port
+        except ValueError:
+            # Its own words may show a part of the password.
+            raise ValueError(
+                "has no number for a port: write / : @ ? # in the password as %2F %3A %40 %3F %23"
+            ) from None
+        return value
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError(f"must begin with http:// or https://, as in http://{value}")
         return value
 
     @field_validator("cache_dir")

@@ -129,6 +129,21 @@ def test_a_single_receiver_tells_nothing_of_time() -> None:
     assert found.sigma_s == pytest.approx([WORST_SIGMA_S])
 
 
+@pytest.mark.parametrize("muted", [0, 1, 2])
+def test_a_receiver_that_was_muted_tells_nothing_and_disturbs_nobody(muted: int) -> None:
+    signals = heard([0.5, 1.0, 2.0], modulation="fsk")
+    signals[muted] = np.zeros_like(signals[muted])
+    found = estimate(signals)
+    assert np.isfinite(found.times_s).all()
+    assert found.sigma_s[muted] == WORST_SIGMA_S
+    assert (np.delete(found.sigma_s, muted) < WORST_SIGMA_S).all()
+
+
+def test_silence_alone_is_no_error() -> None:
+    found = estimate([np.zeros_like(signal) for signal in heard([0.5, 1.0], modulation="fm")])
+    assert found.sigma_s == pytest.approx([WORST_SIGMA_S] * 2)
+
+
 def test_the_bound_of_an_arrival_is_kay_s() -> None:
     # 100 kHz flat, 40 dB, 1,000 samples.
     beta = 2 * np.pi * 100e3 / np.sqrt(12)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from heimdall_api.types import DataSpec
+from heimdall_trainer import group
 from heimdall_trainer.data.augment import Augmentation
 from heimdall_trainer.data.cache import ENTRY_BYTES
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
@@ -256,6 +257,44 @@ def test_the_split_of_a_checkpoint_is_kept_whenever_it_comes(mine: DataSettings)
     assert len(early.dataset_identity()["train_sessions"]) == 2
     data.load_state_dict({})
     assert data.split == whole, "an older checkpoint tells of no sessions"
+
+
+def test_all_processes_have_what_the_first_has_found(recorded: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = (HeimdallDataModule(recorded, DataSpec(), seed=seed) for seed in (1, 2))
+    first.setup()
+    other.setup()
+    assert other.split != first.split, "each by itself finds its own"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "from_first", lambda _: first._found)
+    for _ in range(2):
+        other.setup("fit")
+        assert other.split == first.split
+
+
+@pytest.mark.parametrize("gone", [1, 4])
+def test_recordings_that_go_while_their_features_are_cached_are_left_out_where_arrivals_are_wanted(
+    mine: DataSettings, gone: int
+) -> None:
+    HeimdallDataModule(mine, DataSpec()).setup()
+    sent = sent_of(mine)
+    for item in sent[:gone]:
+        data_file(mine, item, 1).unlink()
+    data = HeimdallDataModule(mine, DataSpec(arrivals=True))
+    if gone > 3:
+        with pytest.raises(DataError, match=r"HEIMDALL_SKIP_LIMIT=0\.05 allows: session generated-7-000, trans"):
+            data.setup()
+        return
+    data.setup()
+    kept = next(item for item in data._load()[1] if item.id == sent[0].id)
+    assert [each.receiver.receiver_id for each in kept.recordings] == ["rx0", "rx2"]
+
+
+def test_a_recording_that_goes_in_mid_training_is_named(mine: DataSettings) -> None:
+    dataset = HeimdallDataset.open(mine)
+    shutil.rmtree(mine.cache_dir)
+    data_file(mine, dataset.transmissions[0], 1).unlink()
+    with pytest.raises(DataError, match="session generated-7-000, transmission generated-7-000-0000: a record"):
+        _ = dataset[0]
 
 
 def test_a_session_that_was_asked_for_and_is_not_there_is_named(recorded: DataSettings) -> None:

@@ -155,10 +155,32 @@ def test_outputs_have_their_dictionary_s_names_and_inputs_of_several_lengths_kee
     assert shapes == [[3, 1], [1]]
 
 
-@pytest.mark.parametrize("example", [None, "text", (torch.ones(1, 1), 3), {"y": torch.ones(1, 1)}])
+@pytest.mark.parametrize("example", [None, "text", (torch.ones(1, 1), 3), {}])
 def test_a_module_without_an_example_is_refused_with_the_remedy(example: Any) -> None:
     with pytest.raises(ExportError, match="Example has no example input: set example_input_array"):
         export_module(Example(example), FILE)
+
+
+class Optional(Example):
+    def forward(self, x: torch.Tensor, mask: Any = None, y: Any = None) -> Any:
+        return self.layer(x) if y is None else self.layer(x) + y
+
+
+class Variadic(Example):
+    def forward(self, *xs: torch.Tensor) -> Any:
+        return self.layer(xs[0]) + xs[1]
+
+
+@pytest.mark.parametrize("names", [("y",), ("x", "y"), ("x", "z")])
+def test_an_example_that_would_be_given_to_other_arguments_is_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(ExportError, match=r"must name the first positional arguments of forward, which are x, mask, y"):
+        export_module(Optional(dict.fromkeys(names, torch.ones(2, 1))), FILE)
+
+
+def test_any_number_of_arguments_is_exported() -> None:
+    exported = export_module(Variadic((torch.ones(2, 1), torch.ones(2, 1))), FILE)
+    assert exported.differences == pytest.approx({"output": 0.0}, abs=1e-5)
+    assert [item.name for item in onnx.load(FILE).graph.input] == ["xs_0", "xs_1"]
 
 
 def test_what_the_exporter_does_not_understand_is_told_in_a_sentence() -> None:

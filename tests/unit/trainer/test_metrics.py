@@ -112,3 +112,10 @@ def test_with_long_tails_the_scale_leaves_both_ellipses_off_by_as_much() -> None
 def test_a_handful_of_samples_moves_the_scale_by_little() -> None:
     squares = torch.full((2,), 400.0)
     assert 1.0 < fitted_scale(squares).item() < 2.0
+
+
+def test_a_prediction_that_is_no_number_moves_no_scale() -> None:
+    squares = torch.full((50,), 2.0)
+    spoiled = torch.cat([squares, torch.tensor([torch.nan, torch.inf])])
+    assert fitted_scale(spoiled) == fitted_scale(squares)
+    assert fitted_scale(spoiled[50:]) == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,20 @@ def quiet_module(monkeypatch: pytest.MonkeyPatch) -> LocalizationModule:
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
     return module
+
+
+def test_a_loss_that_is_no_number_is_seen_and_leaves_sigma_as_it_is(quiet_module: LocalizationModule) -> None:
+    logged: dict[str, float] = {}
+    quiet_module.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
+    spectrograms, receivers = scene(8, 3, 1)
+    truth = torch.zeros(8, 2)
+    with torch.no_grad():
+        for target in (truth, truth * torch.nan):
+            batch = {"spectrograms": spectrograms, "receivers": receivers, "position": target}
+            quiet_module.validation_step(batch, 0)  # type: ignore[arg-type]
+        quiet_module.on_validation_epoch_end()
+    assert logged["val/loss"] == math.inf, "early stopping and the choice of the best look at it"
+    assert math.isfinite(quiet_module.net.sigma_scale)
 
 
 @pytest.mark.parametrize("real", [8, 5, 0])

@@ -195,3 +195,14 @@ def test_a_url_tells_what_kind_of_store_it_is(url: str, kind: type, tmp_path: Pa
 def test_a_url_that_names_no_store_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no place for objects"):
         open_objects(data_settings(tmp_path), url)
+
+
+def test_a_store_without_keys_names_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    settings = data_settings(tmp_path, recordings_url="s3://bucket", s3_endpoint_url="http://127.0.0.1:9")
+    with pytest.raises(ConfigurationError, match=r"set HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"):
+        open_objects(settings).has("key")

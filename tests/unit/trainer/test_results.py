@@ -103,6 +103,13 @@ def results(tracker: Tracker, **spec: Any) -> Results:
     return Results(TrainingRunSpec.model_validate(spec), tracker, Path("results"))  # type: ignore[arg-type]
 
 
+class TornDown(OwnData):
+    """It has freed what it had, as Lightning asks of it."""
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(None)  # type: ignore[arg-type]
+
+
 def no_fence() -> None:
     """This attempt is the newest."""
 
@@ -204,6 +211,20 @@ def test_data_of_one_s_own_may_have_a_split_of_its_own(logged: list[dict[str, An
 
 
 OWN = {"model": {"module": "tests.unit.trainer.user_modules:LineWithExample"}, "export": {"onnx": True}}
+
+
+def test_data_that_were_torn_down_cost_the_example_and_not_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(modelling, "log_module", lambda tracker, module, example, **_: given.append(example))
+    monkeypatch.setattr(modelling, "log_localizer", lambda tracker, net, example, **_: given.append(example))
+    with capture_logs() as logs:
+        results(Tracker(), model={"module": "a:B"}, registration={"model": "m"}).publish(Module(), TornDown(), no_fence)
+        localizer = Module()
+        localizer.example_input_array = (torch.ones(2, 1), torch.zeros(2, 1))  # type: ignore[assignment]
+        results(Tracker(), registration={"model": "m"}).publish(localizer, TornDown(), no_fence)
+    assert given[0] is None
+    assert {name: each.tolist() for name, each in given[1].items()} == {"spectrograms": [[1.0]], "receivers": [[0.0]]}
+    assert len([line for line in logs if "can't be read after it" in line["event"]]) == 2
 
 
 def test_a_module_of_one_s_own_is_rehearsed_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,8 @@ def test_every_way_to_write_postgresql_means_the_driver_that_is_installed(scheme
         ("HEIMDALL_SKIP_LIMIT", "1.5"),
         ("HEIMDALL_READ_THREADS", "0"),
         ("HEIMDALL_REDIS_URL", f"http://user:{SECRET}@host"),
+        ("HEIMDALL_REDIS_URL", f"redis://:{SECRET}/more@host:6379/0"),
+        ("HEIMDALL_S3_ENDPOINT_URL", "minio:9000"),
         ("HEIMDALL_CACHE_LIMIT_GIB", "0"),
         ("HEIMDALL_S3_CA_BUNDLE", "/nowhere/ca.pem"),
     ],

@@ -12,9 +12,10 @@ import structlog
 from heimdall_trainer.data import physics
 from heimdall_trainer.data.arrivals import estimate_arrivals
 from heimdall_trainer.data.cache import Caches, Features, key_of
+from heimdall_trainer.data.features import Problem, without
 from heimdall_trainer.data.geo import to_local
-from heimdall_trainer.data.recordings import RecordingStore
-from heimdall_trainer.data.sessions import Receiver, Transmission
+from heimdall_trainer.data.recordings import RecordingStore, UnreadableError
+from heimdall_trainer.data.sessions import Receiver, Recording, Transmission
 from heimdall_trainer.settings import DataSettings
 
 KIND: Final = "arrivals"
@@ -44,19 +45,41 @@ class ArrivalSource:
         """The source that the settings name."""
         return cls(RecordingStore.open(settings), Caches.open(settings))
 
-    def prepare(self, transmissions: Sequence[Transmission], threads: int) -> None:
+    def prepare(self, transmissions: Sequence[Transmission], threads: int) -> list[Problem]:
         """Have the arrivals of transmissions ready.
 
+        Returns:
+            Recordings that can't be read, and are to be left out: their spectrograms may have been in the cache.
+
         Raises:
-            UnreadableError: A recording can't be read; those that can't are to be left out before.
             ConnectionError: The store does not answer.
         """
+        problems: list[Problem] = []
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(transmissions), REPORT_EVERY):
                 part = transmissions[start : start + REPORT_EVERY]
-                for _ in pool.map(self.get, part):
-                    pass
+                for found in pool.map(self._prepare, part):
+                    problems += found
                 log.info("arrivals ready", transmissions=start + len(part), of=len(transmissions))
+        return problems
+
+    def _prepare(self, transmission: Transmission) -> list[Problem]:
+        try:
+            self.get(transmission)
+        except UnreadableError:
+            problems = [Problem(each, reason) for each in transmission.recordings if (reason := self._fault(each))]
+            for left in without([transmission], {problem.recording.object_key for problem in problems}):
+                self.get(left)
+            return problems
+        return []
+
+    def _fault(self, recording: Recording) -> str:
+        """Why a recording can't be read; empty where it can."""
+        try:
+            self._store.read(recording)
+        except UnreadableError as error:
+            return str(error)
+        return ""
 
     def get(self, transmission: Transmission) -> Features:
         """How much later a transmission arrived at each receiver than at the loudest one, and how sure that is.

@@ -91,8 +91,8 @@ def estimate_arrivals(
     middle = (len(signals[reference]) - 1) / 2
     times, bandwidths, weights = np.zeros(len(signals)), np.zeros(len(signals)), np.zeros(len(signals))
     for index, signal in enumerate(signals):
-        if index == reference:
-            continue
+        if index == reference or not (power[index] and power[reference]):
+            continue  # silence, of a receiver that was muted, is like nothing
         farthest_m = float(np.linalg.norm(places_m[index] - places_m[reference]))
         pair = pair_delay(
             signal,
@@ -107,7 +107,8 @@ def estimate_arrivals(
     total = weights.sum()
     bandwidth = float((bandwidths * weights).sum() / total * sample_rate_hz) if total > 0 else 0.0
     samples = len(signals[reference])
-    return Arrivals(times_s=times, sigma_s=arrival_sigma_s(bandwidth, snr, samples), snr=snr, bandwidth_rad_s=bandwidth)
+    sigma = np.where(power > 0, arrival_sigma_s(bandwidth, snr, samples), WORST_SIGMA_S)
+    return Arrivals(times_s=times, sigma_s=sigma, snr=snr, bandwidth_rad_s=bandwidth)
 
 
 def arrival_sigma_s(bandwidth_rad_s: float, snr: Reals, samples: int) -> Reals:

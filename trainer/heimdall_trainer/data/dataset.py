@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation, augment
 from heimdall_trainer.data.cache import Caches
-from heimdall_trainer.data.features import FeatureSource, keep_readable
+from heimdall_trainer.data.features import FeatureSource, keep_readable, leave_out
 from heimdall_trainer.data.geo import to_local
-from heimdall_trainer.data.recordings import RecordingStore
+from heimdall_trainer.data.recordings import RecordingStore, UnreadableError
 from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.data.spectrogram import SHAPE
+from heimdall_trainer.errors import DataError
 from heimdall_trainer.settings import DataSettings
 
 
@@ -99,6 +100,8 @@ class HeimdallDataset(Dataset[Sample]):
         source = FeatureSource(store, caches)
         kept = keep_readable(transmissions, source, skip_limit=settings.skip_limit, threads=settings.read_threads)
         times = ArrivalSource(store, caches) if arrivals else None
+        if times is not None:
+            kept = leave_out(kept, times.prepare(kept, settings.read_threads), skip_limit=settings.skip_limit)
         return cls(kept, source, augmentation=augmentation, arrivals=times, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
@@ -111,11 +114,18 @@ class HeimdallDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         transmission = self.transmissions[index]
         heard = transmission.recordings
-        spectrograms = np.stack([self._source.get(recording) for recording in heard])
+        try:
+            spectrograms = np.stack([self._source.get(recording) for recording in heard])
+            arrivals = None if self._arrivals is None else self._arrivals.get(transmission)
+        except UnreadableError as error:
+            raise DataError(
+                f"session {transmission.session_id}, transmission {transmission.id}: a recording that could be read "
+                f"when training began can't be any more: {error}"
+            ) from None
         places = [(recording.receiver.latitude, recording.receiver.longitude) for recording in heard]
         receivers = to_local(places, transmission.origin).astype(np.float32)
-        if self._arrivals is not None:
-            receivers = np.concatenate([receivers, self._arrivals.get(transmission)], axis=1)
+        if arrivals is not None:
+            receivers = np.concatenate([receivers, arrivals], axis=1)
         truth = to_local((transmission.latitude, transmission.longitude), transmission.origin).astype(np.float32)
         if self._augmentation is not None:
             rng = np.random.default_rng([self._seed, self._epoch, index])

@@ -116,7 +116,18 @@ def keep_readable(
         ConnectionError: The store does not answer.
     """
     every = [recording for transmission in transmissions for recording in transmission.recordings]
-    problems = _find_problems(every, source, threads)
+    return leave_out(transmissions, _find_problems(every, source, threads), skip_limit=skip_limit, report=report)
+
+
+def leave_out(
+    transmissions: Sequence[Transmission],
+    problems: Sequence[Problem],
+    *,
+    skip_limit: float,
+    report: Callable[[Problem], None] | None = None,
+) -> list[Transmission]:
+    """Leave out recordings that can't be used; see `keep_readable`, whose errors are raised."""
+    every = [recording for transmission in transmissions for recording in transmission.recordings]
     for problem in problems:
         (report or _warn)(problem)
     if len(problems) > skip_limit * len(every):
@@ -125,7 +136,7 @@ def keep_readable(
             f"{len(problems)} of {len(every)} recordings can't be read, more than HEIMDALL_SKIP_LIMIT={skip_limit:g} "
             f"allows: {named}{' …' if len(problems) > NAMED_PROBLEMS else ''}"
         )
-    return _without(transmissions, {problem.recording.object_key for problem in problems})
+    return without(transmissions, {problem.recording.object_key for problem in problems})
 
 
 def _find_problems(every: Sequence[Recording], source: FeatureSource, threads: int) -> list[Problem]:
@@ -140,7 +151,8 @@ def _find_problems(every: Sequence[Recording], source: FeatureSource, threads: i
     return problems
 
 
-def _without(transmissions: Iterable[Transmission], bad_keys: set[str]) -> list[Transmission]:
+def without(transmissions: Iterable[Transmission], bad_keys: set[str]) -> list[Transmission]:
+    """Transmissions without some recordings, and without those that nobody else has recorded."""
     kept = (
         replace(item, recordings=tuple(each for each in item.recordings if each.object_key not in bad_keys))
         for item in transmissions

@@ -11,11 +11,12 @@ import structlog
 import torch
 
 from heimdall_api.types import DataSpec
+from heimdall_trainer import group
 from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation
 from heimdall_trainer.data.cache import Caches
 from heimdall_trainer.data.dataset import HeimdallDataset
-from heimdall_trainer.data.features import FeatureSource, keep_readable
+from heimdall_trainer.data.features import FeatureSource, keep_readable, leave_out
 from heimdall_trainer.data.loader import ResumableLoader
 from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import NAMED_IDS, SessionStore, Transmission
@@ -64,6 +65,7 @@ class HeimdallDataModule(L.LightningDataModule):
         self._kept: Split | None = None
         """The split of the training that goes on."""
         self._found: tuple[Split, list[Transmission]] | None = None
+        self._agreed = False
 
     @property
     def split(self) -> Split:
@@ -81,9 +83,13 @@ class HeimdallDataModule(L.LightningDataModule):
         self._load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the data; every process does, and finds the same. Raises what `prepare_data` does."""
+        """Find the data. Every process does, for its own node's cache; all take what the first has found.
+
+        Raises what `prepare_data` does.
+        """
         del stage
         self._load()
+        self._agree()
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches for training, in an order that depends on seed and epoch alone."""
@@ -130,7 +136,7 @@ class HeimdallDataModule(L.LightningDataModule):
             return
         self._kept = Split.of(state[SESSIONS])
         if self._found is not None and self._found[0] != self._kept:
-            self._found = None
+            self._found, self._agreed = None, False
 
     def dataset_identity(self) -> dict[str, Any]:
         """What was trained on, for tracking.
@@ -152,7 +158,13 @@ class HeimdallDataModule(L.LightningDataModule):
     def _load(self) -> tuple[Split, list[Transmission]]:
         if self._found is None:
             self._found = self._find()
+            self._agree()
         return self._found
+
+    def _agree(self) -> None:
+        """Have the first process's data, once processes can talk: a session may be approved between two queries."""
+        if not self._agreed and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._found, self._agreed = group.from_first(self._found), True
 
     def _find(self) -> tuple[Split, list[Transmission]]:
         database = SessionStore.open(self._settings)
@@ -163,9 +175,10 @@ class HeimdallDataModule(L.LightningDataModule):
             database.close()
         settings = self._settings
         kept = keep_readable(transmissions, self._source, skip_limit=settings.skip_limit, threads=settings.read_threads)
-        _check_sides(split, {item.session_id for item in kept})
         if self._arrivals is not None:
-            self._arrivals.prepare(kept, settings.read_threads)
+            problems = self._arrivals.prepare(kept, settings.read_threads)
+            kept = leave_out(kept, problems, skip_limit=settings.skip_limit)
+        _check_sides(split, {item.session_id for item in kept})
         log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
         return split, kept
 

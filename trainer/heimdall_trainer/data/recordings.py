@@ -129,7 +129,13 @@ class Bucket:
         return content
 
     def _ask(self, operation: str, key: str, **more: object) -> Any:
-        from botocore.exceptions import BotoCoreError, ClientError, SSLError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            NoCredentialsError,
+            PartialCredentialsError,
+            SSLError,
+        )
 
         where = self._where
         try:
@@ -149,6 +155,10 @@ class Bucket:
             raise ConfigurationError(
                 f"the certificate of {where} can't be trusted: set HEIMDALL_S3_CA_BUNDLE to a file with the "
                 "certificate of the authority that signed it, and HEIMDALL_S3_ENDPOINT_URL to a name that it is for"
+            ) from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise ConfigurationError(
+                f"no keys of {where} are known: set HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
             ) from None
         except BotoCoreError as error:
             raise ConnectionError(f"{where} can't be reached: {type(error).__name__}") from None

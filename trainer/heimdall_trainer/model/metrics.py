@@ -54,8 +54,11 @@ def fitted_scale(squares: Tensor) -> Tensor:
         squares: Squared errors in standard deviations, shape (N,).
 
     Returns:
-        A number near 1 where they are right, or where there are few.
+        A number near 1 where they are right, or where there are few that are numbers.
     """
+    squares = squares[squares.isfinite()]
+    if not len(squares):
+        return squares.new_ones(())
     levels = torch.tensor(list(LEVELS.values()), dtype=squares.dtype, device=squares.device)
     bounds = torch.stack([squares.new_tensor(ellipse_bound(level)) for level in LEVELS.values()])
     asked = 0.5 * torch.log(torch.quantile(squares, levels) / bounds)

@@ -66,8 +66,9 @@ class LocalizationModule(L.LightningModule):
         self.validation_metrics = PositionMetrics()
         self.test_metrics = PositionMetrics()
         # Not `self.log` with a batch size: it rounds the sizes' mean over processes down.
-        self.validation_loss = MeanMetric()
-        self.test_loss = MeanMetric()
+        # A batch whose loss is no number must be seen: left out, the worst checkpoint could be the best.
+        self.validation_loss = MeanMetric(nan_strategy=math.inf)
+        self.test_loss = MeanMetric(nan_strategy=math.inf)
 
     def forward(self, spectrograms: Tensor, receivers: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Locate transmissions, see LocalizationNet.forward."""
