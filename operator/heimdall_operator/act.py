@@ -38,6 +38,8 @@ from heimdall_tracking.registry import ModelMissingError
 FINALIZERS: Final = "finalizers"
 LOGS_BYTES: Final = 32 * 2**20
 """Most that is kept of the logs of one attempt's pods in all."""
+ACCOUNTS_AT_ONCE: Final = 4
+"""Attempts whose logs are in memory at one time: many may end together."""
 PIECE: Final = 2**16
 """Characters of a log between two of which everything else goes on."""
 
@@ -56,6 +58,7 @@ class Actor:
         self._mlflow = mlflow
         self._store = store
         self._defaults = defaults
+        self._accounts = asyncio.Semaphore(ACCOUNTS_AT_ONCE)
 
     async def act(self, action: Action, observed: Observed) -> Observed:
         """Carry out one action.
@@ -168,14 +171,15 @@ class Actor:
 
     async def _keep_logs(self, observed: Observed, number: int, *, insist: bool) -> Observed:
         assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
-        files = await self._account_of(observed, number)
-        try:
-            uri = await self._mlflow.keep_files(observed.status.run_id, f"{ATTEMPTS_DIR}/{number}", files)
-        except Exception as error:
-            if insist and not is_permanent(error):
-                raise
-            log.warning("the attempt's log was not kept", attempt=number, error=f"{type(error).__name__}: {error}")
-            return replace(observed, logs="")
+        async with self._accounts:
+            files = await self._account_of(observed, number)
+            try:
+                uri = await self._mlflow.keep_files(observed.status.run_id, f"{ATTEMPTS_DIR}/{number}", files)
+            except Exception as error:
+                if insist and not is_permanent(error):
+                    raise
+                log.warning("the attempt's log was not kept", attempt=number, error=f"{type(error).__name__}: {error}")
+                return replace(observed, logs="")
         return replace(observed, logs=uri)
 
     async def _account_of(self, observed: Observed, number: int) -> dict[str, str]:

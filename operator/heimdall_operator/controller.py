@@ -21,11 +21,12 @@ from heimdall_operator.actions import CreateJob
 from heimdall_operator.decide import Decision, decide
 from heimdall_operator.events import Event, events_between
 from heimdall_operator.failures import shorten
-from heimdall_operator.kube import ConflictError, Kube
+from heimdall_operator.kube import ConflictError, ForbiddenError, Kube
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe
 from heimdall_operator.store import Key, Store
 from heimdall_operator.workqueue import WorkQueue
+from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import FinalStatus, RunFacts
 
 STEP_LIMIT: Final = 20
@@ -33,6 +34,8 @@ STEP_LIMIT: Final = 20
 EVENTS_LIMIT: Final = 10_000
 """Events that wait while the API server is away; of more, the oldest are lost."""
 EVENT_NOTE_LIMIT: Final = 1024
+REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "REQUEST_LIMIT_EXCEEDED"})
+"""Codes of MLflow's errors that waiting may not mend: somebody has to be told."""
 STUCK_AFTER_S: Final = 300
 """A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
 
@@ -68,6 +71,8 @@ class Controller:
         self._clock = clock
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
+        self._moved: dict[str, datetime] = {}
+        """When a run's step was last seen to change: nodes' clocks may be wrong, and a hang is told by this one."""
         self._events: deque[tuple[str, dict[str, Any]]] = deque(maxlen=EVENTS_LIMIT)
         self._has_events = asyncio.Event()
         self._last_look = time.monotonic()
@@ -99,9 +104,15 @@ class Controller:
         before = self.store.snapshot()
         resources, jobs, pods = [], [], []
         for namespace in self._namespaces:
-            resources += await self._kube.list_training_runs(namespace)
-            jobs += await self._kube.list_jobs(namespace)
-            pods += await self._kube.list_pods(namespace)
+            try:
+                resources += await self._kube.list_training_runs(namespace)
+                jobs += await self._kube.list_jobs(namespace)
+                pods += await self._kube.list_pods(namespace)
+            except ForbiddenError as error:
+                if namespace is None:
+                    raise
+                # Its Role went with it: a namespace that was deleted is no reason to leave the others alone.
+                log.warning("a namespace can't be read; take it out of operator.namespaces", error=str(error))
         self.store.replace(resources, jobs, pods, before)
         for key in self.store.known():
             self.queue.add(key)
@@ -125,10 +136,16 @@ class Controller:
         facts = await self._mlflow.active_facts(experiments) if experiments else {}
         self._followed_since = self._followed_since or self._clock()
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
+        moving = {run_id for run_id in moved & self._facts.keys() if _step(facts[run_id]) != _step(self._facts[run_id])}
+        self._moved = {run_id: self._clock() if run_id in moving else at for run_id, at in self._moved_of(facts)}
         self._facts = facts
         for key, item in active.items():
             if item is not None and item["status"].get("runID") in moved:
                 self.queue.add(key)
+
+    def _moved_of(self, facts: dict[str, RunFacts]) -> list[tuple[str, datetime]]:
+        """When each run was last seen to move; what is seen for the first time may have moved just now."""
+        return [(run_id, self._moved.get(run_id, self._clock())) for run_id in facts]
 
     def stuck_reason(self, resync_s: float) -> str | None:
         """Why the operator is taken for stuck, or None: what a liveness probe asks."""
@@ -176,14 +193,17 @@ class Controller:
         """
         resource = self.store.get(key)
         if resource is None:
+            self._troubles.pop(key, None)
             return None
+        run_id = (resource.get("status") or {}).get("runID", "")
         observed = observe(
             resource,
             self.store.children("Job", key),
             self.store.children("Pod", key),
-            self._facts.get((resource.get("status") or {}).get("runID", "")),
+            self._facts.get(run_id),
             lost_pod_s=self._lost_pod_s,
             followed_since=self._followed_since,
+            moved=self._moved.get(run_id),
             trouble=self._troubles.get(key),
         )
         for _ in range(STEP_LIMIT):
@@ -210,9 +230,10 @@ class Controller:
             except Exception as error:
                 if isinstance(action, CreateJob):
                     self._note_trouble(observed, action.number, str(error))
-                if decision.status != observed.status:
+                status = with_words(decision.status, said_by_mlflow(error))
+                if status != observed.status:
                     # What happened is kept, and people see what is waited for.
-                    await self._write(decision.status, observed)
+                    await self._write(status, observed)
                 raise
         return observed
 
@@ -310,7 +331,8 @@ def event_manifest(event: Event, observed: Observed, now: datetime) -> dict[str,
         "type": event.kind,
         "reason": event.reason[:128],
         "action": event.reason[:128],
-        "note": event.message[:EVENT_NOTE_LIMIT],
+        # The API server counts bytes.
+        "note": event.message.encode()[:EVENT_NOTE_LIMIT].decode(errors="ignore"),
         "reportingController": MANAGED_BY,
         "reportingInstance": MANAGED_BY,
         "regarding": {
@@ -321,6 +343,27 @@ def event_manifest(event: Event, observed: Observed, now: datetime) -> dict[str,
             "uid": observed.uid,
         },
     }
+
+
+def said_by_mlflow(error: Exception) -> str:
+    """What MLflow has refused, if it has answered; that it is away is no news, and in other words each time."""
+    code = getattr(error, "error_code", None)
+    return f"MLflow says: {shorten(redact(error))}" if code in REFUSED else ""
+
+
+def with_words(status: TrainingRunStatus, words: str) -> TrainingRunStatus:
+    """A status that waits, with the reason why it has to."""
+    if not words:
+        return status
+    told = [
+        item.model_copy(update={"message": shorten(f"{item.message} {words}")}) if item.type == "Complete" else item
+        for item in status.conditions
+    ]
+    return status.model_copy(update={"conditions": told})
+
+
+def _step(facts: RunFacts) -> int | None:
+    return facts.progress.step if facts.progress is not None else None
 
 
 def _describe(error: Exception) -> str:

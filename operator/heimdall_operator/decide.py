@@ -240,7 +240,7 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         return None
     progress = observed.run.progress if observed.run else observed.status.progress
     started = [pod.running_since for pod in observed.attempt_pods if pod.running_since is not None]
-    moved = max(*started, observed.followed_since, (progress and progress.time) or observed.followed_since)
+    moved = max(*started, observed.followed_since, observed.moved or observed.followed_since)
     if age_s(moved, now) < spec.stall_timeout_seconds:
         return None
     step = f"step {progress.step}" if progress else "its start"
@@ -263,7 +263,7 @@ def _living(observed: Observed, now: datetime) -> list[PodFacts]:
 def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
     if observed.job is None:
         return _no_job(observed, spec, now)
-    if observed.job.suspended:
+    if observed.job.suspended or not _is_starting(observed):
         return None
     pod = _waiting_pod(observed)
     if pod is not None and pod.waiting_reason == "InvalidImageName":
@@ -279,6 +279,15 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         reason=reason,
         message=shorten(f"The pod did not start within spec.pendingDeadlineSeconds ({waited:.0f} s). {why}"),
     )
+
+
+def _is_starting(observed: Observed) -> bool:
+    """Whether the newest attempt's pods are still to start; a pod that is gone since is for its Job to tell of."""
+    job, ran = observed.job, observed.status.attempts[-1].running_time
+    if job is None or job.finished is not None:
+        return False
+    # A queue may have taken the place back and given it again: then they start anew.
+    return ran is None or _evicted(observed) or (job.started is not None and job.started > ran)
 
 
 def _no_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Outcome | None:
@@ -315,10 +324,13 @@ def _waiting_for(pod: PodFacts | None) -> tuple[Reason, str]:
     if pod.unschedulable:
         return Reason.UNSCHEDULABLE, f"No node fits: {pod.unschedulable}"
     if pod.waiting_reason in {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"}:
-        return Reason.IMAGE_PULL, f"The image can't be pulled, check spec.image: {pod.waiting_message}"
+        return Reason.IMAGE_PULL, f"The image can't be pulled, check {pod.waiting_image}: {pod.waiting_message}"
     if pod.waiting_reason and pod.waiting_reason != "ContainerCreating":
         return Reason.POD_NOT_STARTED, f"{pod.waiting_reason}: {pod.waiting_message}"
-    return Reason.POD_NOT_STARTED, "Its container is being created."
+    return (
+        Reason.POD_NOT_STARTED,
+        f"Its container is being created (kubectl describe pod {pod.name} tells what it lacks).",
+    )
 
 
 def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
@@ -327,6 +339,8 @@ def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision
     due = _until_deadline(observed, spec, now)
     if observed.job is not None and observed.job.suspended:
         return Decision((), _queued(status, observed, now))
+    if not observed.is_running and not _is_starting(observed):
+        return Decision((), status, due)
     if not observed.is_running or _evicted(observed):
         waited = age_s(_pending_since(observed, status.attempts[-1]), now)
         if waited < PENDING_REPORT_S and status.conditions == observed.status.conditions:
@@ -367,7 +381,10 @@ def _with_admission(observed: Observed, now: datetime) -> TrainingRunStatus:
 
 
 def _queued(status: TrainingRunStatus, observed: Observed, now: datetime) -> TrainingRunStatus:
-    admission = next(condition for condition in status.conditions if condition.type == "Admitted")
+    admission = next((condition for condition in status.conditions if condition.type == "Admitted"), None)
+    if admission is None:
+        message = "Somebody has suspended the attempt's Job, which no queue holds: resume it (spec.suspend of the Job)."
+        return waiting(status, observed, "JobSuspended", message, now)
     return waiting(status, observed, admission.reason, admission.message, now)
 
 
@@ -444,10 +461,10 @@ def _keeping(observed: Observed, now: datetime) -> TrainingRunStatus:
 
 
 def _has_logs_to_keep(observed: Observed) -> bool:
-    """Whether a pod of the newest attempt has run, and nobody has kept its log yet."""
+    """Whether a pod of the newest attempt has run, or failed before it could, and nobody has kept its account yet."""
     if observed.logs is not None or observed.status.attempts[-1].logs is not None:
         return False
-    return any(pod.running_since is not None for pod in observed.attempt_pods)
+    return any(pod.running_since is not None or pod.phase == "Failed" for pod in observed.attempt_pods)
 
 
 def _with_logs(observed: Observed) -> TrainingRunStatus:
@@ -606,7 +623,7 @@ def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) ->
     """Seconds until the next deadline that no event announces."""
     left: list[float] = []
     running = observed.is_running
-    if not running:
+    if not running and _is_starting(observed):
         waited = age_s(_pending_since(observed, observed.status.attempts[-1]), now)
         left.append(spec.pending_deadline_seconds - waited)
     if spec.active_deadline_seconds is not None:

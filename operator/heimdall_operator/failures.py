@@ -126,7 +126,8 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
     if pod.lost_track:
         return Reason.NODE_LOST, f"The node {pod.node} went away, and does not know what became of the container."
     if pod.exit_code is None:
-        return Reason.UNKNOWN, f"The pod ended before its container ran. {pod.refusal}".strip()
+        why = redact(pod.init_error) or f"The pod ended before its container ran. {pod.refusal}".strip()
+        return Reason.UNKNOWN, why
     if pod.exit_code == ExitCode.SUCCESS:
         # Many trainers exit 0 on SIGTERM: while the pod was being deleted that is no sign of success.
         if pod.deleting:
@@ -137,6 +138,8 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
 
 def _from_last_words(pod: PodFacts) -> tuple[Reason, str]:
     said_reason, said = parse_last_words(pod.last_words)
+    if said_reason == Reason.COMPLETED:
+        said_reason = None  # written before it failed all the same: its exit code is what counts
     if pod.exit_code in _BY_EXIT_CODE:
         reason, default = _BY_EXIT_CODE[pod.exit_code]
         if pod.exit_code == 137 and pod.deleting:  # noqa: PLR2004 - 128 + SIGKILL
@@ -159,8 +162,9 @@ def parse_last_words(text: str) -> tuple[Reason | None, str]:
     """
     try:
         data = json.loads(text)
-        return Reason(data["reason"]), redact(data["message"])
-    except (ValueError, KeyError, TypeError):
+        # JSON can hold halves of surrogate pairs (of a file name, say), which no status can.
+        return Reason(data["reason"]), redact(data["message"]).encode(errors="replace").decode()
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None, redact(text.strip())
 
 

@@ -29,6 +29,7 @@ CLIENT_TIMEOUT_S: Final = 310
 CONNECT_TIMEOUT_S: Final = 30
 LAST_EVENTS_TIMEOUT_S: Final = 5
 OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
+SELECTOR: Final = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 
 
 class NoDiffs(kopf.DiffBaseStorage):
@@ -62,7 +63,13 @@ class Handlers:
     async def start(self, settings: kopf.OperatorSettings, **_: Any) -> None:
         """Begin to look at runs."""
         _tune(settings)
-        self._started = await _start(self._stack, self._settings)
+        try:
+            self._started = await _start(self._stack, self._settings)
+        except BaseException:
+            # It is tried again: what is open, such as the metrics' port, would be in the way.
+            stack, self._stack = self._stack, AsyncExitStack()
+            await stack.aclose()
+            raise
 
     async def stop(self, **_: Any) -> None:
         """Let go of everything; a look under way is taken up by the next operator."""
@@ -133,6 +140,9 @@ def _tune(settings: kopf.OperatorSettings) -> None:
     settings.posting.enabled = False
     settings.posting.level = logging.CRITICAL
     settings.persistence.diffbase_storage = NoDiffs()
+    # Handlers' labels are compared here; by these the server leaves out the pods and Jobs of everybody else.
+    settings.watching.label_selectors["pods"] = SELECTOR
+    settings.watching.label_selectors["batch", "jobs"] = SELECTOR
 
 
 async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controller:

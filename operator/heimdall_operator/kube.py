@@ -6,6 +6,7 @@ import json
 import os
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.request import getproxies
 
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
 from heimdall_operator import metrics
@@ -14,6 +15,7 @@ LOG_LINES: Final = 10_000
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
 HTTP_ERROR: Final = 400
+HTTP_FORBIDDEN: Final = 403
 HTTP_NOT_FOUND: Final = 404
 HTTP_CONFLICT: Final = 409
 HTTP_REFUSED: Final = frozenset({400, 413, 422})
@@ -22,6 +24,10 @@ HTTP_REFUSED: Final = frozenset({400, 413, 422})
 
 class ConflictError(Exception):
     """The object is not what it was when it was read, or its name is taken."""
+
+
+class ForbiddenError(Exception):
+    """The operator may not do this; the message says what."""
 
 
 class RefusedError(Exception):
@@ -42,7 +48,11 @@ class Kube:
             config.load_incluster_config()  # type: ignore[no-untyped-call]
         else:
             await config.load_kube_config()  # type: ignore[no-untyped-call]
-        self._client = client.ApiClient()
+        settings = client.Configuration.get_default_copy()
+        if not getproxies():
+            # Looking for proxies and a .netrc costs two changes of thread, half of the time of a call.
+            settings.client_session_kwargs = {"trust_env": False}
+        self._client = client.ApiClient(settings)
         return self
 
     async def __aexit__(
@@ -202,6 +212,8 @@ class Kube:
             raise ConflictError(message)  # changed, or gone
         if response.status in HTTP_REFUSED:
             raise RefusedError(message)
+        if response.status == HTTP_FORBIDDEN:
+            raise ForbiddenError(message)
         raise ApiException(status=response.status, reason=message)
 
 

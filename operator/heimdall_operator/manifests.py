@@ -39,6 +39,7 @@ YOUNGER_FIELDS: Final = (("export",), ("data", "arrivals"))
 """Fields of the spec that a trainer image of an earlier release refuses: it is not told of them unless somebody asked.
 
 An image of somebody's own must not fail because the operator was upgraded."""
+DEFAULTS: Final = TrainingRunSpec().model_dump(mode="json", exclude_none=True)
 CA_DIR: Final = "/etc/heimdall-ca"
 CA_FILE: Final = f"{CA_DIR}/ca.crt"
 CA_VARIABLES: Final = (
@@ -146,7 +147,7 @@ def build_job(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
             **_group(plan.workers),
             # A queue lets the Job go when there is room; from then on this field is the queue's.
             **({"suspend": True} if LABEL_QUEUE in dict(plan.queue_labels) else {}),
-            "template": merge(template, plan.spec.pod_template),
+            "template": merge(template, plan.spec.pod_template) if plan.spec.pod_template else template,
         },
     }
 
@@ -206,9 +207,8 @@ def _group(workers: int) -> dict[str, Any]:
 def run_file(plan: AttemptPlan) -> str:
     """The TrainingRun as the trainer is given it: JSON, with all defaults but those of YOUNGER_FIELDS."""
     spec = plan.spec.model_dump(mode="json", exclude_none=True)
-    defaults = TrainingRunSpec().model_dump(mode="json", exclude_none=True)
     for *parents, name in YOUNGER_FIELDS:
-        part, default = spec, defaults
+        part, default = spec, DEFAULTS
         for parent in parents:
             part, default = part[parent], default[parent]
         if part.get(name) == default.get(name):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_NAME, TAG_NAMESPACE
@@ -26,6 +29,12 @@ HTTP_RETRIES: Final = "0"
 """The queue tries again, and then searches before it creates: a client that repeats by itself could create twice."""
 HTTP_TIMEOUT_S: Final = "10"
 THREADS: Final = 16
+SILENT_AFTER_S: Final = 5.0
+"""A failure that took this long is a server that hangs, rather than one that is away."""
+PAUSE_S: Final = 10.0
+"""How long a server that hangs is left alone: every question would hold up a worker, and with it other runs."""
+FOREIGN: Final = ("pyspark", "IPython", "dbruntime")
+"""What MLflow tries to import at every request, in case it runs in somebody's cloud."""
 
 T = TypeVar("T")
 
@@ -45,6 +54,10 @@ def bound_http() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", HTTP_TIMEOUT_S)
 
 
+class MlflowSilentError(Exception):
+    """MLflow did not answer a moment ago; it is asked again soon."""
+
+
 class MlflowGateway:
     """What the operator asks of MLflow; every method may raise MlflowException while the server is away."""
 
@@ -54,6 +67,7 @@ class MlflowGateway:
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
         self._registering: dict[str, asyncio.Lock] = {}
+        self._silent_until = 0.0
 
     def close(self) -> None:
         """Let the threads go; calls under way end by their own bounds."""
@@ -155,6 +169,21 @@ class MlflowGateway:
         return facts
 
     async def _do(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
+        began = time.monotonic()
+        if began < self._silent_until:
+            raise MlflowSilentError("MLflow did not answer in time a moment ago; it is asked again soon")
+        if self._silent_until:
+            self._silent_until = began + PAUSE_S  # this call finds out; the others wait for what it finds
+        try:
+            result = await self._ask(call, *args, **more)
+        except Exception as error:
+            is_silent = not is_permanent(error) and time.monotonic() - began >= SILENT_AFTER_S
+            self._silent_until = time.monotonic() + PAUSE_S if is_silent else 0.0
+            raise
+        self._silent_until = 0.0
+        return result
+
+    async def _ask(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
         def bound() -> T:
             try:
                 with metrics.MLFLOW_SECONDS.labels(call.__name__.strip("_")).time():
@@ -170,6 +199,10 @@ class MlflowGateway:
         if self._client is None:
             from mlflow import MlflowClient
 
+            for name in FOREIGN:
+                if find_spec(name) is None:
+                    # Known to be absent: not looked for along the whole path again.
+                    sys.modules.setdefault(name, None)  # type: ignore[arg-type]
             self._client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
         return self._client
 

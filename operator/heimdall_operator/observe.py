@@ -48,6 +48,10 @@ class PodFacts:
     waiting_reason: str | None = None
     """Why its container does not start: ImagePullBackOff, CreateContainerConfigError …"""
     waiting_message: str = ""
+    waiting_image: str = "spec.image"
+    """Which field names the image that it waits for."""
+    init_error: str = ""
+    """Which init container failed, and how: its container never ran."""
     unschedulable: str | None = None
     """The scheduler's words where no node fits."""
     exit_code: int | None = None
@@ -141,6 +145,8 @@ class Observed:
     """Whether this look itself added the finalizer: before that nobody can have created an MLflow run."""
     followed_since: datetime | None = None
     """Since when progress could be read from MLflow without interruption; None while it can't."""
+    moved: datetime | None = None
+    """When its step was last seen to change, by the operator's own clock; None where it was not since it started."""
     trouble: Trouble | None = None
     """What kept a Job from being created at the last try; it may have been another attempt's."""
     run: RunFacts | None = None
@@ -190,6 +196,7 @@ def observe(
     *,
     lost_pod_s: float = LOST_POD_S,
     followed_since: datetime | None = None,
+    moved: datetime | None = None,
     trouble: Trouble | None = None,
 ) -> Observed:
     """Read what is known of one TrainingRun.
@@ -201,6 +208,7 @@ def observe(
         run: What MLflow says of it, if somebody asked.
         lost_pod_s: See Observed.
         followed_since: See Observed.
+        moved: See Observed.
         trouble: See Observed.
 
     Returns:
@@ -219,6 +227,7 @@ def observe(
         deleted=_time_or_none(metadata.get("deletionTimestamp")),
         lost_pod_s=lost_pod_s,
         followed_since=followed_since,
+        moved=moved,
         trouble=trouble,
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
         queue_labels=tuple(
@@ -259,7 +268,8 @@ def pod_facts(pod: Manifest) -> PodFacts:
     container: Mapping[str, Any] = containers.get(CONTAINER, {})
     state = container.get("state") or {}
     terminated = state.get("terminated") or {}
-    waiting = state.get("waiting") or {}
+    before, init_error = _initialisation(status.get("initContainerStatuses") or ())
+    waiting = before or state.get("waiting") or {}
     conditions = {item["type"]: item for item in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
     message = status.get("message") or ""
@@ -276,6 +286,8 @@ def pod_facts(pod: Manifest) -> PodFacts:
         running_since=_time_or_none(started),
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message", ""),
+        waiting_image="the image of the init container in spec.podTemplate" if before else "spec.image",
+        init_error=init_error,
         unschedulable=scheduled.get("message") if scheduled.get("reason") == "Unschedulable" else None,
         exit_code=terminated.get("exitCode"),
         killed_for_memory=reason == "OOMKilled",
@@ -288,6 +300,20 @@ def pod_facts(pod: Manifest) -> PodFacts:
         refusal=": ".join(part for part in (status.get("reason"), message) if part),
         disruption=_disruption(conditions, status),
     )
+
+
+def _initialisation(containers: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str]:
+    """What an init container waits for, and which one failed: nothing of both where all is well."""
+    for container in containers:
+        state = container.get("state") or {}
+        terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
+        if terminated.get("exitCode"):
+            words = terminated.get("message") or terminated.get("reason") or ""
+            code = terminated["exitCode"]
+            return {}, f"The init container {container.get('name')} ended with exit code {code}. {words}".strip()
+        if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
+            return waiting, ""
+    return {}, ""
 
 
 def owner_uid(manifest: Manifest) -> str | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from heimdall_api.contract import LABEL_RUN
 from heimdall_operator.kube import ConflictError
 
 Manifest = Mapping[str, Any]
 ChildKind = Literal["Job", "Pod"]
+JOB_NAME: Final = "batch.kubernetes.io/job-name"
 
 
 class Key(NamedTuple):
@@ -37,6 +38,8 @@ class Store:
             "Job": defaultdict(dict),
             "Pod": defaultdict(dict),
         }
+        self._ended: dict[Key, dict[str, Manifest]] = defaultdict(dict)
+        """Pods that are gone, as they ended: an attempt is judged by all of its pods. Kept as long as their Job is."""
 
     def known(self) -> list[Key]:
         """Every TrainingRun that is known."""
@@ -63,8 +66,9 @@ class Store:
         return resource
 
     def children(self, kind: ChildKind, key: Key) -> list[Manifest]:
-        """Jobs or pods of a TrainingRun."""
-        return list(self._children[kind].get(key, {}).values())
+        """Jobs or pods of a TrainingRun; of pods also those that have ended and are gone."""
+        there = list(self._children[kind].get(key, {}).values())
+        return [*self._ended.get(key, {}).values(), *there] if kind == "Pod" else there
 
     def put(self, resource: Manifest) -> Key | None:
         """Take in a TrainingRun; None where it brings nothing new, as a watch's echo of an own write."""
@@ -97,7 +101,19 @@ class Store:
             children.pop(child["metadata"]["name"], None)
             if not children:
                 self._children[kind].pop(key, None)
+            self._keep_or_forget(kind, key, child)
         return key
+
+    def _keep_or_forget(self, kind: ChildKind, key: Key, child: Manifest) -> None:
+        """Keep how a pod has ended, unless its Job is gone; forget that with the Job."""
+        metadata, status = child["metadata"], child.get("status") or {}
+        if kind == "Pod" and job_of(child) in self._children["Job"].get(key, {}) and _has_ended(status):
+            self._ended[key][metadata["name"]] = {**child, "status": _at_the_end(status)}
+        elif kind == "Job" and key in self._ended:
+            left = {name: pod for name, pod in self._ended[key].items() if job_of(pod) != metadata["name"]}
+            self._ended[key] = left
+            if not left:
+                del self._ended[key]
 
     def snapshot(self) -> frozenset[Name]:
         """What is known now: a listing that begins now may say that it is gone."""
@@ -151,8 +167,30 @@ def run_of(child: Manifest) -> Key | None:
     return Key(metadata["namespace"], name) if name else None
 
 
+def job_of(pod: Manifest) -> str | None:
+    """The Job that a pod belongs to."""
+    name: str | None = (pod["metadata"].get("labels") or {}).get(JOB_NAME)
+    return name
+
+
+def _has_ended(status: Manifest) -> bool:
+    """Whether a pod's containers were seen to end."""
+    if status.get("phase") in ("Succeeded", "Failed"):
+        return True
+    states = [item.get("state") or {} for item in status.get("containerStatuses") or ()]
+    return bool(states) and all("terminated" in state for state in states)
+
+
+def _at_the_end(status: Manifest) -> Manifest:
+    """A status whose phase may still be Running: what is gone does not run."""
+    return status if status.get("phase") in ("Succeeded", "Failed") else {**status, "phase": "Failed"}
+
+
 def _is_news(state: Manifest, known: Manifest | None) -> bool:
     """Whether a state is newer than the known one of its name (versions are comparable since Kubernetes 1.35)."""
-    if known is None or state["metadata"].get("uid") != known["metadata"].get("uid"):
+    if known is None:
         return True
+    if state["metadata"].get("uid") != known["metadata"].get("uid"):
+        # A listing that began before a deletion may tell of the one before.
+        return bool(state["metadata"].get("creationTimestamp", "") >= known["metadata"].get("creationTimestamp", ""))
     return int(state["metadata"].get("resourceVersion", 0)) > int(known["metadata"].get("resourceVersion", 0))

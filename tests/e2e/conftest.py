@@ -125,7 +125,9 @@ def canaries(cluster: dict[str, str]) -> dict[str, str]:
     names = [(role, key) for role, keys in CANARY_KEYS.items() for key in keys]
     if OF_SEVERAL_CALLS in ("go-on", "end"):
         there = Cluster(cluster, NAMESPACE)
-        kept = {role: (there.get("secret", f"heimdall-{role}") or {})["data"] for role in CANARY_KEYS}
+        found = {role: there.get("secret", f"heimdall-{role}") for role in CANARY_KEYS}
+        kept = {role: secret["data"] for role, secret in found.items() if secret is not None}
+        assert kept.keys() == found.keys(), "the release that an earlier call was to install is not there"
         return {f"{role}/{key}": base64.b64decode(kept[role][key]).decode() for role, key in names}
     return {f"{role}/{key}": f"canary{secrets.token_hex(16)}" for role, key in names}
 

@@ -56,13 +56,14 @@ def register(client: MlflowClient, facts: RunFacts, spec: RegistrationSpec) -> R
         ModelMissingError: The run logged no model.
         MlflowException: The server is away or refuses.
     """
-    version = find_version(client, spec.model, facts.run_id)
-    if version is None:
-        version = _create_version(client, facts, spec.model)
+    found = find_version(client, spec.model, facts.run_id)
+    version = found or _create_version(client, facts, spec.model)
     # The alias of a promotion has to be won, whoever names it here too.
     aliases = [alias for alias in spec.aliases if spec.promotion is None or alias != spec.promotion.alias]
     for alias in aliases:
-        client.set_registered_model_alias(spec.model, alias, version)
+        # What was begun earlier may be finished late: by then a newer version may have taken the alias over.
+        if found is None or not _is_newer(_holder(client, spec.model, alias), found):
+            client.set_registered_model_alias(spec.model, alias, version)
     message = f"Registered as version {version} of {spec.model}"
     if aliases:
         message += f" with alias {', '.join(aliases)}"
@@ -168,6 +169,10 @@ def _holder(client: MlflowClient, name: str, alias: str) -> str | None:
     """The version that holds an alias, or None."""
     aliases: dict[str, str] = client.get_registered_model(name).aliases
     return str(aliases[alias]) if alias in aliases else None
+
+
+def _is_newer(version: str | None, other: str) -> bool:
+    return version is not None and int(version) > int(other)
 
 
 def _metric_of(client: MlflowClient, name: str, version: str, metric: str) -> float | None:

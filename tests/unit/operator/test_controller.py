@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from heimdall_operator.controller import merge_patch
-from heimdall_operator.kube import ConflictError
+from heimdall_operator.controller import event_manifest, merge_patch
+from heimdall_operator.events import Event
+from heimdall_operator.kube import ConflictError, ForbiddenError
 from heimdall_operator.mlflow_gateway import RunGoneError
-from tests.unit.operator.builders import NOW, UID
+from tests.unit.operator.builders import NOW, UID, observed
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
 
 SPEC: dict[str, Any] = {"registration": {"model": "localizer"}}
@@ -130,6 +131,61 @@ def test_an_outcome_is_kept_while_mlflow_is_away() -> None:
     assert world.run is not None
     assert world.run["status"]["phase"] == "Succeeded"
     assert world.writes.count("create job run-a1") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [("PERMISSION_DENIED", True), ("TEMPORARILY_UNAVAILABLE", False)], ids=["refused", "away"]
+)
+def test_what_mlflow_refuses_is_told_once(code: str, told: bool) -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        await look(world)
+        world.pod_of(world.jobs["run-a1"], **SUCCEEDED)
+        operator = controller(world)
+
+        async def refuses(*_: object) -> None:
+            error = ConnectionError("alice:hunter2 may not: http://alice:hunter2@mlflow")
+            error.error_code = code  # type: ignore[attr-defined]
+            raise error
+
+        operator._mlflow.register = operator._actor._mlflow.register = refuses  # type: ignore[method-assign, assignment]
+        for _ in range(3):
+            await operator.refresh()
+            with pytest.raises(ConnectionError):
+                await operator.look(KEY)
+
+    asyncio.run(scenario())
+
+    assert world.run is not None
+    complete = next(item for item in world.run["status"]["conditions"] if item["type"] == "Complete")
+    assert complete["message"].startswith("Training finished; waiting for MLflow to register the model.")
+    assert ("MLflow says: alice:hunter2 may not: http://***@mlflow" in complete["message"]) is told
+    assert len([write for write in world.writes if "Registering" in write or write.startswith("status")]) < 8
+
+
+def test_an_events_note_is_counted_in_bytes() -> None:
+    event = Event(key="k", kind="Warning", reason="Failed", message="…" + "ü" * 2000)
+    note = event_manifest(event, observed(), NOW)["note"]
+    assert 1020 < len(note.encode()) <= 1024
+
+
+def test_a_namespace_that_is_gone_keeps_nobody_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.apply(SPEC)
+    operator = controller(world)
+    listing = operator._kube.list_training_runs
+
+    async def list_training_runs(namespace: str | None = None) -> Any:
+        if namespace == "gone":
+            raise ForbiddenError("may not list in gone")
+        return await listing(namespace)
+
+    monkeypatch.setattr(operator._kube, "list_training_runs", list_training_runs)
+    operator._namespaces = ["gone", KEY.namespace]
+    asyncio.run(operator.refresh())
+    assert operator.store.known() == [KEY]
 
 
 def test_a_stale_observation_writes_nothing() -> None:

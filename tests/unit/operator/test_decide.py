@@ -26,7 +26,7 @@ from heimdall_operator.decide import (
     decide,
 )
 from heimdall_operator.failures import judge_pod
-from heimdall_operator.observe import LOST_POD_S, Observed, Trouble
+from heimdall_operator.observe import LOST_POD_S, Observed, PodFacts, Trouble
 from tests.unit.operator.builders import (
     NOW,
     UID,
@@ -305,17 +305,17 @@ def test_the_active_deadline_ends_the_run() -> None:
 
 
 def test_a_hang_is_noticed_by_steps_that_stop() -> None:
-    moving = run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(5)))
-    still = run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(25)))
     seen = observed(
         spec=spec(stallTimeoutSeconds=20),
         jobs=(job(),),
         pods=(pod(running_since=ago(40)),),
         followed_since=ago(40),
+        # The trainer's clock may be wrong by anything.
+        run=run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(100_000))),
     )
 
-    assert decide(replace(seen, run=moving), NOW).status.attempts[-1].reason is None
-    assert withdrawn(replace(seen, run=still)).status.attempts[-1].reason == "Stalled"
+    assert decide(replace(seen, moved=ago(5)), NOW).status.attempts[-1].reason is None
+    assert withdrawn(replace(seen, moved=ago(25))).status.attempts[-1].reason == "Stalled"
 
 
 def test_suspend_and_resume() -> None:
@@ -336,6 +336,39 @@ def test_a_deleted_job_is_taken_for_preemption_once_its_pod_is_gone() -> None:
 
     assert result.attempts[0].reason == "Preempted"
     assert result.attempt == 2
+
+
+@pytest.mark.parametrize("there", [(), (pod(worker=0),)], ids=["one worker", "of two, one is left"])
+def test_a_pod_that_goes_after_hours_is_not_taken_for_one_that_does_not_start(there: tuple[PodFacts, ...]) -> None:
+    training = status(attempt(start_time=ago(7300), running_time=ago(7200), pod="run-a1-x"), phase="Running")
+    seen = observed(
+        spec=spec(resources={"workers": 1 + len(there)}),
+        status=training,
+        jobs=(job(created=ago(7300), started=ago(7290)),),
+        pods=there,
+    )
+
+    decision = decide(seen, NOW)
+
+    assert decision.actions == ()
+    assert decision.status.phase == "Running"
+    assert decision.status.attempts[-1].reason is None
+
+
+def test_what_a_queue_has_admitted_again_has_the_pending_deadline_anew() -> None:
+    again = observed(
+        spec=spec(pendingDeadlineSeconds=60),
+        status=status(attempt(running_time=ago(500)), phase="Pending"),
+        jobs=(job(queued=True, started=ago(61)),),
+    )
+
+    assert withdrawn(again).status.attempts[-1].reason == "PodNotStarted"
+
+
+def test_a_job_that_somebody_suspended_says_so() -> None:
+    held = settled(observed(jobs=(job(suspended=True),)))
+
+    assert condition(held, "Complete") == ("False", "JobSuspended")
 
 
 def test_progress_and_checkpoint_come_from_mlflow() -> None:

@@ -6,13 +6,15 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
-from heimdall_operator.mlflow_gateway import MlflowGateway
+from heimdall_operator import mlflow_gateway
+from heimdall_operator.mlflow_gateway import MlflowGateway, MlflowSilentError
 from heimdall_tracking import registry, runs
 from heimdall_tracking.registry import Registration
 from tests.unit.operator.builders import UID, observed, run, spec
@@ -62,6 +64,47 @@ def test_registrations_of_different_models_do_not(overlaps: list[int]) -> None:
     asyncio.run(register_at_once("one", "other"))
 
     assert overlaps == [1, 2]
+
+
+def test_a_server_that_hangs_is_asked_by_one_look_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were all looks to wait for it, no other run would be looked after."""
+    now, asked = 100.0, 0
+    hangs = True
+    monkeypatch.setattr(mlflow_gateway, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def read_facts(client: Any, run_id: str) -> Any:
+        nonlocal now, asked
+        asked += 1
+        if hangs:
+            now += mlflow_gateway.SILENT_AFTER_S
+            raise ConnectionError("timed out")
+        return run()
+
+    monkeypatch.setattr(runs, "read_facts", read_facts)
+    gateway = MlflowGateway("http://127.0.0.1:9")
+
+    async def scenario() -> None:
+        nonlocal now, hangs
+        with pytest.raises(ConnectionError):
+            await gateway._read("r1")
+        for _ in range(5):
+            with pytest.raises(MlflowSilentError):
+                await gateway._read("r1")
+        assert asked == 1
+
+        now += mlflow_gateway.PAUSE_S
+        answers = await asyncio.gather(*(gateway._read("r1") for _ in range(5)), return_exceptions=True)
+        assert sorted(type(each).__name__ for each in answers) == ["ConnectionError", *["MlflowSilentError"] * 4]
+
+        now += mlflow_gateway.PAUSE_S
+        hangs = False
+        await gateway._read("r1")
+        await asyncio.gather(*(gateway._read("r1") for _ in range(5)))
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        gateway.close()
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own use

@@ -99,6 +99,13 @@ CASES = {
         ),
         Reason.USER_ERROR,
     ),
+    "done, it said, and then it failed": (
+        raw_pod(
+            phase="Failed",
+            containerStatuses=terminated(exitCode=1, message='{"reason": "Completed", "message": "Done."}'),
+        ),
+        Reason.UNKNOWN,
+    ),
     "an unknown exit code": (raw_pod(phase="Failed", containerStatuses=terminated(exitCode=3)), Reason.UNKNOWN),
     "success": (raw_pod(phase="Succeeded", containerStatuses=terminated(exitCode=0)), Reason.COMPLETED),
 }
@@ -139,6 +146,33 @@ def test_fields_of_a_newer_crd_fail_nobody() -> None:
     assert seen.spec is not None
     assert seen.spec.retries.limit == 1
     assert seen.status.phase == "Running"
+
+
+def test_an_init_container_that_fails_is_named_with_its_code_and_words() -> None:
+    init = [
+        {"name": "first", "state": {"terminated": {"exitCode": 0}}},
+        {"name": "fetch", "state": {"terminated": {"exitCode": 3, "message": "no such bucket"}}},
+    ]
+    outcome = judge_pod(pod_facts(raw_pod(phase="Failed", initContainerStatuses=init)))
+
+    assert outcome is not None
+    assert outcome.message == "The init container fetch ended with exit code 3. no such bucket"
+
+
+def test_what_an_init_container_waits_for_is_what_the_pod_waits_for() -> None:
+    waits = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    main = [{"name": "trainer", "state": {"waiting": {"reason": "PodInitializing"}}}]
+    status = {"phase": "Pending", "containerStatuses": main}
+    facts = pod_facts(raw_pod(**status, initContainerStatuses=[{"name": "fetch", "state": waits}]))
+
+    assert (facts.waiting_reason, facts.waiting_message) == ("ImagePullBackOff", "no such image")
+    assert "init container" in facts.waiting_image
+
+
+@pytest.mark.parametrize("text", ['{"reason": "UserError", "message": "no file \\udce9"}', "[" * 3000])
+def test_last_words_that_no_status_can_hold_are_made_so_that_it_can(text: str) -> None:
+    _, words = parse_last_words(text)
+    words.encode()
 
 
 def test_a_running_pod_has_no_outcome() -> None:

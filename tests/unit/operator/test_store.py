@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from heimdall_api.contract import LABEL_RUN
@@ -10,7 +12,7 @@ from heimdall_operator.store import Key, Store
 KEY = Key("team", "one")
 
 
-def state(version: int, uid: str = "a", name: str = "one") -> dict[str, object]:
+def state(version: int, uid: str = "a", name: str = "one") -> dict[str, Any]:
     labels = {LABEL_RUN: "one"}
     return {
         "metadata": {"namespace": "team", "name": name, "uid": uid, "resourceVersion": str(version), "labels": labels}
@@ -43,3 +45,58 @@ def test_what_is_older_is_left_out_and_a_namesake_is_taken_in(take: object) -> N
     assert take(store, state(7)) == KEY
     assert take(store, state(6)) is None
     assert take(store, state(3, uid="b")) == KEY, "another object of the name: versions are not compared"
+
+
+def test_a_listing_that_began_before_a_deletion_brings_no_older_object_back() -> None:
+    store = Store()
+    newer, older = state(9, uid="b"), state(5, uid="a")
+    newer["metadata"]["creationTimestamp"] = "2026-11-01T12:00:05Z"
+    older["metadata"]["creationTimestamp"] = "2026-11-01T12:00:00Z"
+    store.put(newer)
+
+    assert store.put(older) is None
+    assert store.get(KEY) is newer
+
+
+def pod_of(job: str, name: str, **status: Any) -> dict[str, Any]:
+    made = state(3, uid=name, name=name)
+    made["metadata"]["labels"]["batch.kubernetes.io/job-name"] = job
+    return {**made, "status": status}
+
+
+ENDED = [{"name": "trainer", "state": {"terminated": {"exitCode": 143}}}]
+
+
+@pytest.mark.parametrize(
+    ("status", "kept"),
+    [
+        ({"phase": "Failed"}, True),
+        ({"phase": "Running", "containerStatuses": ENDED}, True),
+        ({"phase": "Running", "containerStatuses": [*ENDED, {"name": "side", "state": {"running": {}}}]}, False),
+        ({"phase": "Pending"}, False),
+    ],
+    ids=["failed", "ended, and gone before it could say so", "still at work", "never started"],
+)
+def test_how_a_pod_ended_is_known_as_long_as_its_job_is_there(status: dict[str, Any], kept: bool) -> None:
+    store = Store()
+    job = state(1, uid="job", name="one-a1")
+    store.put_child("Job", job)
+    gone = pod_of("one-a1", "one-a1-x", **status)
+    store.put_child("Pod", gone)
+    store.drop_child("Pod", gone)
+
+    assert [item["status"]["phase"] for item in store.children("Pod", KEY)] == (["Failed"] if kept else [])
+    store.replace([], [job], [], store.snapshot())
+    assert len(store.children("Pod", KEY)) == kept, "a listing knows nothing of it"
+    store.drop_child("Job", job)
+    assert store.children("Pod", KEY) == []
+
+
+def test_pods_that_go_after_their_job_leave_nothing_behind() -> None:
+    store = Store()
+    gone = pod_of("one-a1", "one-a1-x", phase="Failed")
+    store.put_child("Pod", gone)
+    store.drop_child("Pod", gone)
+
+    assert store.children("Pod", KEY) == []
+    assert not store._ended

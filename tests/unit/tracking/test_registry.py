@@ -85,6 +85,17 @@ def test_each_run_gets_a_version_and_aliases_go_with_the_newest(
     assert registry.find_version(client, name, second) == "2"
 
 
+def test_what_is_finished_late_takes_no_alias_back(client: MlflowClient, new_run: NewRun, name: str) -> None:
+    wanted = RegistrationSpec(model=name, aliases=["candidate", "nightly"])
+    first, second = new_run(), new_run()
+    register_run(client, first, RegistrationSpec(model=name))  # and then its operator died
+    register_run(client, second, RegistrationSpec(model=name, aliases=["candidate"]))
+
+    register_run(client, first, wanted)
+
+    assert aliases(client, name) == {"candidate": "2", "nightly": "1"}
+
+
 def test_a_run_without_a_model_is_a_clear_error_and_registers_nothing(
     client: MlflowClient, new_run: NewRun, name: str
 ) -> None:
