@@ -95,7 +95,7 @@ def test_the_run_tells_what_was_trained(trained: Trained, mlflow: Mlflow) -> Non
 
     assert run.info.status == "FINISHED"
     assert run.data.tags[TAG_UID] == trained.resource["metadata"]["uid"]
-    assert run.data.params["model.backbone"] == "resnet18"
+    assert run.data.params["model.backbone"] == "resnet10t"
     assert run.data.params["training.epochs"] == "6"
     assert len(run.data.params["dataset.digest"]) == 64
     steps = [item.step for item in client.get_metric_history(run.info.run_id, "train/loss_step")]
