@@ -105,18 +105,28 @@ class Controller:
         resources, jobs, pods = [], [], []
         for namespace in self._namespaces:
             try:
-                resources += await self._kube.list_training_runs(namespace)
-                jobs += await self._kube.list_jobs(namespace)
-                pods += await self._kube.list_pods(namespace)
+                found = await self._list(namespace)
             except ForbiddenError as error:
                 if namespace is None:
                     raise
                 # Its Role went with it: a namespace that was deleted is no reason to leave the others alone.
                 log.warning("a namespace can't be read; take it out of operator.namespaces", error=str(error))
+                before = frozenset(known for known in before if known[1].namespace != namespace)
+                continue
+            resources += found[0]
+            jobs += found[1]
+            pods += found[2]
         self.store.replace(resources, jobs, pods, before)
         for key in self.store.known():
             self.queue.add(key)
         self._last_look = time.monotonic()
+
+    async def _list(self, namespace: str | None) -> tuple[list[dict[str, Any]], ...]:
+        return (
+            await self._kube.list_training_runs(namespace),
+            await self._kube.list_jobs(namespace),
+            await self._kube.list_pods(namespace),
+        )
 
     async def follow_progress(self, every_s: float) -> None:
         """Read the progress of all active runs, in one query."""
@@ -136,7 +146,9 @@ class Controller:
         facts = await self._mlflow.active_facts(experiments) if experiments else {}
         self._followed_since = self._followed_since or self._clock()
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
-        moving = {run_id for run_id in moved & self._facts.keys() if _step(facts[run_id]) != _step(self._facts[run_id])}
+        moving = {
+            run_id for run_id in moved & self._facts.keys() if _place(facts[run_id]) != _place(self._facts[run_id])
+        }
         self._moved = {run_id: self._clock() if run_id in moving else at for run_id, at in self._moved_of(facts)}
         self._facts = facts
         for key, item in active.items():
@@ -356,14 +368,17 @@ def with_words(status: TrainingRunStatus, words: str) -> TrainingRunStatus:
     if not words:
         return status
     told = [
-        item.model_copy(update={"message": shorten(f"{item.message} {words}")}) if item.type == "Complete" else item
+        item.model_copy(update={"message": shorten(f"{item.message} {words}")})
+        if item.type == "Complete" and not item.message.endswith(words)
+        else item
         for item in status.conditions
     ]
     return status.model_copy(update={"conditions": told})
 
 
-def _step(facts: RunFacts) -> int | None:
-    return facts.progress.step if facts.progress is not None else None
+def _place(facts: RunFacts) -> tuple[int, int] | None:
+    """Where a training is: the end of an epoch is a move too, from which validation has its time."""
+    return (facts.progress.epoch, facts.progress.step) if facts.progress is not None else None
 
 
 def _describe(error: Exception) -> str:

@@ -269,7 +269,7 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     if pod is not None and pod.waiting_reason == "InvalidImageName":
         return Outcome(
             reason=Reason.IMAGE_PULL,
-            message=f"spec.image is no valid image name: {pod.waiting_message}. Correct it in a new TrainingRun.",
+            message=f"{pod.waiting_image} is no valid name: {pod.waiting_message}. Correct it in a new TrainingRun.",
         )
     waited = age_s(_pending_since(observed, attempt), now)
     if waited < spec.pending_deadline_seconds:
@@ -287,7 +287,7 @@ def _is_starting(observed: Observed) -> bool:
     if job is None or job.finished is not None:
         return False
     # A queue may have taken the place back and given it again: then they start anew.
-    return ran is None or _evicted(observed) or (job.started is not None and job.started > ran)
+    return ran is None or (job.started is not None and job.started > ran)
 
 
 def _no_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Outcome | None:

@@ -183,9 +183,9 @@ class Observed:
 
     @property
     def is_running(self) -> bool:
-        """Whether every worker of the newest attempt has started."""
+        """Whether every worker of the newest attempt has started and is there; how others ended is known too."""
         workers = self.spec.resources.workers if self.spec is not None else 1
-        return sum(pod.running_since is not None for pod in self.attempt_pods) >= workers
+        return sum(pod.alive and pod.running_since is not None for pod in self.attempt_pods) >= workers
 
 
 def observe(

@@ -12,6 +12,8 @@ from heimdall_operator.kube import ConflictError
 Manifest = Mapping[str, Any]
 ChildKind = Literal["Job", "Pod"]
 JOB_NAME: Final = "batch.kubernetes.io/job-name"
+ENDED: Final = frozenset({"Succeeded", "Failed"})
+"""Phases of a pod whose containers have ended."""
 
 
 class Key(NamedTuple):
@@ -98,10 +100,12 @@ class Store:
         key = run_of(child)
         if key is not None:
             children = self._children[kind].get(key, {})
-            children.pop(child["metadata"]["name"], None)
+            known = children.pop(child["metadata"]["name"], None)
             if not children:
                 self._children[kind].pop(key, None)
-            self._keep_or_forget(kind, key, child)
+            # One that had ended before it was deleted did not end because of that.
+            has_ended = known is not None and (known.get("status") or {}).get("phase") in ENDED
+            self._keep_or_forget(kind, key, known if known is not None and has_ended else child)
         return key
 
     def _keep_or_forget(self, kind: ChildKind, key: Key, child: Manifest) -> None:
@@ -175,7 +179,7 @@ def job_of(pod: Manifest) -> str | None:
 
 def _has_ended(status: Manifest) -> bool:
     """Whether a pod's containers were seen to end."""
-    if status.get("phase") in ("Succeeded", "Failed"):
+    if status.get("phase") in ENDED:
         return True
     states = [item.get("state") or {} for item in status.get("containerStatuses") or ()]
     return bool(states) and all("terminated" in state for state in states)
@@ -183,7 +187,7 @@ def _has_ended(status: Manifest) -> bool:
 
 def _at_the_end(status: Manifest) -> Manifest:
     """A status whose phase may still be Running: what is gone does not run."""
-    return status if status.get("phase") in ("Succeeded", "Failed") else {**status, "phase": "Failed"}
+    return status if status.get("phase") in ENDED else {**status, "phase": "Failed"}
 
 
 def _is_news(state: Manifest, known: Manifest | None) -> bool:

@@ -60,10 +60,11 @@ def register(client: MlflowClient, facts: RunFacts, spec: RegistrationSpec) -> R
     version = found or _create_version(client, facts, spec.model)
     # The alias of a promotion has to be won, whoever names it here too.
     aliases = [alias for alias in spec.aliases if spec.promotion is None or alias != spec.promotion.alias]
-    for alias in aliases:
+    if found is not None:
         # What was begun earlier may be finished late: by then a newer version may have taken the alias over.
-        if found is None or not _is_newer(_holder(client, spec.model, alias), found):
-            client.set_registered_model_alias(spec.model, alias, version)
+        aliases = [alias for alias in aliases if not _is_newer(_holder(client, spec.model, alias), found)]
+    for alias in aliases:
+        client.set_registered_model_alias(spec.model, alias, version)
     message = f"Registered as version {version} of {spec.model}"
     if aliases:
         message += f" with alias {', '.join(aliases)}"

@@ -34,7 +34,8 @@ PENDING_LIMIT: Final = 2
 """Checkpoints that wait for upload; of more, the newest and the best stay."""
 RETRY_S: Final = 2.0
 RETRY_LIMIT_S: Final = 30.0
-METRICS_TIMEOUT_S: Final = 60.0
+METRICS_TIMEOUT_S: Final = 600.0
+"""How long a checkpoint waits for the metrics before it, until it is looked whether a newer attempt has taken over."""
 JOIN_S: Final = 1.0
 
 log = structlog.get_logger()

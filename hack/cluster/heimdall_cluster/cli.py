@@ -127,6 +127,7 @@ def _down(arguments: argparse.Namespace) -> None:
     finally:
         engine.stop()
     KUBECONFIG.unlink(missing_ok=True)
+    kind.MARKER.unlink(missing_ok=True)
     if arguments.all:
         parts.drop_go_caches()
         with step(f"removing {CACHE}"):

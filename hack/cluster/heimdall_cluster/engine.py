@@ -124,6 +124,7 @@ def _install() -> None:
     missing = [package for program, package in packages.items() if not _is_installed(program)]
     if not missing:
         return
+    of_others = {unit for unit in UNITS if read(["systemctl", "cat", unit]) is not None}
     with step(f"installing {', '.join(missing)} from Debian"), _no_services():
         _apt("update", "-qq")
         _apt("install", "-y", "-qq", "--no-install-recommends", *missing)
@@ -132,7 +133,7 @@ def _install() -> None:
             _apt("install", "-y", "-qq", "--no-install-recommends", "docker-cli")
     if "docker.io" in missing and shutil.which("systemctl"):
         # An engine of the system's own, started with the machine, would take the place of ours.
-        read(["systemctl", "disable", *UNITS])
+        read(["systemctl", "disable", *(unit for unit in UNITS if unit not in of_others)])
 
 
 def _is_installed(program: str) -> bool:
@@ -328,8 +329,8 @@ def mounts_under(*folders: Path) -> list[str]:
 
 def _restore_host(before: dict[str, Any]) -> None:
     """Take back what our engine did to links and firewall, unless somebody else's may have done the same since."""
-    if before["boot"] != BOOT_ID.read_text().strip():
-        return  # links and rules went with the machine's restart
+    if before.get("boot") != BOOT_ID.read_text().strip():
+        return  # links and rules went with the machine's restart (or an earlier version did not say when it was)
     if _foreign_answers():
         say("  another Docker engine answers: links and firewall rules are left to it")
         return

@@ -50,6 +50,7 @@ def test_what_is_left_of_a_cluster_of_ours_is_replaced_and_taken_down(foreign: l
     kind.create()
     cli._down(Namespace(all=False))
     assert foreign == ["deleted", "created", "deleted"]
+    assert not kind.MARKER.exists(), "a later cluster of this name may be somebody else's"
 
 
 def test_a_cluster_in_an_engine_that_does_not_answer_is_not_called_gone(

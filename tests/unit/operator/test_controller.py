@@ -10,16 +10,26 @@ from typing import Any
 
 import pytest
 
-from heimdall_operator.controller import event_manifest, merge_patch
+from heimdall_api.types import Condition
+from heimdall_operator.controller import event_manifest, merge_patch, with_words
 from heimdall_operator.events import Event
 from heimdall_operator.kube import ConflictError, ForbiddenError
 from heimdall_operator.mlflow_gateway import RunGoneError
-from tests.unit.operator.builders import NOW, UID, observed
+from heimdall_operator.store import Key
+from tests.unit.operator.builders import NOW, UID, observed, status
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
 
 SPEC: dict[str, Any] = {"registration": {"model": "localizer"}}
 RUNNING = {"phase": "Running", "running": {"startedAt": STAMP}}
 SUCCEEDED = {"phase": "Succeeded", "terminated": {"exitCode": 0, "startedAt": STAMP, "finishedAt": STAMP}}
+COMPLETE = Condition(
+    type="Complete",
+    status="False",
+    reason="Ending",
+    message="Waiting.",
+    last_transition_time=NOW,
+    observed_generation=1,
+)
 SIGTERMED = {"phase": "Failed", "terminated": {"exitCode": 143, "startedAt": STAMP, "finishedAt": STAMP}}
 
 
@@ -184,8 +194,18 @@ def test_a_namespace_that_is_gone_keeps_nobody_from_the_others(monkeypatch: pyte
 
     monkeypatch.setattr(operator._kube, "list_training_runs", list_training_runs)
     operator._namespaces = ["gone", KEY.namespace]
+    other = copy.deepcopy(world.run)
+    assert other is not None
+    other["metadata"]["namespace"] = "gone"
+    operator.store.put(other)
     asyncio.run(operator.refresh())
-    assert operator.store.known() == [KEY]
+    assert operator.store.known() == [Key("gone", KEY.name), KEY], "what can't be read may still be there"
+
+
+def test_what_mlflow_says_is_told_once_also_where_nothing_else_is_said() -> None:
+    said = with_words(status(conditions=[COMPLETE]), "MLflow says: no.")
+    assert said.conditions[0].message == "Waiting. MLflow says: no."
+    assert with_words(said, "MLflow says: no.") == said
 
 
 def test_a_stale_observation_writes_nothing() -> None:

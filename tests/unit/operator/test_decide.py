@@ -355,6 +355,43 @@ def test_a_pod_that_goes_after_hours_is_not_taken_for_one_that_does_not_start(th
     assert decision.status.attempts[-1].reason is None
 
 
+def test_what_a_queue_has_evicted_hangs_no_more_than_it_trains() -> None:
+    gone = ended_pod(143, running_since=ago(500), deleting=ago(100))
+    waits = observed(
+        spec=spec(stallTimeoutSeconds=20),
+        status=status(attempt(running_time=ago(500)), phase="Pending"),
+        jobs=(job(queued=True, suspended=True, started=ago(510)),),
+        pods=(gone,),
+        followed_since=ago(400),
+    )
+
+    assert decide(waits, NOW).status.attempts[-1].reason is None
+
+
+def test_what_a_queue_has_admitted_again_and_can_not_be_made_is_given_up() -> None:
+    gone = ended_pod(143, running_since=ago(500), deleting=ago(100))
+    again = observed(
+        spec=spec(pendingDeadlineSeconds=60),
+        status=status(attempt(running_time=ago(500)), phase="Pending"),
+        jobs=(job(queued=True, started=ago(61)),),
+        pods=(gone,),
+    )
+
+    assert withdrawn(again).status.attempts[-1].reason == "PodNotStarted"
+
+
+def test_a_queued_group_whose_pods_go_after_hours_is_not_taken_for_one_that_does_not_start() -> None:
+    training = status(attempt(start_time=ago(7300), running_time=ago(7200)), phase="Running")
+    seen = observed(
+        spec=spec(resources={"workers": 2}),
+        status=training,
+        jobs=(job(created=ago(7300), started=ago(7290), queued=True),),
+        pods=(pod(worker=0, deleting=ago(1)),),
+    )
+
+    assert decide(seen, NOW).status.attempts[-1].reason is None
+
+
 def test_what_a_queue_has_admitted_again_has_the_pending_deadline_anew() -> None:
     again = observed(
         spec=spec(pendingDeadlineSeconds=60),

@@ -92,6 +92,20 @@ def test_how_a_pod_ended_is_known_as_long_as_its_job_is_there(status: dict[str, 
     assert store.children("Pod", KEY) == []
 
 
+def test_a_pod_that_had_succeeded_before_it_was_deleted_has_succeeded() -> None:
+    store = Store()
+    store.put_child("Job", state(1, uid="job", name="one-a1"))
+    done = pod_of("one-a1", "one-a1-x", phase="Succeeded")
+    store.put_child("Pod", done)
+    deleted = pod_of("one-a1", "one-a1-x", phase="Succeeded")
+    deleted["metadata"]["deletionTimestamp"] = "2026-11-01T12:00:00Z"
+    store.drop_child("Pod", deleted)
+
+    (kept,) = store.children("Pod", KEY)
+    assert kept["status"]["phase"] == "Succeeded"
+    assert "deletionTimestamp" not in kept["metadata"]
+
+
 def test_pods_that_go_after_their_job_leave_nothing_behind() -> None:
     store = Store()
     gone = pod_of("one-a1", "one-a1-x", phase="Failed")

@@ -80,7 +80,8 @@ class HeimdallDataModule(L.LightningDataModule):
             DataError: Too many recordings can't be read.
             ConnectionError: Database or store do not answer.
         """
-        self._load()
+        # Without the others: Lightning asks one process of each node alone.
+        self._found = self._found or self._find()
 
     def setup(self, stage: str | None = None) -> None:
         """Find the data. Every process does, for its own node's cache; all take what the first has found.
