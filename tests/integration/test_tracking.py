@@ -20,8 +20,8 @@ from heimdall_api.contract import TAG_CHECKPOINTS, parse_checkpoints
 from heimdall_api.types import PromotionSpec, RegistrationSpec
 from heimdall_tracking import MLflowTracker, registry, runs
 from heimdall_tracking.experiments import ensure_experiment
+from heimdall_tracking.points import INFINITY
 from heimdall_tracking.queue import MetricQueue
-from heimdall_tracking.tracker import INFINITY
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from tests.integration.conftest import Stack
 

@@ -303,10 +303,13 @@ def _example_of(module: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
             )
     else:
         values = _as_tuple(example)
-        rest = [each.name for each in parameters if each.kind == each.VAR_POSITIONAL]
-        more = [f"{name}_{index}" for name in rest for index in range(len(values) - len(positional))]
-        names = [*positional, *more][: len(values)]
-        given = dict(zip(names, values, strict=False))
+        if len(values) > len(positional):
+            raise ExportError(
+                f"example_input_array of {type(module).__name__} has {len(values)} values, and forward names "
+                f"{len(positional)} arguments: name each that it takes (a graph has no *args)"
+            )
+        names = positional[: len(values)]
+        given = dict(zip(names, values, strict=True))
     tensors = tuple(given[name].detach().cpu() for name in names if isinstance(given[name], Tensor))
     if not tensors or len(tensors) != (len(example) if isinstance(example, Mapping) else len(_as_tuple(example))):
         raise ExportError(

@@ -61,7 +61,7 @@ HELM_FLAGS = {
 RUN_BY = {
     # What a command begins with: where a test runs it, and words by which it is found there.
     "make test": (".ci/run", "make test"),  # by continuous integration
-    "make venv": ("Makefile", "test: venv needs"),  # by `make test`
+    "make venv": ("Makefile", "test: needs-test venv"),  # by `make test`
     "heimdall-train data generate": ("tests/integration/test_data.py", 'data("generate"'),
     "heimdall-train run": ("tests/unit/documents/test_own_model.py", '["run", "-f"'),
     "heimdall-train validate": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
