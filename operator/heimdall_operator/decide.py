@@ -267,10 +267,8 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         return None
     pod = _waiting_pod(observed)
     if pod is not None and pod.waiting_reason == "InvalidImageName":
-        return Outcome(
-            reason=Reason.IMAGE_PULL,
-            message=f"{pod.waiting_image} is no valid name: {pod.waiting_message}. Correct it in a new TrainingRun.",
-        )
+        why = f"{pod.waiting_image} is no valid image name: {pod.waiting_message}"
+        return Outcome(reason=Reason.IMAGE_PULL, message=f"{why}. Correct it in a new TrainingRun.")
     waited = age_s(_pending_since(observed, attempt), now)
     if waited < spec.pending_deadline_seconds:
         return None
