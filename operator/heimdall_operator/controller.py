@@ -34,7 +34,7 @@ STEP_LIMIT: Final = 20
 EVENTS_LIMIT: Final = 10_000
 """Events that wait while the API server is away; of more, the oldest are lost."""
 EVENT_NOTE_LIMIT: Final = 1024
-REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "REQUEST_LIMIT_EXCEEDED"})
+REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 """Codes of MLflow's errors that waiting may not mend: somebody has to be told."""
 STUCK_AFTER_S: Final = 300
 """A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
@@ -146,18 +146,14 @@ class Controller:
         facts = await self._mlflow.active_facts(experiments) if experiments else {}
         self._followed_since = self._followed_since or self._clock()
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
-        moving = {
-            run_id for run_id in moved & self._facts.keys() if _place(facts[run_id]) != _place(self._facts[run_id])
-        }
-        self._moved = {run_id: self._clock() if run_id in moving else at for run_id, at in self._moved_of(facts)}
+        now = self._clock()
+        # What is seen for the first time may have moved just now.
+        stays = {run_id for run_id, item in facts.items() if _place(item) == _place(self._facts.get(run_id, item))}
+        self._moved = {run_id: self._moved.get(run_id, now) if run_id in stays else now for run_id in facts}
         self._facts = facts
         for key, item in active.items():
             if item is not None and item["status"].get("runID") in moved:
                 self.queue.add(key)
-
-    def _moved_of(self, facts: dict[str, RunFacts]) -> list[tuple[str, datetime]]:
-        """When each run was last seen to move; what is seen for the first time may have moved just now."""
-        return [(run_id, self._moved.get(run_id, self._clock())) for run_id in facts]
 
     def stuck_reason(self, resync_s: float) -> str | None:
         """Why the operator is taken for stuck, or None: what a liveness probe asks."""

@@ -26,6 +26,9 @@ LOSSES: Final = ("train/loss_step", "val/loss")
 """Metrics of the loss curves."""
 HISTORY_TIMEOUT_S: Final = 60
 """How long the plots wait for what MLflow knows."""
+INPUTS: Final = ("spectrograms", "receivers")
+"""What a localizer is given of a batch."""
+
 log = structlog.get_logger()
 
 
@@ -161,10 +164,6 @@ class Results:
         else:
             example = _single_array(_batch_of(module, data))
             modelling.log_module(self._tracker, module, example, folder=self._folder, onnx=onnx)
-
-
-INPUTS: Final = ("spectrograms", "receivers")
-"""What a localizer is given of a batch."""
 
 
 def loss_history(client: MlflowClient, run_id: str) -> dict[str, History]:

@@ -77,10 +77,13 @@ class DataSettings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        if value is None:
+            return None
+        url = value.get_secret_value()
+        if not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("is no URL of a Redis: use redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS")
         try:
-            _ = value and urlsplit(value.get_secret_value()).port
+            _ = urlsplit(url).port
         except ValueError:
             # Its own words may show a part of the password.
             raise ValueError(

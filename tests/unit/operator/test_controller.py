@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from heimdall_api.contract import Progress
 from heimdall_api.types import Condition
 from heimdall_operator.controller import event_manifest, merge_patch, with_words
 from heimdall_operator.events import Event
 from heimdall_operator.kube import ConflictError, ForbiddenError
 from heimdall_operator.mlflow_gateway import RunGoneError
 from heimdall_operator.store import Key
-from tests.unit.operator.builders import NOW, UID, observed, status
+from heimdall_tracking.runs import RunFacts
+from tests.unit.operator.builders import NOW, UID, observed, run, status
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
 
 SPEC: dict[str, Any] = {"registration": {"model": "localizer"}}
@@ -206,6 +208,36 @@ def test_what_mlflow_says_is_told_once_also_where_nothing_else_is_said() -> None
     said = with_words(status(conditions=[COMPLETE]), "MLflow says: no.")
     assert said.conditions[0].message == "Waiting. MLflow says: no."
     assert with_words(said, "MLflow says: no.") == said
+
+
+def test_a_run_moves_when_its_step_or_epoch_does_by_the_operators_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.apply({"tracking": {"experiment": "e"}})
+    asyncio.run(look(world))
+    times = [NOW + timedelta(seconds=10 * number) for number in range(5)]
+    now = times[0]
+    operator = controller(world, clock=lambda: now)
+    places = [(0, 3), (0, 3), (0, 4), (1, 4), (1, 4)]
+    seen = []
+
+    async def scenario() -> None:
+        nonlocal now
+        await operator.refresh()
+        operator.store.get(KEY)["status"]["phase"] = "Running"  # type: ignore[index]
+        for at, (epoch, step) in zip(times, places, strict=True):
+            # What the trainer's clock says is no matter, and changes each time.
+            facts = run(progress=Progress(epoch=epoch, epochs=2, step=step, time=at - timedelta(days=1)))
+
+            async def active_facts(_: object, facts: RunFacts = facts) -> dict[str, RunFacts]:
+                return {"r1": facts}
+
+            now = at
+            monkeypatch.setattr(operator._mlflow, "active_facts", active_facts)
+            await operator.read_progress()
+            seen.append(operator._moved["r1"])
+
+    asyncio.run(scenario())
+    assert seen == [times[0], times[0], times[2], times[3], times[3]]
 
 
 def test_a_stale_observation_writes_nothing() -> None:
