@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from heimdall_api.types import PromotionSpec, RegistrationSpec
+from heimdall_operator.controller import said_by_mlflow
 from heimdall_tracking import MLflowTracker, TrackingSettings, registry, runs
 from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.experiments import ensure_experiment
@@ -200,6 +201,15 @@ def test_a_trainer_can_change_no_registered_model_and_delete_no_experiment(secur
             lambda: client.delete_experiment(experiment),
         ):
             assert "ermission denied" in refused(call)
+        # It is on the status of a run whose operator may not do something.
+        with pytest.raises(MlflowException) as caught:
+            client.delete_registered_model(name)
+        assert said_by_mlflow(caught.value).startswith("MLflow says: ")
+    with secured.as_user(trainer), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", "another password")
+        with pytest.raises(MlflowException) as caught:
+            client.get_run(run_id)
+    assert said_by_mlflow(caught.value).startswith("MLflow says: ")
 
 
 def test_the_operator_owns_what_others_made_and_restores_what_they_deleted(secured: SecuredMlflow, name: str) -> None:
