@@ -291,32 +291,30 @@ def _scene(batch: int, receivers: int, values: int) -> tuple[Tensor, Tensor]:
 def _example_of(module: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
     """Names and tensors that `forward` is called with."""
     example = module.example_input_array
+    values = tuple(example.values()) if isinstance(example, Mapping) else _as_tuple(example)
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise ExportError(
+            f"{type(module).__name__} has no example input: set example_input_array to what its forward takes (a "
+            "tensor, a tuple or a dictionary of tensors)"
+        )
     parameters = list(inspect.signature(module.forward).parameters.values())
     positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     if isinstance(example, Mapping):
-        given = dict(example)
-        names = [name for name in positional if name in given]
-        if given and (len(names) != len(given) or names != positional[: len(names)]):
+        names = [name for name in positional if name in example]
+        if len(names) != len(example) or names != positional[: len(names)]:
             raise ExportError(
-                f"example_input_array of {type(module).__name__} names {', '.join(given)}: it must name the first "
+                f"example_input_array of {type(module).__name__} names {', '.join(example)}: it must name the first "
                 f"positional arguments of forward, which are {', '.join(positional)}"
             )
+        values = tuple(example[name] for name in names)
     else:
-        values = _as_tuple(example)
         if len(values) > len(positional):
             raise ExportError(
                 f"example_input_array of {type(module).__name__} has {len(values)} values, and forward names "
                 f"{len(positional)} arguments: name each that it takes (a graph has no *args)"
             )
         names = positional[: len(values)]
-        given = dict(zip(names, values, strict=True))
-    tensors = tuple(given[name].detach().cpu() for name in names if isinstance(given[name], Tensor))
-    if not tensors or len(tensors) != (len(example) if isinstance(example, Mapping) else len(_as_tuple(example))):
-        raise ExportError(
-            f"{type(module).__name__} has no example input: set example_input_array to what its forward takes (a "
-            "tensor, a tuple or a dictionary of tensors)"
-        )
-    return tuple(names), tensors
+    return tuple(names), tuple(value.detach().cpu() for value in values)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

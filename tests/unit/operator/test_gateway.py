@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,26 +22,28 @@ from tests.unit.operator.fakes import KEY, World, controller
 
 
 @pytest.fixture
-def overlaps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many registrations were under way at the beginning of each."""
-    under_way: list[int] = []
-    now = 0
-    lock = threading.Lock()
+def most_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
+    """Lets each registration wait so long for another one to begin; the list's last one is the most there were."""
+    most = [0]
+    under_way = 0
+    changed = threading.Condition()
 
-    def register(client: Any, facts: Any, wanted: Any) -> Registration:
-        nonlocal now
-        with lock:
-            now += 1
-            under_way.append(now)
-        # Long enough for another one to begin beside it, if it could.
-        time.sleep(0.05)
-        with lock:
-            now -= 1
-        return Registration(name=wanted.model, version="1", message="Registered.")
+    def wait_for_another(patience_s: float) -> list[int]:
+        def register(client: Any, facts: Any, wanted: Any) -> Registration:
+            nonlocal under_way
+            with changed:
+                under_way += 1
+                most.append(max(most[-1], under_way))
+                changed.notify_all()
+                changed.wait_for(lambda: most[-1] > 1, patience_s)
+                under_way -= 1
+            return Registration(name=wanted.model, version="1", message="Registered.")
 
-    monkeypatch.setattr(registry, "register", register)
+        monkeypatch.setattr(registry, "register", register)
+        return most
+
     monkeypatch.setattr(runs, "read_facts", lambda client, run_id: run())
-    return under_way
+    return wait_for_another
 
 
 async def register_at_once(*models: str) -> None:
@@ -54,16 +56,18 @@ async def register_at_once(*models: str) -> None:
         gateway.close()
 
 
-def test_registrations_of_one_model_wait_for_each_other(overlaps: list[int]) -> None:
+def test_registrations_of_one_model_wait_for_each_other(most_at_once: Callable[[float], list[int]]) -> None:
+    most = most_at_once(0.05)
     asyncio.run(register_at_once("localizer", "localizer", "localizer"))
 
-    assert overlaps == [1, 1, 1]
+    assert most == [0, 1, 1, 1]
 
 
-def test_registrations_of_different_models_do_not(overlaps: list[int]) -> None:
+def test_registrations_of_different_models_do_not(most_at_once: Callable[[float], list[int]]) -> None:
+    most = most_at_once(30)
     asyncio.run(register_at_once("one", "other"))
 
-    assert overlaps == [1, 2]
+    assert most[-1] == 2
 
 
 def test_a_server_that_hangs_is_asked_by_one_look_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
