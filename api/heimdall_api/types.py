@@ -217,7 +217,11 @@ class ResourcesSpec(Model):
         "on from the last checkpoint.",
     )
     gpus_per_worker: int = Field(default=1, ge=0, le=64, description="GPUs of a training pod. 0: train on the CPU.")
-    cpu: Quantity = Field(default="4", description="CPU cores of a training pod.")
+    cpu: Quantity = Field(
+        default="4",
+        description="CPU cores of a training pod; PyTorch computes with as many threads, shared among the pod's "
+        "processes.",
+    )
     memory: Quantity = Field(default="16Gi", description="Memory of a training pod.")
     shared_memory: Quantity = Field(default="1Gi", description="Size of /dev/shm, which data loaders share batches in.")
 

@@ -26,6 +26,7 @@ from heimdall_api.contract import (
     SCRATCH_DIR,
     TERMINATION_MESSAGE_FILE,
 )
+from heimdall_api.quantity import parse_quantity
 from heimdall_api.types import TrainingRunSpec
 from heimdall_operator.decide import job_name
 from heimdall_operator.observe import COMPLETION_INDEX, CONTAINER
@@ -287,14 +288,28 @@ def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str,
         "HOME": SCRATCH_DIR,
         "USER": CONTAINER,  # libraries ask who they are, and the image may not know its user
         "TMPDIR": SCRATCH_DIR,
+        "OMP_NUM_THREADS": str(_threads(plan)),
         **(dict.fromkeys(CA_VARIABLES, CA_FILE) if defaults.ca else {}),
     }
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
+def _processes(plan: AttemptPlan) -> int:
+    """How many processes train in a pod: one for each of its GPUs."""
+    return max(1, plan.spec.resources.gpus_per_worker)
+
+
+def _threads(plan: AttemptPlan) -> int:
+    """Threads that a process computes with: its share of what the pod asks for.
+
+    PyTorch counts the node's cores, which the pod has a part of: threads that wait for each other there burn that part.
+    """
+    return max(1, int(parse_quantity(plan.spec.resources.cpu) / _processes(plan)))
+
+
 def _rendezvous(plan: AttemptPlan) -> list[dict[str, Any]]:
     """What torchrun reads: PET_… are its own variables, one for each of its options."""
-    processes = max(1, plan.spec.resources.gpus_per_worker)
+    processes = _processes(plan)
     if plan.workers == 1:
         return [{"name": "PET_NPROC_PER_NODE", "value": str(processes)}] if processes > 1 else []
     values = {

@@ -119,6 +119,24 @@ def test_an_image_of_an_earlier_release_is_told_only_of_what_it_knows() -> None:
     assert (asked["export"], asked["data"]["arrivals"]) == ({"onnx": True}, True)
 
 
+@pytest.mark.parametrize(
+    ("cpu", "gpus", "threads"), [(4, 0, 4), ("4", 1, 4), ("7", 2, 3), ("500m", 1, 1), ("3", 8, 1), ("1e3", 1, 1000)]
+)
+def test_a_process_computes_with_its_share_of_the_processors(cpu: int | str, gpus: int, threads: int) -> None:
+    job = build_job(plan(resources={"cpu": cpu, "gpusPerWorker": gpus}), DEFAULTS)
+    container = job["spec"]["template"]["spec"]["containers"][0]
+
+    assert {"name": "OMP_NUM_THREADS", "value": str(threads)} in container["env"]
+
+
+def test_another_number_of_threads_may_be_asked_for() -> None:
+    wanted = {"name": "OMP_NUM_THREADS", "value": "16"}
+    template = {"spec": {"containers": [{"name": "trainer", "env": [wanted]}]}}
+    container = build_job(plan(podTemplate=template), DEFAULTS)["spec"]["template"]["spec"]["containers"][0]
+
+    assert [item for item in container["env"] if item["name"] == wanted["name"]] == [wanted]
+
+
 def test_a_queued_job_waits_for_its_queue() -> None:
     job = build_job(plan(queue_labels=QUEUE), DEFAULTS)
 
