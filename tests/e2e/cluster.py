@@ -25,7 +25,9 @@ import urllib3
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-POLL_S = 1.0
+POLL_MIN_S, POLL_MAX_S = 0.2, 1.0
+POLL_SHARE = 0.1
+"""How often is looked: what comes soon is seen soon, what takes long is not looked at more than a wait is worth."""
 FORWARD_POLL_S = 0.2
 COMMAND_TIMEOUT_S = 300
 API_TIMEOUT_S = 30
@@ -159,17 +161,17 @@ def wait_for(
     what: str,
     timeout_s: float,
     tell: Callable[[], str] = lambda: "",
-    every_s: float = POLL_S,
 ) -> T:
     """Poll until there is something, with a deadline."""
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while True:
         found = look()
         if found:
             return found
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - began
+        if waited_s > timeout_s:
             raise AssertionError(f"{what}: not within {timeout_s:.0f} s\n{tell()}")
-        time.sleep(every_s)
+        time.sleep(min(max(POLL_SHARE * waited_s, POLL_MIN_S), POLL_MAX_S))
 
 
 def condition(resource_status: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def port_forward(cluster: Cluster, target: str, port: int) -> Iterator[int]:
     keeper = threading.Thread(target=keep)
     keeper.start()
     try:
-        wait_for(connected, what=f"a connection to {target}", timeout_s=60, every_s=0.2)
+        wait_for(connected, what=f"a connection to {target}", timeout_s=60)
         yield local
     finally:
         over.set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -21,9 +23,6 @@ GREP_NOTHING = 1
 @pytest.fixture(scope="module")
 def passwords(release: Cluster, recordings: None, canaries: dict[str, str]) -> dict[str, str]:
     """The canaries, after a TrainingRun went its way, another failed, and a third could not use what it was given."""
-    for name, args in {"canary-well": {"steps": 3}, "canary-ill": {"fail": "user"}}.items():
-        release.apply(contract_run(name, **args))
-        release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=120)
     wrong = f"canary{secrets.token_hex(16)}"
     url = f"postgresql://heimdall_reader:{wrong}@heimdall-database:5432/heimdall"
     release.kubectl("create", "secret", "generic", "canary-wrong", f"--from-literal=HEIMDALL_DATABASE_URL={url}")
@@ -32,6 +31,11 @@ def passwords(release: Cluster, recordings: None, canaries: dict[str, str]) -> d
     trainer = {"name": "trainer", "envFrom": [{"secretRef": {"name": "canary-wrong"}}]}
     run["spec"] |= {"podTemplate": {"spec": {"containers": [trainer]}}, "retries": {"limit": 0}}
     release.apply(run)
+    others = {"canary-well": {"steps": 3}, "canary-ill": {"fail": "user"}}
+    for name, args in others.items():
+        release.apply(contract_run(name, **args))
+    for name in others:
+        release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=120)
     status = release.wait_for_phase("canary-wrong", "Failed", "Succeeded", timeout_s=300)
     assert "heimdall-database" in condition(status, "Failed")["message"], "it says which database refused"
     return {**canaries, "a wrong one": wrong}
@@ -58,10 +62,15 @@ def test_no_password_is_in_any_resource(release: Cluster, passwords: dict[str, s
 def test_no_password_is_in_a_log_or_an_image_layer(release: Cluster, passwords: dict[str, str], folder: str) -> None:
     """Logs of all pods that there were, and files of all images and containers, as they lie on each node."""
     patterns = "\n".join(passwords.values())
-    for node in ("heimdall-worker", "heimdall-worker2"):
+
+    def look(node: str) -> subprocess.CompletedProcess[str]:
         # Beyond what a container holds in its own data directory (an emptyDir is no layer), nothing is left out.
         command = ("docker", "exec", "-i", node, "grep", "-rlF", "-m1", "--devices=skip", "-f", "-", folder)
-        done = release.run(*command, text=patterns, check=False)
+        return release.run(*command, text=patterns, check=False)
+
+    with ThreadPoolExecutor() as pool:
+        looks = list(pool.map(look, ("heimdall-worker", "heimdall-worker2")))
+    for done in looks:
         assert done.stdout.splitlines() == []
         # What a container that ended leaves may be cleared away meanwhile.
         troubles = [line for line in done.stderr.splitlines() if not line.endswith("No such file or directory")]

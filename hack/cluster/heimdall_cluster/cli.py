@@ -139,6 +139,7 @@ def _status(_: argparse.Namespace) -> None:
     print(f"engine:  {'our own' if own else 'not running' if engine.is_ours() else 'the one that was there'}")
     up = (own or not engine.is_ours()) and kind.is_healthy()
     print(f"cluster: {'up' if up else 'down'}")
+    print(f"parts:   {'to be built' if _is_cold() else 'built'}")
     print(f"cache:   {CACHE}")
 
 
