@@ -58,6 +58,10 @@ external: needs venv ## Two releases on external services, over TLS: PostgreSQL,
 compose: needs venv ## compose.yaml started, trained with, stopped and started again
 	$(BIN)/pytest tests/e2e/test_compose.py
 
+.PHONY: engine
+engine: needs-test venv ## The cluster in a Docker engine that was there, and taken out of it again
+	$(BIN)/pytest -s tests/e2e/test_engine.py
+
 .PHONY: chaos
 chaos: needs venv ## Kill the operator at random for five minutes, take away what it stands on, check everything
 	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 $(BIN)/pytest -s tests/e2e/chaos

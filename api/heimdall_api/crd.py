@@ -38,7 +38,7 @@ COLUMNS: Final[list[Schema]] = [
     {
         "name": "Reason",
         "type": "string",
-        "jsonPath": '.status.conditions[?(@.status=="True")].reason',
+        "jsonPath": '.status.conditions[?(@.type=="Complete")].reason',
         "priority": 1,
     },
 ]

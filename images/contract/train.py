@@ -28,6 +28,8 @@ ERROR, CONFIGURATION, FENCED, DEVICE_MEMORY, UNDELIVERED, SIGTERM = 1, 78, 79, 8
 RUN_ID = os.environ["MLFLOW_RUN_ID"]
 ATTEMPT = int(os.environ["HEIMDALL_ATTEMPT"])
 MESSAGE_LIMIT = 1024
+LONG_S = 10
+"""A step that took longer than any should may have been frozen."""
 
 
 class Stop(Exception):  # noqa: N818 - not every stop is an error
@@ -58,19 +60,23 @@ def main() -> None:
 
 def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[int]) -> None:
     """Count from the last checkpoint to the last step."""
+    from mlflow.entities import Metric, Param, RunTag
+
     args = run_file["spec"].get("model", {}).get("args", {})
     steps = args.get("steps", 10)
     if not isinstance(steps, int) or steps < 1:
         raise Stop(CONFIGURATION, "InvalidConfiguration", f"spec.model.args.steps is {steps!r}: use a positive number")
-    for name, value in args.items():
-        client.log_param(RUN_ID, name, value)
+    client.log_batch(RUN_ID, params=[Param(name, str(value)) for name, value in args.items()])
     first = restore(client)
     print(f"attempt {ATTEMPT} of run {RUN_ID}: steps {first} to {steps}", flush=True)
     for step in range(first, steps):
+        began = time.monotonic()
         train_step(args, step)
-        client.log_metric(RUN_ID, "train/loss", 1.0 / (step + 1), step=step)
+        if time.monotonic() - began > LONG_S:  # its node may have been taken for lost meanwhile
+            check_fence(client)
+        loss = Metric("train/loss", 1.0 / (step + 1), int(1000 * time.time()), step)
         progress = {"epoch": 0, "epochs": 1, "step": step + 1, "steps": steps, "time": now()}
-        client.set_tag(RUN_ID, "heimdall.progress", json.dumps(progress))
+        client.log_batch(RUN_ID, metrics=[loss], tags=[RunTag("heimdall.progress", json.dumps(progress))])
         if asked_to_stop or (step + 1) % args.get("checkpointEvery", 5) == 0:
             save(client, step + 1)
         if asked_to_stop:

@@ -390,7 +390,9 @@ def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:
 
 
 def _is_active(resource: Any) -> bool:
-    return resource is not None and (resource.get("status") or {}).get("phase") == "Running"
+    """Whether what MLflow says of a run may change: what a suspended one made last is delivered while it ends."""
+    status = (resource or {}).get("status") or {}
+    return status.get("phase") == "Running" or (status.get("phase") == "Suspended" and "runID" in status)
 
 
 def _experiment(resource: Any) -> str:

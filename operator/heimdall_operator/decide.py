@@ -416,7 +416,10 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
     if _living(observed, now):
         return Decision((), status, POLL_S)
     counted = Reason(attempt.reason) not in FREE if attempt.reason else True
-    ended = observed.status.attempts[-1].model_copy(update={"end_time": now})
+    # A pod that is gone before anybody looked takes its exit code along.
+    judged = judge_group(observed.attempt_pods, spec.resources.workers)
+    update = {"end_time": now, "exit_code": judged.exit_code if judged is not None else None}
+    ended = observed.status.attempts[-1].model_copy(update=update)
     status = observed.status.model_copy(
         update={
             "attempts": [*observed.status.attempts[:-1], ended],
@@ -545,7 +548,7 @@ def _succeed(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
 def _fail(observed: Observed, reason: Reason, message: str, now: datetime) -> Decision:
     status = observed.status
     if status.run_id is not None and (observed.run is None or observed.run.status != "FAILED"):
-        words = f"{message} Waiting for MLflow to end the run."
+        words = f"{message.rstrip('.')}. Waiting for MLflow to end the run."
         return Decision((EndRun("FAILED"),), waiting(status, observed, str(reason), words, now))
     status = _finish(with_facts(status, observed.run), "Failed", now)
     return Decision(
@@ -594,7 +597,8 @@ def _until_expiry(observed: Observed, now: datetime) -> float | None:
 
 
 def _suspended(observed: Observed, now: datetime) -> TrainingRunStatus:
-    status = observed.status.model_copy(update={"phase": "Suspended"})
+    # Its last checkpoint was made after the suspension was asked for.
+    status = with_facts(observed.status, observed.run).model_copy(update={"phase": "Suspended"})
     message = "Suspended by spec.suspend; set it to false to go on."
     return with_conditions(
         status, observed, now, Suspended=(True, "Suspended", message), Complete=(False, "Suspended", message)

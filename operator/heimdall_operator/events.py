@@ -49,9 +49,10 @@ def _attempt_events(old: Attempt | None, new: Attempt) -> list[Event]:
     number = new.number
     if old is None:
         events.append(Event("Normal", "AttemptStarted", f"Attempt {number} is Job {new.job}", f"attempt-{number}"))
-    if new.running_time is not None and (old is None or old.running_time is None):
+    # Anew where a queue took its place back and gave it again.
+    if new.running_time is not None and (old is None or old.running_time != new.running_time):
         message = f"Attempt {number} is training in pod {new.pod} on node {new.node}"
-        events.append(Event("Normal", "Training", message, f"training-{number}"))
+        events.append(Event("Normal", "Training", message, f"training-{number}-{new.running_time.timestamp():.0f}"))
     if new.reason is not None and (old is None or old.reason is None):
         kind: Literal["Normal", "Warning"] = "Normal" if new.reason in _EXPECTED else "Warning"
         message = f"Attempt {number} ended: {new.message}"
@@ -63,8 +64,11 @@ _EXPECTED = frozenset({Reason.COMPLETED, Reason.SUSPENDED, Reason.PREEMPTED, Rea
 
 
 def _condition_events(old: Condition | None, new: Condition) -> list[Event]:
-    if new.status != "True" or (old is not None and old.status == "True"):
+    if (old.status if old is not None else "False") == new.status:
         return []
+    since = f"{new.type}-{new.last_transition_time.timestamp():.0f}"
+    if new.status == "False":
+        return [Event("Normal", new.reason, new.message, f"not-{since}")]
     kind: Literal["Normal", "Warning"] = "Warning" if new.type == "Failed" else "Normal"
     reason = new.type if new.type != "Complete" else "Completed"
-    return [Event(kind, reason, new.message, f"{new.type}-{new.last_transition_time.timestamp():.0f}")]
+    return [Event(kind, reason, new.message, since)]

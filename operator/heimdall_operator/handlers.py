@@ -79,7 +79,8 @@ class Handlers:
         """Fail when nothing was looked at for too long."""
         reason = self._controller.stuck_reason(self._settings.resync_seconds)
         if reason is not None:
-            raise RuntimeError(f"the operator is stuck: {reason}")
+            # Any other error kopf would try again before it answers, for longer than a probe waits.
+            raise kopf.PermanentError(f"the operator is stuck: {reason}")
         return f"{len(self._controller.queue)} waiting"
 
     async def training_run(self, event: kopf.RawEvent, **_: Any) -> None:

@@ -93,7 +93,8 @@ def with_facts(status: TrainingRunStatus, run: RunFacts | None) -> TrainingRunSt
 def _estimate(status: TrainingRunStatus, run: RunFacts) -> datetime | None:
     """When training ends at the pace of the attempt under way; None where the pace is not known."""
     progress = run.progress
-    since = status.attempts[-1].running_time if status.attempts else None
+    newest = status.attempts[-1] if status.attempts else None
+    since = newest.running_time if newest is not None and newest.reason is None else None
     if progress is None or progress.time is None or progress.steps is None or since is None:
         return None
     done, left = progress.step - progress.first_step, progress.steps - progress.step

@@ -15,14 +15,14 @@ def test_an_operator_that_dies_after_everything_that_it_does(
 ) -> None:
     """One life with a lost attempt and a suspension: the operator is killed between every two of its actions."""
     dying.arm(name)
-    release.apply(contract_run(name, steps=60, stepSeconds=0.3, fail="crash", failAt=10, failAttempt=1))
+    release.apply(contract_run(name, steps=20, stepSeconds=0.9, fail="crash", failAt=3, failAttempt=1))
     second = wait_for(
         lambda: (status := release.status(name)).get("attempt") == 2 and status["phase"] == "Running" and status,
         what="the second attempt",
         timeout_s=LIFE_S,
         tell=lambda: release.explain(name),
     )
-    wait_for_step(release, mlflow, second["runID"], 15, LIFE_S)
+    wait_for_step(release, mlflow, second["runID"], 5, LIFE_S)
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
     release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
@@ -38,7 +38,7 @@ def test_an_operator_that_dies_after_everything_that_it_does(
 
 
 def test_an_operator_killed_while_the_pod_works(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, steps=60, stepSeconds=0.3))
+    release.apply(contract_run(name, steps=20, stepSeconds=0.9))
     release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
 
     kill_operator(release)

@@ -14,6 +14,8 @@ from tests.e2e.conftest import GPU_NODE, ON_GPU, OTHER_NODE, Mlflow, contract_ru
 
 LIFE_S = 240.0
 NODE_LOST_S = 300.0
+AT_SIGTERM = {"checkpointEvery": 1000}
+"""No checkpoint but the one that is made when the pod is told to end."""
 SOON_GONE = [
     {"key": f"node.kubernetes.io/{what}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
     for what in ("unreachable", "not-ready")
@@ -44,8 +46,8 @@ def reasons(status: dict[str, Any]) -> list[str]:
 
 @pytest.mark.nodes
 def test_a_drained_node_costs_no_retry(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, spec=ON_GPU | {"retries": {"limit": 0}}, steps=80, stepSeconds=0.2))
-    run_id = running_at(release, mlflow, name, 10)
+    release.apply(contract_run(name, spec=ON_GPU | {"retries": {"limit": 0}}, steps=20, stepSeconds=0.8, **AT_SIGTERM))
+    run_id = running_at(release, mlflow, name, 3)
     selector = f"--pod-selector=training.heimdall.dev/run={name}"
     try:
         release.kubectl("drain", GPU_NODE, selector, "--delete-emptydir-data", "--force", "--timeout=120s")
@@ -69,9 +71,9 @@ def test_a_preempted_run_goes_on_when_there_is_room(release: Cluster, mlflow: Ml
     important = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "value": 1000}
     release.apply({**important, "metadata": {"name": "heimdall-e2e-important"}})
     spec = {"resources": {"gpusPerWorker": 2, "cpu": "20m", "memory": "256Mi"}, "retries": {"limit": 0}}
-    release.apply(contract_run(name, spec=spec, steps=80, stepSeconds=0.2))
+    release.apply(contract_run(name, spec=spec, steps=20, stepSeconds=0.8, **AT_SIGTERM))
     try:
-        running_at(release, mlflow, name, 10)
+        running_at(release, mlflow, name, 3)
         intruder = contract_run(
             f"{name}-b",
             spec={
@@ -91,6 +93,11 @@ def test_a_preempted_run_goes_on_when_there_is_room(release: Cluster, mlflow: Ml
     assert reasons(status) == ["Preempted", "Completed"]
 
 
+def stored(mlflow: Mlflow, run_id: str) -> set[str]:
+    """Checkpoints of the first attempt."""
+    return {item.path for item in mlflow.client.list_artifacts(run_id, "checkpoints") if "attempt-1" in item.path}
+
+
 @contextmanager
 def node_away(release: Cluster, away: str, back: str) -> Iterator[None]:
     """The node's container is stopped or frozen, and brought back whatever happens."""
@@ -108,8 +115,9 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
     release: Cluster, mlflow: Mlflow, trainer: None, name: str, how: tuple[str, str]
 ) -> None:
     del trainer  # its image must not be on its way to the node that goes
-    release.apply(contract_run(name, spec=on_either_node(retries={"limit": 0}), steps=70, stepSeconds=0.2))
-    run_id = running_at(release, mlflow, name, 10)
+    pace = {"steps": 20, "stepSeconds": 0.7, "checkpointEvery": 2}
+    release.apply(contract_run(name, spec=on_either_node(retries={"limit": 0}), **pace))
+    run_id = running_at(release, mlflow, name, 3)
     assert release.status(name)["attempts"][0]["node"] == GPU_NODE
 
     with node_away(release, *how):
@@ -125,21 +133,23 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
         )
         assert second["node"] == OTHER_NODE
         assert release.status(name)["attempts"][0]["reason"] == "NodeLost"
+        before = stored(mlflow, run_id)
     # The first attempt's process lives on after a partition: the newer attempt's number keeps it from publishing.
     status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
 
     assert (status["phase"], status["failures"], status["runID"]) == ("Succeeded", 0, run_id)
+    assert stored(mlflow, run_id) == before, "the first attempt's files are those that were there when it was lost"
     tags = mlflow.client.get_run(run_id).data.tags
     assert all("attempt-2" in item["path"] for item in json.loads(tags["heimdall.checkpoints"]))
     assert len(mlflow.versions_of("steps", run_id)) == 1
     history = mlflow.client.get_metric_history(run_id, "train/loss")
-    assert {item.step for item in history} == set(range(70))
+    assert {item.step for item in history} == set(range(20))
 
 
 @pytest.mark.beside
 def test_a_stopped_process_is_taken_for_hung(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, spec={"stallTimeoutSeconds": 10}, steps=60, stepSeconds=0.2))
-    running_at(release, mlflow, name, 10)
+    release.apply(contract_run(name, spec={"stallTimeoutSeconds": 10}, steps=15, stepSeconds=0.8, checkpointEvery=1))
+    running_at(release, mlflow, name, 3)
 
     signal_container(release, f"{name}-a1", "STOP")
 
@@ -189,7 +199,7 @@ def test_an_active_deadline_ends_the_run(release: Cluster, name: str) -> None:
 
 def test_complete_waits_for_mlflow_and_says_so(release: Cluster, name: str) -> None:
     """The pod ends while nobody looks, MLflow goes, and only then the operator comes back."""
-    release.apply(contract_run(name, steps=40, stepSeconds=0.2))
+    release.apply(contract_run(name, steps=10, stepSeconds=0.8))
     release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
     scale(release, "heimdall-operator", 0)
     try:

@@ -44,14 +44,14 @@ def test_a_life_from_apply_to_version(release: Cluster, mlflow: Mlflow, name: st
 
 
 def test_a_killed_pod_is_followed_by_one_that_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, steps=60, stepSeconds=0.2, fail="crash", failAt=20, failAttempt=1))
+    release.apply(contract_run(name, steps=15, stepSeconds=0.6, fail="crash", failAt=5, failAttempt=1))
 
     release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
 
     status = check_whole(release, mlflow, name, attempts=2)
     assert [item["reason"] for item in status["attempts"]] == ["Unknown", "Completed"]
     log = release.kubectl("logs", f"job/{name}-a2")
-    assert "steps 20 to 60" in log, "it went on from the checkpoint"
+    assert "steps 5 to 15" in log, "it went on from the checkpoint"
 
 
 def test_a_run_deleted_while_training_leaves_nothing(release: Cluster, mlflow: Mlflow, name: str) -> None:
@@ -68,14 +68,18 @@ def test_a_run_deleted_while_training_leaves_nothing(release: Cluster, mlflow: M
 
 
 def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, spec=ON_GPU, steps=80, stepSeconds=0.2))
+    release.apply(contract_run(name, spec=ON_GPU, steps=20, stepSeconds=0.8, checkpointEvery=1000))
     status = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
-    wait_for_step(release, mlflow, status["runID"], 10, LIFE_S)
+    step = wait_for_step(release, mlflow, status["runID"], 3, LIFE_S)
 
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
     suspended = release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
     assert condition(suspended, "Suspended")["status"] == "True"
     wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=120)
+    checkpoint = wait_for(
+        lambda: release.status(name).get("lastCheckpoint"), what="the checkpoint on the status", timeout_s=LIFE_S
+    )
+    assert checkpoint["step"] >= step, "it was made when the pod was told to end"
 
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
     done = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
@@ -131,7 +135,10 @@ def test_a_failure_says_why_and_frees_the_gpu(release: Cluster, mlflow: Mlflow, 
     failed = condition(status, "Failed")
     assert (failed["status"], failed["reason"]) == ("True", failure.reason)
     assert failure.message in failed["message"]
-    assert status["attempts"][-1]["reason"] == failure.reason
+    [attempt] = status["attempts"]
+    assert attempt["reason"] == failure.reason, "once: it is not tried again"
+    assert attempt["endTime"] >= attempt["startTime"]
+    assert attempt["message"]
     assert [run.info.status for run in mlflow.runs_of(release.training_run(name)["metadata"]["uid"])] == ["FAILED"]
     wait_for(lambda: not holding_gpus(release, name), what="the GPU being free", timeout_s=120)
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from heimdall_api.contract import TAG_UID, parse_checkpoints
+from heimdall_trainer.data.generator import session_id
 from tests.e2e.cluster import ROOT, Cluster, condition, port_forward, wait_for
 from tests.e2e.conftest import Mlflow
 from tests.e2e.test_life_cycle import holding_gpus
@@ -23,6 +24,8 @@ from tests.e2e.test_life_cycle import holding_gpus
 pytestmark = pytest.mark.beside
 
 TRAINING_S = 900.0
+SEED = 7
+"""Of the example's recordings."""
 PREDICT = """
 import json, sys
 import mlflow, torch
@@ -31,7 +34,7 @@ from heimdall_trainer.data import HeimdallDataset
 from heimdall_trainer.settings import load_data_settings
 
 model = mlflow.pyfunc.load_model(sys.argv[1])
-sample = HeimdallDataset.open(load_data_settings())[0]
+sample = HeimdallDataset.open(load_data_settings(), [sys.argv[2]])[0]
 arrays = {name: sample[name][None].numpy() for name in ("spectrograms", "receivers")}
 out = model.predict(arrays)
 print(json.dumps({name: value.tolist() for name, value in out.items()}))
@@ -154,7 +157,7 @@ def test_the_version_predicts_in_a_fresh_process(
             "HEIMDALL_CACHE_DIR": str(tmp_path / "cache"),
         }
         done = subprocess.run(
-            [sys.executable, "-c", PREDICT, trained.status["modelURI"]],
+            [sys.executable, "-c", PREDICT, trained.status["modelURI"], session_id(SEED, 0)],
             env=env,
             cwd=tmp_path,
             capture_output=True,

@@ -13,16 +13,11 @@ from tests.e2e.conftest import GPU_NODE, Mlflow, signal_container
 from tests.e2e.test_localizer import TRAINING_S, example
 
 pytestmark = pytest.mark.beside
-SEED, SESSIONS = 7, 6
-"""Of the example's recordings."""
 
 
 def without_gpu(name: str, **training: Any) -> dict[str, Any]:
-    """The example on half of the recordings, where its image is; GPUs and a processor are left to the tests beside."""
-    from heimdall_trainer.data.generator import session_id
-
+    """The example where its image is; GPUs and a processor are left to the tests beside."""
     run = example(name, epochs=3, batchSize=8, **training)
-    run["spec"]["data"] = {"sessions": {"ids": [session_id(SEED, number) for number in range(SESSIONS)]}}
     run["spec"]["model"]["backbone"] = "resnet10t"
     run["spec"]["resources"] |= {"gpusPerWorker": 0, "cpu": "400m"}
     run["spec"]["podTemplate"] = {"spec": {"nodeSelector": {"kubernetes.io/hostname": GPU_NODE}}}

@@ -69,7 +69,7 @@ def test_a_queue_holds_and_evicts_the_job_and_it_stays_the_same_attempt(
     release: Cluster, mlflow: Mlflow, name: str
 ) -> None:
     """What Kueue does to a Job, done by hand: it lets it go on certain nodes, takes it back, and lets it go again."""
-    run = contract_run(name, steps=80, stepSeconds=0.2)
+    run = contract_run(name, steps=20, stepSeconds=0.8, checkpointEvery=2)
     run["metadata"]["labels"] = {QUEUE: "team-queue", "kueue.x-k8s.io/priority-class": "high"}
     release.apply(run)
 
@@ -90,7 +90,7 @@ def test_a_queue_holds_and_evicts_the_job_and_it_stays_the_same_attempt(
     patch_job(release, name, {"suspend": False, "template": place})
     assert admission("Admitted")
     run_id = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)["runID"]
-    wait_for_step(release, mlflow, run_id, 10, LIFE_S)
+    wait_for_step(release, mlflow, run_id, 3, LIFE_S)
 
     patch_job(release, name, {"suspend": True})
     assert admission("Evicted")["phase"] == "Pending"
@@ -181,7 +181,7 @@ def test_a_worse_model_does_not_become_champion(release: Cluster, mlflow: Mlflow
 
 
 def test_progress_and_an_estimate_are_there_while_it_runs(release: Cluster, name: str) -> None:
-    release.apply(contract_run(name, steps=100, stepSeconds=0.2))
+    release.apply(contract_run(name, steps=40, stepSeconds=0.5))
 
     status = wait_for(
         lambda: "estimatedCompletionTime" in (status := release.status(name)).get("progress", {}) and status,
@@ -191,7 +191,7 @@ def test_progress_and_an_estimate_are_there_while_it_runs(release: Cluster, name
     )
 
     assert status["phase"] == "Running"
-    assert 0 < status["progress"]["step"] < 100
+    assert 0 < status["progress"]["step"] < 40
     assert status["progress"]["percent"] < 100
     assert datetime.fromisoformat(status["progress"]["estimatedCompletionTime"]) > datetime.fromisoformat(
         status["progress"]["time"]

@@ -111,4 +111,6 @@ def test_explain_and_columns_read_well(release: Cluster, name: str) -> None:
     assert header == ["NAME", "PHASE", "PROGRESS", "ATTEMPTS", "GPUS", "RUN-ID", "MODEL-VERSION", "AGE"]
 
     release.wait_for_phase(name, "Suspended", timeout_s=60)
+    wide = [line.split() for line in release.kubectl("get", "tr", name, "-o", "wide").splitlines()]
+    assert (wide[0][-2:], wide[1][-1]) == (["JOB", "REASON"], "Suspended")
     assert "Suspended by spec.suspend" in release.kubectl("describe", "trainingrun", name)

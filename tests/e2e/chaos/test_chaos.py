@@ -71,9 +71,9 @@ class Load:
 
     def add(self) -> None:
         name = f"{self.prefix}-{len(self.uids)}"
-        args: dict[str, Any] = {"steps": self.rng.randint(5, 40), "stepSeconds": 0.1}
+        args: dict[str, Any] = {"steps": self.rng.randint(2, 10), "stepSeconds": 0.4}
         if self.rng.random() < 0.4:
-            args |= {"fail": self.rng.choice(["crash", "user"]), "failAt": self.rng.randint(0, 10), "failAttempt": 1}
+            args |= {"fail": self.rng.choice(["crash", "user"]), "failAt": self.rng.randint(0, 3), "failAttempt": 1}
         resources = {"gpusPerWorker": 0, "cpu": "10m", "memory": "256Mi", "sharedMemory": "16Mi"}
         self.release.apply(contract_run(name, spec={"resources": resources, "retries": {"limit": 20}}, **args))
         self.uids[self.release.training_run(name)["metadata"]["uid"]] = name

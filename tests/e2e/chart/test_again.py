@@ -86,7 +86,7 @@ def test_a_release_outlives_upgrade_rollback_and_removal(again: Cluster) -> None
         assert mlflow.client.get_run(run_id).info.run_id == run_id
         assert [item.path for item in mlflow.client.list_artifacts(run_id)] == ["kept.txt"]
 
-    again.apply(contract_run(RUN, spec=STAYS, steps=150, stepSeconds=0.2))
+    again.apply(contract_run(RUN, spec=STAYS, steps=30, stepSeconds=1))
     started = again.wait_for_phase(RUN, "Running", timeout_s=LIFE_S)
     # Pods that train have no login: MLflow asks for one when they have ended.
     upgrade(again, "--set", "tracking.auth.enabled=false")

@@ -14,7 +14,7 @@ LIFE_S = 240.0
 
 def test_an_upgrade_to_a_list_of_namespaces_and_back(release: Cluster, mlflow: Mlflow, name: str) -> None:
     with namespace(release, "team") as team, namespace(release, "stranger") as stranger:
-        release.apply(contract_run(name, steps=300, stepSeconds=0.2))
+        release.apply(contract_run(name, steps=60, stepSeconds=1))
         before = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
 
         listed = f"operator.namespaces={{{release.namespace},{team.namespace}}}"

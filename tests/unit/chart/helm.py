@@ -34,7 +34,7 @@ EVERY_ROLE_EXTERNAL: dict[str, Any] = {
 }
 
 
-class Loader(yaml.SafeLoader):
+class Loader(yaml.CSafeLoader):
     """YAML as Kubernetes reads it: 1e-05 is a number, which PyYAML takes for a string."""
 
 

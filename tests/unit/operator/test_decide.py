@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from heimdall_api.contract import Progress, Reason
+from heimdall_api.contract import Checkpoint, Progress, Reason
 from heimdall_api.types import Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
@@ -25,6 +25,7 @@ from heimdall_operator.decide import (
     RemoveFinalizer,
     decide,
 )
+from heimdall_operator.events import events_between
 from heimdall_operator.failures import judge_pod
 from heimdall_operator.observe import LOST_POD_S, Observed, PodFacts, Trouble
 from tests.unit.operator.builders import (
@@ -325,8 +326,57 @@ def test_suspend_and_resume() -> None:
 
     resumed = settled(observed(status=suspended))
     assert resumed.attempt == 2
+    assert events(suspended, resumed) == ["AttemptStarted", "Resumed"]
     assert resumed.failures == 0
     assert condition(resumed, "Suspended") == ("False", "Resumed")
+
+
+def test_a_suspended_run_tells_of_the_checkpoint_that_it_made_last() -> None:
+    """It is delivered while the pod ends, so nothing that was read before that tells of it."""
+    checkpoint = Checkpoint(step=70, epoch=3, path="checkpoints/a.ckpt", sha256="0" * 64, size=1, time=ago(3))
+    progress = Progress(epoch=3, epochs=9, step=70, steps=200, time=ago(2))
+    status_before = status(attempt(running_time=ago(50), end_time=ago(1), reason="Suspended"), phase="Suspended")
+
+    suspended = settled(
+        observed(spec=spec(suspend=True), status=status_before, run=run(progress=progress, checkpoints=(checkpoint,)))
+    )
+
+    assert suspended.phase == "Suspended"
+    assert suspended.last_checkpoint is not None
+    assert suspended.last_checkpoint.step == 70
+    assert suspended.progress is not None
+    assert (suspended.progress.step, suspended.progress.estimated_completion_time) == (70, None)
+
+
+@pytest.mark.parametrize(("pods", "exit_code"), [((ended_pod(143),), 143), ((), None)], ids=["seen", "gone"])
+def test_an_attempt_that_was_ended_keeps_its_exit_code(pods: tuple[PodFacts, ...], exit_code: int | None) -> None:
+    asked = status(attempt(reason="Stalled", message="No training step."))
+
+    after = decide(observed(status=asked, jobs=(job(deleting=True),), pods=pods), NOW).status
+
+    assert (after.attempts[0].reason, after.attempts[0].exit_code) == ("Stalled", exit_code)
+    assert after.attempts[0].end_time == NOW
+
+
+def test_a_place_that_a_queue_takes_back_and_gives_again_is_told() -> None:
+    trained = status(attempt(running_time=ago(50)), phase="Running")
+    admitted = settled(observed(status=trained, jobs=(job(queued=True),), pods=(pod(),)))
+    evicted = settled(observed(status=admitted, jobs=(job(queued=True, suspended=True),)))
+    again = settled(
+        observed(status=evicted, jobs=(job(queued=True, started=ago(3)),), pods=(pod(running_since=ago(1)),))
+    )
+
+    assert events(admitted, evicted) == ["Evicted"]
+    assert events(evicted, again) == ["Training", "Admitted"]
+    first, second = (
+        next(event.key for event in events_between(*pair) if event.reason == "Training")
+        for pair in ((status(attempt()), admitted), (evicted, again))
+    )
+    assert first != second, "each is an Event of its own"
+
+
+def events(old: TrainingRunStatus, new: TrainingRunStatus) -> list[str]:
+    return [event.reason for event in events_between(old, new)]
 
 
 def test_a_deleted_job_is_taken_for_preemption_once_its_pod_is_gone() -> None:

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, parse_checkpoints
 from heimdall_api.types import RegistrationSpec
-from heimdall_tracking import MLflowTracker, TrackingError, TrackingSettings, undelivered
+from heimdall_tracking import MLflowTracker, TrackingError, TrackingSettings, queue, undelivered
 from heimdall_tracking import deliver as module
 from heimdall_tracking.checkpoints import sha256_of
 from heimdall_tracking.deliver import deliver
@@ -31,8 +31,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
 ]
 
-STEPS = 2500
+BATCH, STEPS = 100, 250
 """More than two batches."""
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in (queue, module):
+        monkeypatch.setattr(where, "BATCH", BATCH)
+
+
 CALLS = (
     *("log_batch", "set_tag", "log_artifact", "log_artifacts", "set_terminated"),
     *("search_logged_models", "create_logged_model"),
@@ -58,7 +66,7 @@ def training_without_server(tracker: MLflowTracker, patch: pytest.MonkeyPatch, f
     with patch.context() as inside:
         for call in CALLS:
             inside.setattr(tracker.client, call, away)
-        inside.setitem(MetricQueue.__init__.__kwdefaults__, "memory_points", 100)
+        inside.setitem(MetricQueue.__init__.__kwdefaults__, "memory_points", 10)
         for step in range(STEPS):
             tracker.log_metrics({"loss": step, "nan": math.nan}, step)
         tracker.log_params({"lr": 0.1, "token": "canary"})
@@ -117,7 +125,7 @@ def test_what_is_left_is_told_in_one_sentence_with_the_command_and_delivered_by_
 
     assert folder == tmp_path / "out put/undelivered"
     assert lines[-1]["event"] == (
-        f"5,000 metric points, 2 calls for tags and parameters, 2 artifacts, 1 model, 1 checkpoint, the registration "
+        f"500 metric points, 2 calls for tags and parameters, 2 artifacts, 1 model, 1 checkpoint, the registration "
         f"as model-{run_id} and the end (FAILED) of run {run_id} could not be delivered to "
         f"{tracker.settings.tracking_uri} and are kept on disk; deliver them when it answers again with: "
         f"heimdall-train deliver {shlex.quote(str(folder))}"
@@ -126,7 +134,7 @@ def test_what_is_left_is_told_in_one_sentence_with_the_command_and_delivered_by_
         assert file.is_dir() or b"canary" not in file.read_bytes(), f"{file} holds a secret"
 
     told = deliver(folder, tracker.settings)
-    assert "5,000 metric points" in told
+    assert "500 metric points" in told
     assert f"Registered as version 1 of model-{run_id} with alias candidate" in told
     is_whole(client, run_id, tmp_path)
     assert not folder.exists()

@@ -1,0 +1,174 @@
+"""A Docker engine that was there: the cluster comes up in it, and what else is in it is left alone.
+
+The engine is started here as somebody's own, at Docker's usual address, with a container, a volume and a network of
+theirs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cluster import ROOT, wait_for
+from tests.e2e.conftest import own_engine
+
+SOCKET = Path("/var/run/docker.sock")
+UP_S, STOP_S = 1800, 60
+CACHED = Path(os.environ.get("HEIMDALL_CACHE") or Path.home() / ".cache/heimdall").resolve()
+THEIRS = "somebodys"
+KINDS = ("container", "image", "volume", "network")
+FORMATS = {
+    "image": "{{.Repository}}",
+    "container": "{{.Names}} {{.State}}",
+    "volume": "{{.Name}}",
+    "network": "{{.Name}}",
+}
+PROGRAM = "coredns"
+"""A static program of those that the cluster is made of: it runs until it is ended."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine on which an engine answers, and the tool's cache, which has the parts already."""
+
+    cache: Path
+    config: Path
+
+    def run(self, *command: str, timeout_s: float = UP_S) -> str:
+        """What a command prints; as somebody calls it who knows nothing of an engine of ours."""
+        mine = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "KUBE"))}
+        path = f"/usr/bin:{mine['PATH']}"
+        env = mine | {"HEIMDALL_CACHE": str(self.cache), "DOCKER_CONFIG": str(self.config), "PATH": path}
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+        return done.stdout
+
+    def hack(self, tool: str, *arguments: str) -> str:
+        said = self.run(sys.executable, f"hack/{tool}", *arguments)
+        print(said)
+        return said
+
+    def listed(self, kind: str) -> set[str]:
+        """What the engine has of a kind."""
+        every = ("--all",) if kind == "container" else ()
+        return set(self.run("docker", kind, "ls", *every, "--format", FORMATS[kind]).splitlines())
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """An engine with something of somebody's in it; ended afterwards, with what it left on the host."""
+    status = subprocess.run(
+        [sys.executable, "hack/cluster", "status"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "not running" in status, f"this needs a machine without an engine (python3 hack/cluster down):\n{status}"
+    subprocess.run([sys.executable, "hack/cluster", "parts", "buildx", PROGRAM], cwd=ROOT, check=True, timeout=UP_S)
+    parts = tmp_path / "cache/parts"
+    parts.mkdir(parents=True)
+    for part in (CACHED / "parts").iterdir():
+        (parts / part.name).symlink_to(part)  # `down --all` removes the links alone
+    plugins = tmp_path / "config/cli-plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "docker-buildx").symlink_to(CACHED / "parts/buildx/buildx")
+    made = Machine(tmp_path / "cache", tmp_path / "config")
+    engine = own_engine()
+    before = engine._host_state()
+    with (tmp_path / "dockerd.log").open("w") as log:
+        # What this host's kernel lets an engine do is the same for everybody's.
+        options = runtime(tmp_path)
+        places = ("--data-root", str(tmp_path / "data"), "--exec-root", "/run/somebodys-engine")
+        process = subprocess.Popen(["dockerd", *places, *options], stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: answers(made), what="somebody's engine", timeout_s=STOP_S)
+        populate(made)
+        yield made
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(STOP_S)
+        engine._restore_host(before)
+        shutil.rmtree("/run/somebodys-engine", ignore_errors=True)
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+
+
+def runtime(folder: Path) -> list[str]:
+    """Options of an engine on a host that lacks a capability, which privileged containers ask for."""
+    engine = own_engine()
+    if engine.has_capability(engine.CAP_SYS_RESOURCE):
+        return []
+    wrapper = folder / "runc-wrapper"
+    wrapper.write_text(engine.RUNC_WRAPPER.replace("@RUNC@", shutil.which("runc", path="/usr/sbin:/usr/bin") or ""))
+    wrapper.chmod(0o755)
+    return ["--add-runtime", f"narrow={wrapper}", "--default-runtime", "narrow"]
+
+
+def answers(machine: Machine) -> bool:
+    try:
+        return bool(machine.run("docker", "version", "--format", "{{.Server.Version}}"))
+    except AssertionError:
+        return False
+
+
+def populate(machine: Machine) -> None:
+    """An image, a container that runs, a volume and a network that this project knows nothing of."""
+    archive = machine.cache / "image.tar"
+    with tarfile.open(archive, "w") as tar:
+        content = (CACHED / "parts" / PROGRAM / PROGRAM).read_bytes()
+        info = tarfile.TarInfo(PROGRAM)
+        info.size, info.mode = len(content), 0o755
+        tar.addfile(info, io.BytesIO(content))
+    machine.run("docker", "import", str(archive), THEIRS)
+    archive.unlink()
+    machine.run("docker", "network", "create", THEIRS)
+    machine.run("docker", "volume", "create", THEIRS)
+    options = ("--detach", "--name", THEIRS, "--network", THEIRS, "--volume", f"{THEIRS}:/data")
+    machine.run("docker", "run", *options, THEIRS, f"/{PROGRAM}", "-dns.port=1053")
+
+
+def test_a_cluster_in_somebody_s_engine_comes_and_goes(machine: Machine) -> None:
+    before = {kind: machine.listed(kind) for kind in KINDS}
+    assert f"{THEIRS} running" in before["container"]
+
+    machine.hack("cluster", "up")
+
+    status = machine.hack("cluster", "status")
+    assert "the one that was there" in status
+    assert "cluster: up" in status
+    kubectl = (str(machine.cache / "bin/kubectl"), "--kubeconfig", str(machine.cache / "kubeconfig"))
+    nodes = json.loads(machine.run(*kubectl, "get", "nodes", "-o", "json"))["items"]
+    gpus = {node["metadata"]["name"]: node["status"]["allocatable"].get("nvidia.com/gpu") for node in nodes}
+    assert gpus == {"heimdall-control-plane": None, "heimdall-worker": None, "heimdall-worker2": "2"}
+    machine.hack("images", "build", "contract")
+    machine.hack("cluster", "load", "heimdall/contract:dev")
+    run = ("run", "says", "--image=heimdall/contract:dev", "--restart=Never", "--image-pull-policy=Never")
+    machine.run(*kubectl, *run, "--command", "--", "python3", "-c", "print('from within')")
+    machine.run(*kubectl, "wait", "pod/says", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=120s")
+    assert machine.run(*kubectl, "logs", "says").strip() == "from within"
+
+    machine.hack("cluster", "down")
+
+    # The network that all kind clusters of an engine share may be another one's too.
+    assert machine.listed("container") == before["container"]
+    assert machine.listed("volume") == before["volume"]
+    assert machine.listed("network") - {"kind"} == before["network"]
+    assert "heimdall/kind-node" in machine.listed("image")
+
+    machine.hack("cluster", "down", "--all")
+
+    ours = {name for name in machine.listed("image") if name.startswith("heimdall/")}
+    assert ours == set()
+    assert before["image"] <= machine.listed("image")
+    assert machine.listed("container") == before["container"]
+    assert not machine.cache.exists()
+    assert (CACHED / "parts" / PROGRAM / PROGRAM).is_file()
