@@ -289,6 +289,7 @@ def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str,
         "USER": CONTAINER,  # libraries ask who they are, and the image may not know its user
         "TMPDIR": SCRATCH_DIR,
         "OMP_NUM_THREADS": str(_threads(plan)),
+        **dict.fromkeys(("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"), "true"),
         **(dict.fromkeys(CA_VARIABLES, CA_FILE) if defaults.ca else {}),
     }
     return [{"name": name, "value": value} for name, value in values.items()]

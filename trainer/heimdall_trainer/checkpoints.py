@@ -30,8 +30,6 @@ from heimdall_trainer.errors import FencedError, UndeliveredError
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
 
-PENDING_LIMIT: Final = 2
-"""Checkpoints that wait for upload; of more, the newest and the best stay."""
 RETRY_S: Final = 2.0
 RETRY_LIMIT_S: Final = 30.0
 METRICS_TIMEOUT_S: Final = 600.0
@@ -93,11 +91,12 @@ class CheckpointPublisher:
             last=True,
         )
         with self._changed:
-            while len(self._pending) >= PENDING_LIMIT:
-                # The newest one is what a next attempt goes on from, the best what the model is made of.
+            while len(self._pending) >= self._keep + 1:
+                # The newest one is what a next attempt goes on from, the best are kept and what the model is made of.
                 given_up = min(self._pending, key=lambda item: self._worth(item[1]))
                 self._pending.remove(given_up)
                 given_up[0].unlink(missing_ok=True)
+                log.info("a checkpoint is not uploaded: newer and better ones wait", step=given_up[1].step)
             self._pending.append((file, checkpoint))
             self._changed.notify_all()
 

@@ -84,7 +84,7 @@ def override(run: TrainingRun, flags: dict[str, Any]) -> TrainingRun:
     Raises:
         ConfigurationError: A flag's value can't be used.
     """
-    document = json.loads(run.model_dump_json(exclude_none=True))
+    document = json.loads(run.model_dump_json(exclude_none=True, exclude_unset=True))
     for path, value in flags.items():
         if value is None:
             continue

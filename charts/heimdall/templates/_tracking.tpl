@@ -24,10 +24,14 @@ securityContext:
 {{- if include "heimdall.hasAuth" . }}
 - {name: MLFLOW_AUTH_CONFIG_PATH, value: /beside/basic_auth.ini}
 {{- end }}
-- {name: MLFLOW_DISABLE_TELEMETRY, value: "true"}
-- {name: DO_NOT_TRACK, value: "true"}
+{{ include "heimdall.noTelemetry" . }}
 - {name: MLFLOW_SERVER_ENABLE_JOB_EXECUTION, value: "false"}
 - {name: HOME, value: /tmp}
+{{- end }}
+
+{{- define "heimdall.noTelemetry" -}}
+- {name: MLFLOW_DISABLE_TELEMETRY, value: "true"}
+- {name: DO_NOT_TRACK, value: "true"}
 {{- end }}
 
 {{- define "heimdall.trackingMounts" -}}

@@ -64,6 +64,8 @@ def test_mlflow_answers_under_its_public_address() -> None:
 def test_everything_of_mlflow_is_quiet(rendered: Rendered) -> None:
     pods = [spec for name, spec in rendered.pods().items() if "tracking" in name]
     assert len(pods) == 2
+    operator = next(spec for name, spec in rendered.pods().items() if name.endswith("operator"))
+    assert {"MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"} <= environment(operator["containers"][0]).keys()
     for container in (item for spec in pods for item in [*spec.get("initContainers", []), *spec["containers"]]):
         said = environment(container)
         assert said["MLFLOW_DISABLE_TELEMETRY"] == said["DO_NOT_TRACK"] == "true"

@@ -214,21 +214,22 @@ def held_up(tracker: FakeTracker) -> tuple[threading.Event, threading.Event]:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "stay"),
+    ("keep", "metrics", "stay"),
     [
-        ((1.0, 2.0, 3.0, 4.0), {0, 3}),
-        ((4.0, 3.0, 2.0, 1.0), {2, 3}),
-        ((2.0, None, 3.0, None), {0, 3}),
-        ((None, None, None), {1, 2}),
+        (1, (1.0, 2.0, 3.0, 4.0), {0, 3}),
+        (1, (4.0, 3.0, 2.0, 1.0), {2, 3}),
+        (1, (2.0, None, 3.0, None), {0, 3}),
+        (1, (None, None, None), {1, 2}),
+        (3, (3.0, 1.0, None, 2.0, 9.0, 4.0, 5.0), {0, 1, 3, 6}),
     ],
 )
 def test_of_checkpoints_that_wait_the_newest_and_the_best_stay(
-    publish: Publish, tmp_path: Path, metrics: tuple[float | None, ...], stay: set[int]
+    publish: Publish, tmp_path: Path, keep: int, metrics: tuple[float | None, ...], stay: set[int]
 ) -> None:
     """Uploads that take longer than an epoch."""
     tracker = FakeTracker()
     held, go_on = held_up(tracker)
-    publisher = publish(tracker)
+    publisher = publish(tracker, keep=keep)
     publisher.submit(checkpoint_file(tmp_path, "first"), step=0, epoch=0, metric=None)
     assert held.wait(TIMEOUT_S)
     for step, metric in enumerate(metrics):
@@ -243,7 +244,7 @@ def test_of_checkpoints_that_wait_the_newest_and_the_best_stay(
 def test_handing_over_never_waits_and_of_many_the_newest_are_published(publish: Publish, tmp_path: Path) -> None:
     tracker = FakeTracker()
     held, go_on = held_up(tracker)
-    publisher = publish(tracker)
+    publisher = publish(tracker, keep=1)
     submit(publisher, tmp_path, 1)
     assert held.wait(TIMEOUT_S)
     for step in (2, 3, 4):

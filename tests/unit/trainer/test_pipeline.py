@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from pytorch_lightning.callbacks import ProgressBar
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
@@ -693,6 +695,50 @@ def test_a_module_of_one_package_with_data_of_the_other_is_refused_by_name(bench
         bench.train(spec, bench.new_run())
 
 
+@pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])
+def test_a_terminal_gets_a_bar_and_a_log_plain_lines(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(os, "isatty", lambda descriptor: terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    bars: list[ProgressBar] = []
+    setup = ProgressBar.setup
+
+    def noting(bar: ProgressBar, *arguments: Any, **more: Any) -> None:
+        bars.append(bar)
+        setup(bar, *arguments, **more)
+
+    monkeypatch.setattr(ProgressBar, "setup", noting)
+
+    bench.train(user_spec("Line", epochs=2), bench.new_run())
+
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("epoch 2/2, step ")]
+    assert (bool(bars), bool(lines)) == (terminal, not terminal)
+    assert all(json.loads(line.partition(": ")[2])["train/loss"] >= 0 for line in lines)
+    assert "\r" not in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "has_bf16", "precision"),
+    [
+        ("auto", False, False, "32-true"),
+        ("auto", True, True, "bf16-mixed"),
+        ("auto", True, False, "32-true"),
+        ("16-mixed", True, True, "16-mixed"),
+        ("32-true", True, True, "32-true"),
+    ],
+)
+def test_half_precision_where_the_device_has_it_or_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, gpu: bool, has_bf16: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: has_bf16)
+    run: Any = SimpleNamespace(spec=described(user_spec("Line") | {"training": {"precision": asked}}).spec)
+
+    assert TrainingPipeline._precision(run) == precision
+
+
 # --- the command, without an operator ------------------------------------------------------------------------------
 
 
@@ -730,6 +776,33 @@ def test_a_training_without_an_operator_owns_its_run_and_registers_its_model(
     assert f"run:     {run.info.run_id}" in printed
     assert "train/loss" in printed
     assert "model:   models:/local/1" in printed
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ({}, [], "of-the-environment"),
+        ({}, ["--epochs", "1"], "of-the-environment"),
+        ({"tracking": {"experiment": "of-the-file"}}, [], "of-the-file"),
+        ({"tracking": {"experiment": "of-the-file"}}, ["--epochs", "1"], "of-the-file"),
+    ],
+)
+def test_an_experiment_that_the_file_does_not_name_is_the_environment_s(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[dict[str, Any], list[str], str]
+) -> None:
+    tracking, flags, experiment = asked
+    name, file = f"{experiment}-{len(flags)}", tmp_path / "run.json"
+    file.write_text(json.dumps({"metadata": {"name": name}, "spec": user_spec("Line", epochs=1) | tracking}))
+    monkeypatch.setenv(ENV_TRACKING_URI, bench.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of-the-environment")
+    command = ["train", "--config", str(file), *flags] if flags else ["run", "-f", str(file)]
+    arguments = cli._parser().parse_args([*command, "--output-dir", str(tmp_path)])
+
+    arguments.call(arguments)
+
+    found = bench.client.get_experiment_by_name(experiment)
+    assert found is not None
+    assert [run.info.run_name for run in bench.client.search_runs([found.experiment_id])].count(name) == 1
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

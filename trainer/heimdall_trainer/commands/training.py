@@ -111,14 +111,17 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     from heimdall_trainer.errors import UndeliveredError
     from heimdall_trainer.pipeline import TrainingPipeline
 
-    tracker = initialize_mlflow(load_settings(experiment_name=run.spec.tracking.experiment))
+    asked = run.spec.tracking
+    # A file that names no experiment leaves it to the environment.
+    named = {"experiment_name": asked.experiment} if "experiment" in asked.model_fields_set else {}
+    tracker = initialize_mlflow(load_settings(**named))
     if LOCAL_RUN_ID not in os.environ:
         made = runs.ensure_run(
             tracker.client,
             uid=run.metadata.uid or str(uuid.uuid4()),
-            experiment=run.spec.tracking.experiment,
-            name=run.spec.tracking.run_name or run.metadata.name,
-            tags=run.spec.tracking.tags,
+            experiment=tracker.settings.experiment_name,
+            name=asked.run_name or run.metadata.name,
+            tags=asked.tags,
         )
         os.environ[LOCAL_RUN_ID] = made.run_id
         print(f"run:     {made.run_id} in {tracker.settings.display_uri}", flush=True)
