@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from heimdall_api.types import NAME_LIMIT
 from tests.e2e.cluster import Cluster, condition, wait_for
 
 SPECS = int(os.environ.get("HEIMDALL_FUZZ_SPECS", "120"))
@@ -57,6 +58,8 @@ def mutated(rng: random.Random, spec: dict[str, Any]) -> None:
 
 def generated(rng: random.Random, number: int) -> dict[str, Any]:
     name = f"fuzz-{number}" if rng.random() < 0.85 else f"{rng.choice(NAMES)}{number}"
+    if rng.random() < 0.05:
+        name = f"{number}".rjust(NAME_LIMIT - 1, "x").rjust(NAME_LIMIT, "l")  # as long as a name may be
     spec: dict[str, Any] = {
         "image": "heimdall/contract:dev",
         "model": {"module": "contract:Script", "args": {"steps": 2}},
@@ -89,7 +92,7 @@ def test_every_spec_is_refused_or_fails_with_a_reason_or_trains(
     rng = random.Random(SEED)
     outcomes: Counter[str] = Counter()
     place = ("training.heimdall.dev", "v1alpha1", release.namespace, "trainingruns")
-    before = tracebacks(release)
+    before, lives = tracebacks(release), restarts(release)
 
     def create(body: dict[str, Any]) -> ApiException | None:
         try:
@@ -123,7 +126,8 @@ def test_every_spec_is_refused_or_fails_with_a_reason_or_trains(
         release.kubectl("delete", "trainingruns", "-l", f"{LABEL}=yes", "--timeout=250s")
 
     print(f"\nseed {SEED}, {SPECS} specs: {dict(outcomes)}")
-    assert tracebacks(release) == before
+    assert (tracebacks(release), restarts(release)) == (before, lives), "an operator that crashed has lost its log"
+    assert outcomes["Succeeded"] > 0
     assert outcomes["refused by the API server"] > 0
     assert outcomes["Unschedulable"] > 0
     assert outcomes["InvalidConfiguration"] > 0
@@ -131,6 +135,12 @@ def test_every_spec_is_refused_or_fails_with_a_reason_or_trains(
 
 def settled(item: dict[str, Any]) -> bool:
     return (item.get("status") or {}).get("phase") in ("Succeeded", "Failed", "Suspended")
+
+
+def restarts(release: Cluster) -> dict[str, int]:
+    """How often the operator's container was started again, by pod."""
+    pods = release.list("pods", "app.kubernetes.io/component=operator")
+    return {pod["metadata"]["name"]: pod["status"]["containerStatuses"][0]["restartCount"] for pod in pods}
 
 
 def tracebacks(release: Cluster) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from heimdall_api.contract import LABEL_QUEUE
 from tests.e2e.cluster import Cluster, condition, wait_for
 from tests.e2e.conftest import ON_GPU, Mlflow, contract_run, wait_for_step
 
@@ -65,6 +66,38 @@ def test_a_run_deleted_while_training_leaves_nothing(release: Cluster, mlflow: M
     assert [run.info.status for run in runs] == ["KILLED"]
     selector = f"training.heimdall.dev/run={name}"
     wait_for(lambda: not release.list("jobs,pods", selector), what="the end of its Job and pods", timeout_s=120)
+
+
+NOWHERE: dict[str, Any] = {"podTemplate": {"spec": {"nodeSelector": {"nowhere": "at-all"}}}}
+DELETED = {
+    "while it finds no node": ({"spec": NOWHERE}, "Pending", ["KILLED"]),
+    "while a queue holds it": ({"queue": "team-queue"}, "Pending", ["KILLED"]),
+    "before it began": ({"spec": {"suspend": True}}, "Suspended", []),
+    "after it failed": ({"fail": "configuration"}, "Failed", ["FAILED"]),
+}
+
+
+@pytest.mark.parametrize("case", DELETED.values(), ids=DELETED.keys())
+def test_a_run_can_be_deleted_in_every_phase(
+    release: Cluster, mlflow: Mlflow, name: str, case: tuple[dict[str, Any], str, list[str]]
+) -> None:
+    how, phase, ends = dict(case[0]), case[1], case[2]
+    queue = how.pop("queue", None)
+    run = contract_run(name, **how)
+    run["metadata"]["labels"] = {LABEL_QUEUE: queue} if queue else {}
+    release.apply(run)
+    uid = release.training_run(name)["metadata"]["uid"]
+    selector = f"training.heimdall.dev/run={name}"
+    release.wait_for_phase(name, phase, timeout_s=LIFE_S)
+    if phase == "Pending":
+        wait_for(lambda: release.list("jobs", selector), what="its Job", timeout_s=LIFE_S)
+
+    release.kubectl("delete", "trainingrun", name, "--timeout=120s")
+
+    assert [run.info.status for run in mlflow.runs_of(uid)] == ends
+    wait_for(
+        lambda: not release.list("jobs,pods,services", selector), what="the end of its Job and pods", timeout_s=120
+    )
 
 
 def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:

@@ -18,6 +18,7 @@ SNAPSHOTS = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshot
 LOGS = "/var/log/pods"
 KINDS = "trainingruns,jobs,pods,configmaps,deployments,statefulsets,services,events.events.k8s.io"
 GREP_NOTHING = 1
+NODES = ("heimdall-worker", "heimdall-worker2")
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,12 @@ def test_no_password_is_in_a_log_or_an_image_layer(release: Cluster, passwords: 
         command = ("docker", "exec", "-i", node, "grep", "-rlF", "-m1", "--devices=skip", "-f", "-", folder)
         return release.run(*command, text=patterns, check=False)
 
+    for node in NODES:
+        # The same words find something where there is something: any line of any file.
+        found = release.run("docker", "exec", node, "grep", "-rlq", "-m1", "--devices=skip", "", folder, check=False)
+        assert found.returncode == 0, f"there is nothing in {folder} of {node}: {found.stderr}"
     with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(look, ("heimdall-worker", "heimdall-worker2")))
+        looks = list(pool.map(look, NODES))
     for done in looks:
         assert done.stdout.splitlines() == []
         # What a container that ended leaves may be cleared away meanwhile.
@@ -85,8 +90,13 @@ def test_no_password_is_in_what_mlflow_keeps(mlflow: Mlflow, passwords: dict[str
     experiments = [item.experiment_id for item in client.search_experiments(view_type=ViewType.ALL)]
     runs: list[Any] = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=5000)
     assert len(runs) >= 2
-    text = json.dumps([{**run.data.params, **run.data.tags, "name": run.info.run_name} for run in runs])
-    assert found_in(text, passwords) == []
+    said = [{**run.data.params, **run.data.tags, "name": run.info.run_name} for run in runs]
+    said += [experiment.tags for experiment in client.search_experiments(view_type=ViewType.ALL)]
+    models, versions = client.search_registered_models(), client.search_model_versions()
+    assert models
+    assert versions
+    said += [{**item.tags, "description": item.description} for item in (*models, *versions)]
+    assert found_in(json.dumps(said), passwords) == []
 
 
 def test_no_password_is_in_any_artifact_that_is_text(

@@ -14,8 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from heimdall_api.contract import Reason
+from heimdall_operator.failures import FREE
 from tests.e2e.cluster import ROOT, Cluster, wait_for
 from tests.e2e.conftest import Mlflow, contract_run, kill_operator
 
@@ -30,6 +33,7 @@ SETTLE_S = 420.0
 API_MANIFEST = "/etc/kubernetes/manifests/kube-apiserver.yaml"
 CONTROL_PLANE = "heimdall-control-plane"
 RUN_LABEL = "training.heimdall.dev/run"
+UNCOUNTED = {str(reason) for reason in FREE} | {str(Reason.COMPLETED)}
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Report:
     kills: int = 0
     faults: list[str] = field(default_factory=list)
     runs: int = 0
+    tracebacks: int = 0
     violations: list[str] = field(default_factory=list)
 
     def write(self) -> None:
@@ -102,6 +107,7 @@ class Load:
 def kill(release: Cluster, report: Report) -> None:
     """`kill -9`, and a new pod at once: a container that dies again and again would be kept waiting."""
     try:
+        note_tracebacks(release, report)  # the log goes with the pod
         kill_operator(release)
     except AssertionError:
         return  # it is just being started
@@ -111,25 +117,34 @@ def kill(release: Cluster, report: Report) -> None:
     release.run("kubectl", "-n", release.namespace, *delete, check=False)
 
 
+def note_tracebacks(release: Cluster, report: Report) -> None:
+    if "Traceback" in release.kubectl("logs", "deployment/heimdall-operator", "--tail=-1"):
+        report.tracebacks += 1
+
+
 @contextmanager
 def api_server_away(release: Cluster) -> Iterator[None]:
     hidden = "/root/kube-apiserver.yaml"
     release.run("docker", "exec", CONTROL_PLANE, "mv", API_MANIFEST, hidden)
     try:
+        wait_for(lambda: not is_ready(release), what="the API server's end", timeout_s=120)
         yield
     finally:
         release.run("docker", "exec", CONTROL_PLANE, "mv", hidden, API_MANIFEST)
-        wait_for(
-            lambda: release.run("kubectl", "get", "--raw", "/readyz", check=False).returncode == 0,
-            what="the API server",
-            timeout_s=180,
-        )
+        wait_for(lambda: is_ready(release), what="the API server", timeout_s=180)
+
+
+def is_ready(release: Cluster) -> bool:
+    return release.run("kubectl", "get", "--raw", "/readyz", check=False).returncode == 0
 
 
 @contextmanager
 def scaled_down(release: Cluster, workload: str) -> Iterator[None]:
     release.kubectl("scale", workload, "--replicas=0")
+    component = workload.rpartition("heimdall-")[2]
     try:
+        selector = f"app.kubernetes.io/component={component}"
+        release.kubectl("wait", "--for=delete", "pod", "-l", selector, "--timeout=120s")
         yield
     finally:
         release.kubectl("scale", workload, "--replicas=1")
@@ -146,16 +161,20 @@ FAULTS: dict[str, Callable[[Cluster], Any]] = {
 def test_kills_and_faults_leave_everything_right(release: Cluster, mlflow: Mlflow) -> None:
     rng, report = random.Random(SEED), Report()
     load = Load(release, rng)
-    run_for(KILLS_S, load, rng, lambda: kill(release, report))
-    for name, fault in FAULTS.items():
-        with fault(release):
-            run_for(FAULT_S, load, rng, lambda: None)
-        report.faults.append(f"{name} away for {FAULT_S:.0f} s")
-    load.resume_all()
-    wait_for(lambda: settled(load), what="the end of every run", timeout_s=SETTLE_S, tell=lambda: unsettled(load))
-    report.runs = len(load.uids)
-    report.violations = list(violations(release, mlflow, load))
-    report.write()
+    try:
+        run_for(KILLS_S, load, rng, lambda: kill(release, report))
+        for name, fault in FAULTS.items():
+            with fault(release):
+                run_for(FAULT_S, load, rng, lambda: None)
+            report.faults.append(f"{name} away for {FAULT_S:.0f} s")
+        load.resume_all()
+        report.violations.append("the runs did not all end")
+        wait_for(lambda: settled(load), what="the end of every run", timeout_s=SETTLE_S, tell=lambda: unsettled(load))
+        note_tracebacks(release, report)
+        report.violations = list(violations(release, mlflow, load, report))
+    finally:
+        report.runs = len(load.uids)
+        report.write()
     for item in load.mine():
         release.kubectl("delete", "trainingrun", item["metadata"]["name"], "--timeout=120s")
 
@@ -189,13 +208,15 @@ def unsettled(load: Load) -> str:
     return json.dumps([{item["metadata"]["name"]: item.get("status")} for item in left], indent=1)[:6000]
 
 
-def violations(release: Cluster, mlflow: Mlflow, load: Load) -> Iterator[str]:
+def violations(release: Cluster, mlflow: Mlflow, load: Load, report: Report) -> Iterator[str]:
     """Everything that must hold, asked of API server and MLflow."""
     there = {item["metadata"]["uid"]: item for item in load.mine()}
     jobs = release.list("jobs", RUN_LABEL)
     for uid, name in load.uids.items():
         runs, item = mlflow.runs_of(uid), there.get(uid)
         if item is None:
+            if len(runs) > 1:
+                yield f"{name}: MLflow has the runs {[run.info.run_id for run in runs]} of one that was deleted"
             yield from (f"{name}: deleted, but MLflow says {run.info.status}" for run in runs if is_open(run))
             yield from (f"{name}: deleted, but {job['metadata']['name']} is left" for job in jobs if owner(job) == uid)
             continue
@@ -210,14 +231,31 @@ def violations(release: Cluster, mlflow: Mlflow, load: Load) -> Iterator[str]:
         expected = [status["modelVersion"]] if status["phase"] == "Succeeded" else []
         if versions != expected:
             yield f"{name}: the registry has {versions}, the status {expected}"
-        numbers = [attempt["number"] for attempt in status["attempts"]]
-        if numbers != list(range(numbers[0], numbers[-1] + 1)) or numbers[-1] != status["attempt"]:
-            yield f"{name}: attempts {numbers}"
-        mine = sorted(job["metadata"]["name"] for job in jobs if owner(job) == uid)
-        if len(mine) != len(set(mine)) or len(mine) > status["attempt"]:
+        mine = [job["metadata"]["name"] for job in jobs if owner(job) == uid]
+        if len(mine) > status["attempt"]:
             yield f"{name}: Jobs {mine} of {status['attempt']} attempts"
-    if "Traceback" in release.kubectl("logs", "deployment/heimdall-operator", "--tail=-1"):
-        yield "the operator logged a traceback"
+        yield from (f"{name}: {wrong}" for wrong in wrong_attempts(status))
+    if report.tracebacks:
+        yield f"{report.tracebacks} operators logged a traceback"
+
+
+def wrong_attempts(status: dict[str, Any]) -> Iterator[str]:
+    """What does not hold of the attempts that a status lists."""
+    attempts = status["attempts"]
+    numbers = [attempt["number"] for attempt in attempts]
+    if numbers != list(range(numbers[0], numbers[-1] + 1)) or numbers[-1] != status["attempt"]:
+        yield f"attempts {numbers}"
+    counted = [item["reason"] for item in attempts if item["reason"] not in UNCOUNTED]
+    if numbers[0] == 1 and len(counted) != status.get("failures", 0):
+        yield f"{status.get('failures', 0)} failures counted, of attempts that ended {counted}"
+    yield from overlaps(attempts)
+
+
+def overlaps(attempts: list[dict[str, Any]]) -> Iterator[str]:
+    """Attempts of which one trained before the one before it had ended."""
+    for before, after in pairwise(attempts):
+        if after.get("runningTime") and after["runningTime"] < before["endTime"]:
+            yield f"attempt {after['number']} trained before attempt {before['number']} had ended"
 
 
 def is_open(run: Any) -> bool:

@@ -15,8 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from heimdall_cluster import cli, engine, images, kind, parts, steps, stores
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def patches(document: dict[str, object]) -> list[dict[str, object]]:
@@ -31,6 +34,15 @@ def test_the_cluster_has_a_control_plane_and_two_workers_on_the_loopback_address
     assert [node["role"] for node in document["nodes"]] == ["control-plane", "worker", "worker"]
     assert document["networking"] == {"apiServerAddress": "127.0.0.1"}
     assert not any("failCgroupV1" in patch for patch in patches(document))
+
+
+def test_the_configuration_for_a_kind_of_one_s_own_is_the_same() -> None:
+    ours = kind.config(own_cni=False, cgroup_v1=False)
+    theirs = yaml.safe_load((ROOT / "manifests/kind/cluster.yaml").read_text())
+
+    said = [[yaml.safe_load(patch) for patch in document.pop("kubeadmConfigPatches")] for document in (ours, theirs)]
+    assert said[0] == said[1]
+    assert ours == theirs
 
 
 def test_an_own_network_and_cgroup_v1_are_told_to_kind() -> None:

@@ -25,3 +25,10 @@ def test_images_run_as_somebody_without_rights() -> None:
         assert users, name
         assert "root" not in users[-1], name
         assert not users[-1].startswith("USER 0"), name
+
+
+def test_the_operator_s_image_holds_no_torch() -> None:
+    names = {line.partition("==")[0] for line in (ROOT / "requirements/operator.txt").read_text().splitlines()}
+
+    assert "kopf" in names
+    assert names.isdisjoint({"torch", "lightning", "pytorch-lightning", "timm", "mlflow"})
