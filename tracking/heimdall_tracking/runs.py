@@ -6,7 +6,8 @@ one UID must be the only one to do so at a time: the operator serialises its loo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -35,6 +36,8 @@ FinalStatus = Literal["FINISHED", "FAILED", "KILLED"]
 FINAL_STATUSES: Final = frozenset({"FINISHED", "FAILED", "KILLED"})
 SEARCH_LIMIT: Final = 1000
 """Most runs that one search asks for."""
+SILENCE_S: Final = 10.0
+"""An attempt that was not heard of for less can't have been given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,42 @@ def check_attempt(run: Run, attempt: int | None) -> None:
     newest = _number(run.data.tags.get(TAG_ATTEMPT))
     if attempt is not None and newest > attempt:
         raise OvertakenError(f"attempt {newest} has taken over: attempt {attempt} publishes nothing more")
+
+
+class Fence:
+    """Keeps what an attempt says from a run that a newer one has taken over.
+
+    An attempt is given up when nothing is heard of it: MLflow was away, or its machine was cut off or stood still. So
+    one that was silent for a while looks before it says anything more; as long as it is heard, nothing is asked.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, attempt: int | None) -> None:
+        """Begin to listen.
+
+        Args:
+            client: The tracking server.
+            run_id: The run.
+            attempt: This attempt's number; None where none takes over.
+        """
+        self._client = client
+        self._run_id = run_id
+        self._attempt = attempt
+        self._heard = time.monotonic()
+
+    def say(self, call: Callable[[], object]) -> None:
+        """Make a call to the server.
+
+        Args:
+            call: The call.
+
+        Raises:
+            OvertakenError: A newer attempt has taken over; the call was not made.
+            Exception: What the call raises.
+        """
+        if self._attempt is not None and time.monotonic() - self._heard > SILENCE_S:
+            check_attempt(self._client.get_run(self._run_id), self._attempt)
+        call()
+        self._heard = time.monotonic()
 
 
 def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:

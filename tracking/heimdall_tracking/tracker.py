@@ -29,7 +29,7 @@ from heimdall_tracking.points import Point, is_number, storable
 from heimdall_tracking.queue import MetricQueue, now_ms
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import find_version, source_of
-from heimdall_tracking.runs import FinalStatus
+from heimdall_tracking.runs import Fence, FinalStatus
 from heimdall_tracking.settings import TrackingSettings, load_settings
 from heimdall_tracking.spill import Spill
 from heimdall_tracking.undelivered import Kept, Left, LeftCheckpoint, UndeliveredFolder
@@ -372,7 +372,10 @@ class MLflowTracker:
             points.append(Point(clean_name(name), storable(number), int(step), stamp))
         if self._metrics is None:
             client, run_id = self.client, self.run_id
-            self._metrics = MetricQueue(lambda batch: send_points(client, run_id, batch), spill=self._spill())
+            fence = Fence(client, run_id, self._attempt)
+            self._metrics = MetricQueue(
+                lambda batch: fence.say(lambda: send_points(client, run_id, batch)), spill=self._spill()
+            )
         self._metrics.put(points)
 
     def set_tag(self, name: str, value: str) -> None:
@@ -422,7 +425,8 @@ class MLflowTracker:
         if self._outbox is None:
             client, run_id = self.client, self.run_id
             self._spill()
-            self._outbox = Outbox(lambda call: call.make(client, run_id))
+            fence = Fence(client, run_id, self._attempt)
+            self._outbox = Outbox(lambda call: fence.say(lambda: call.make(client, run_id)))
         return self._outbox
 
     def _uploads(self) -> Uploader:

@@ -16,6 +16,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.async_logging.async_logging_queue import AsyncLoggingQueue
 from structlog.testing import capture_logs
 
+from heimdall_api.contract import TAG_ATTEMPT
+from heimdall_tracking import runs
 from heimdall_tracking import tracker as module
 from heimdall_tracking.errors import TrackingError
 from heimdall_tracking.points import INFINITY, storable
@@ -190,6 +192,31 @@ def test_of_tags_that_wait_the_newest_is_sent_without_secrets(started: MLflowTra
     assert started.flush(PATIENCE_S)
     tags = started.get_run_info()["tags"]
     assert (tags["endpoint"], tags["progress"], len(tags["long"])) == ("s3://***@minio", "2\ufffd", module.TAG_LIMIT)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(1, "2", 0.0, False), (2, "2", 0.0, True), (None, "2", 0.0, True), (1, "2", 3600.0, True)],
+    ids=["given up", "the newest", "of nobody", "heard a moment ago"],
+)
+def test_an_attempt_that_was_silent_says_nothing_once_a_newer_one_has_taken_over(
+    started: MLflowTracker,
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[int | None, str, float, bool],
+) -> None:
+    attempt, newest, silence_s, arrives = case
+    monkeypatch.setattr(runs, "SILENCE_S", silence_s)
+    client.set_tag(started.run_id, TAG_ATTEMPT, newest)
+    started.keep_undelivered_in(tmp_path / "kept", attempt=attempt)
+
+    started.log_metrics({"loss": 1.0}, step=7)
+    started.put_tag("heimdall.progress", "{}")
+    started.flush(PATIENCE_S)
+
+    run = client.get_run(started.run_id)
+    assert ("loss" in run.data.metrics, "heimdall.progress" in run.data.tags) == (arrives, arrives)
 
 
 def test_files_and_folders_become_artifacts(started: MLflowTracker, client: MlflowClient, tmp_path: Path) -> None:
