@@ -208,6 +208,28 @@ def test_the_same_manifest_applied_again_changes_nothing(release: Cluster, name:
     assert release.training_run(name)["metadata"]["generation"] == 1
 
 
+def test_fields_that_others_set_are_theirs(release: Cluster, name: str) -> None:
+    """As a GitOps controller applies it, while somebody suspends it by hand: neither takes the other's field."""
+    manifest = contract_run(name, spec=NOWHERE)
+    apply = ("apply", "--server-side", "--field-manager=gitops", "-f", "-")
+    release.kubectl(*apply, text=json.dumps(manifest))
+    release.wait_for_phase(name, "Pending", timeout_s=LIFE_S)
+    patch = ("patch", "trainingrun", name, "--type=merge", "--field-manager=human")
+    release.kubectl(*patch, "-p", '{"spec": {"suspend": true}}')
+    release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
+
+    release.kubectl(*apply, text=json.dumps(manifest))
+
+    there = release.training_run(name)
+    assert (there["spec"]["suspend"], there["metadata"]["generation"]) == (True, 2)
+    managed = json.loads(release.kubectl("get", "trainingrun", name, "-o", "json", "--show-managed-fields"))
+    owners = {entry["manager"]: set(entry["fieldsV1"]) for entry in managed["metadata"]["managedFields"]}
+    assert owners.keys() >= {"gitops", "human"}
+    others = {manager: fields for manager, fields in owners.items() if manager not in ("gitops", "human")}
+    assert others
+    assert all(fields <= {"f:status", "f:metadata"} for fields in others.values()), others
+
+
 def test_a_run_that_is_deleted_and_applied_again_is_a_new_one(release: Cluster, mlflow: Mlflow, name: str) -> None:
     """As somebody does who corrects a mistake: nothing of the old one's pods may be taken for the new one's."""
     release.apply(contract_run(name, fail="configuration"))

@@ -144,7 +144,11 @@ class TrainingPipeline:
 
     def _train(self) -> dict[str, float]:
         self.grace.watch()
-        (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"{self.output_dir} can't be written to: {error.strerror}"
+            raise ConfigurationError(f"{why}; name another folder (--output-dir)") from None
         self._resumed = self._publisher.newest_file(self.output_dir / "resumed")
         self.setup_model()
         if group.is_first():

@@ -69,6 +69,21 @@ def test_people_with_a_built_in_role_may(release: Cluster, role: str, verb: str,
     )
 
 
+def test_who_reads_secrets_as_the_operator_is_refused(release: Cluster) -> None:
+    account = f"system:serviceaccount:{release.namespace}:heimdall-operator"
+
+    assert "Forbidden" in release.refused("get", "secret", "heimdall-database", f"--as={account}")
+    assert release.kubectl("get", "jobs", f"--as={account}", "-o", "name") is not None
+
+
+def test_mlflow_answers_under_no_name_but_its_own(release: Cluster, mlflow: Mlflow) -> None:
+    """What a page in somebody's browser reaches by a name of its own (DNS rebinding)."""
+    asked = {"url": f"{mlflow.url}/api/2.0/mlflow/experiments/get?experiment_id=0", "auth": mlflow.login, "timeout": 30}
+
+    assert requests.get(**asked).ok
+    assert requests.get(**asked, headers={"Host": "evil.example"}).status_code == requests.codes.forbidden
+
+
 def test_nobody_asks_mlflow_without_a_password(release: Cluster, mlflow: Mlflow) -> None:
     for path in ("api/2.0/mlflow/experiments/get?experiment_id=0", "get-artifact?run_uuid=0&path=x"):
         assert requests.get(f"{mlflow.url}/{path}", timeout=30).status_code == requests.codes.unauthorized, path

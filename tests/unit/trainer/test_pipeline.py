@@ -749,9 +749,11 @@ def run_locally(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(ENV_TRACKING_URI, bench.uri)
     monkeypatch.setenv(ENV_TERMINATION_MESSAGE, str(words))
 
-    def run(spec: dict[str, Any], name: str) -> tuple[int, TerminationMessage | None, Run | None]:
+    def run(
+        spec: dict[str, Any], name: str, folder: Path = tmp_path
+    ) -> tuple[int, TerminationMessage | None, Run | None]:
         file.write_text(json.dumps({"metadata": {"name": name}, "spec": spec}))
-        arguments = cli._parser().parse_args(["run", "-f", str(file), "--output-dir", str(tmp_path)])
+        arguments = cli._parser().parse_args(["run", "-f", str(file), "--output-dir", str(folder)])
         code = run_to_exit_code(lambda: arguments.call(arguments))
         message = TerminationMessage.model_validate_json(words.read_text()) if words.exists() else None
         experiment = bench.client.get_experiment_by_name(DEFAULT_EXPERIMENT)
@@ -856,6 +858,14 @@ def test_what_can_not_work_exits_78_and_names_the_field(
     assert message.reason is Reason.INVALID_CONFIGURATION
     assert words in message.message
     assert run.info.status == "FAILED"
+
+
+def test_a_folder_that_can_not_be_made_is_named_before_anything_is_trained(run_locally: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, message, run = run_locally(user_spec("Line"), "no-folder", tmp_path / "file/outputs")
+    assert code == ExitCode.CONFIGURATION
+    assert f"file/outputs/{run.info.run_id} can't be written to: Not a directory; name another" in message.message
+    assert run.data.metrics == {}
 
 
 def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: Any) -> None:
