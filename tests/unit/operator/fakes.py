@@ -11,6 +11,7 @@ from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
 from heimdall_operator.kube import ConflictError
 from heimdall_operator.manifests import TrainerDefaults
+from heimdall_operator.observe import LOST_POD_S
 from heimdall_operator.store import Key, Store
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
@@ -89,8 +90,27 @@ class World:
         self.jobs.clear()
         self.pods.clear()
 
-    def living(self) -> list[str]:
-        return [name for name, pod in self.pods.items() if pod["status"]["phase"] in ("Pending", "Running")]
+    def living(self, now: datetime) -> list[str]:
+        """Pods that may be training; one that does not end in time is given up, and its attempt's number fences it."""
+        return [name for name, pod in self.pods.items() if is_living(pod) and not _is_given_up(pod, now)]
+
+    def terminate(self, job: str, now: datetime) -> None:
+        """What the deletion of a Job does to its pods: those that train are told to end, and do when they do."""
+        for name in [name for name in self.pods if name.startswith(f"{job}-")]:
+            if is_living(self.pods[name]) and self.pods[name]["status"]["phase"] == "Running":
+                self.pods[name]["metadata"].setdefault("deletionTimestamp", f"{now:%Y-%m-%dT%H:%M:%SZ}")
+                self.stamp(self.pods[name])
+            else:
+                del self.pods[name]
+
+
+def is_living(pod: dict[str, Any]) -> bool:
+    return pod["status"]["phase"] in ("Pending", "Running")
+
+
+def _is_given_up(pod: dict[str, Any], now: datetime) -> bool:
+    deleted = pod["metadata"].get("deletionTimestamp")
+    return deleted is not None and (now - datetime.fromisoformat(deleted)).total_seconds() > LOST_POD_S
 
 
 class FakeKube:
@@ -117,7 +137,7 @@ class FakeKube:
         name = job["metadata"]["name"]
         if name in self.world.jobs:
             raise ConflictError(name)
-        assert not self.world.living(), "two attempts overlap"
+        assert not self.world.living(self._clock()), "two attempts overlap"
         job = copy.deepcopy(job)
         job["metadata"]["creationTimestamp"] = self._clock().isoformat().replace("+00:00", "Z")
         self.world.jobs[name] = self.world.stamp(job)
@@ -129,7 +149,7 @@ class FakeKube:
 
     async def delete_job(self, namespace: str, name: str) -> None:
         self.world.jobs.pop(name, None)
-        self.world.pods = {pod: item for pod, item in self.world.pods.items() if not pod.startswith(f"{name}-")}
+        self.world.terminate(name, self._clock())
         self.world.wrote(f"delete job {name}")
 
     async def patch_finalizers(self, namespace: str, name: str, finalizers: list[str], version: str) -> dict[str, Any]:
@@ -187,8 +207,11 @@ class FakeMlflow:
 
     async def ensure_run(self, observed: Any) -> RunFacts:
         self._check()
-        if observed.uid not in self.world.mlflow_runs:
-            self.world.mlflow_runs[observed.uid] = {"id": "r1", "status": "RUNNING", "attempt": 1, "created": 1}
+        # Only where nobody can have made one is nothing searched for.
+        known = observed.uid in self.world.mlflow_runs
+        if observed.is_fresh or not known:
+            key = f"{observed.uid}-again" if known else observed.uid
+            self.world.mlflow_runs[key] = {"id": "r1", "status": "RUNNING", "attempt": 1, "created": 1}
             self.world.wrote("create mlflow run")
         return self._facts(observed.uid)
 

@@ -109,7 +109,8 @@ def test_a_run_deleted_while_training_ends_killed() -> None:
         assert world.run is not None
         world.run["metadata"]["deletionTimestamp"] = STAMP
         await look(world)
-        # the pod's end is an event of its own
+        assert world.mlflow_runs[UID]["status"] == "RUNNING", "its pod may still make a checkpoint"
+        world.pods.clear()
         await look(world)
 
     asyncio.run(scenario())
@@ -395,6 +396,8 @@ def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> 
             operator._followed_since = NOW
             await operator.refresh()
             await operator.look(KEY)
+            assert not world.jobs
+            world.pods.clear()
 
     asyncio.run(scenario())
 

@@ -81,15 +81,18 @@ class Life(RuleBasedStateMachine):
     @rule(end=st.sampled_from(sorted(ENDS)))
     def pods_end(self, end: str) -> None:
         for name, pod in list(self.world.pods.items()):
-            if pod["status"]["phase"] == "Running":
+            if "deletionTimestamp" in pod["metadata"]:
+                del self.world.pods[name]
+            elif pod["status"]["phase"] == "Running":
                 phase = "Succeeded" if end == "success" else "Failed"
                 terminated = {"startedAt": STAMP, "finishedAt": self._stamp(), **ENDS[end]}
                 self.world.pod_of(self._job_of(name), phase=phase, terminated=terminated)
 
     @rule()
     def somebody_deletes_the_jobs(self) -> None:
+        for job in list(self.world.jobs):
+            self.world.terminate(job, self.now)
         self.world.jobs.clear()
-        self.world.pods.clear()
 
     @rule(suspend=st.booleans())
     def suspend(self, suspend: bool) -> None:
@@ -145,7 +148,7 @@ class Life(RuleBasedStateMachine):
     def there_is_one_run_one_version_and_one_living_job(self) -> None:
         assert len(self.world.mlflow_runs) <= 1
         assert len(self.world.versions) <= 1
-        assert len(self.world.living()) <= 1
+        assert len(self.world.living(self.now)) <= 1
 
     @invariant()
     def the_status_is_sound(self) -> None:
