@@ -25,6 +25,8 @@ OWN_VARIABLES = {
     *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"),
 }
 
+LONGEST = ("test_undelivered.py", "test_tracking.py", "test_outages.py")
+
 _numbers = itertools.count(1)
 
 
@@ -32,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/integration/" in str(item.path):
             item.add_marker(pytest.mark.integration)
+    # What takes longest begins first, where files run beside each other.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")

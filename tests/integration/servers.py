@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pwd
@@ -498,8 +499,10 @@ def _install_postgres() -> None:
 def _install(package: str) -> None:
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     keep = ["-o", "Dpkg::Options::=--force-confold"]
-    for arguments in (["update"], ["install", "-y", "--no-install-recommends", *keep, package]):
-        subprocess.run(["apt-get", "-qq", *arguments], env=env, check=True, timeout=INSTALL_TIMEOUT_S)
+    with (CACHE / "install.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # apt refuses a second process instead of waiting
+        for arguments in (["update"], ["install", "-y", "--no-install-recommends", *keep, package]):
+            subprocess.run(["apt-get", "-qq", *arguments], env=env, check=True, timeout=INSTALL_TIMEOUT_S)
 
 
 def _account(*names: str) -> pwd.struct_passwd:
