@@ -40,7 +40,7 @@ demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, it
 	@$(PYTHON) hack/demo
 
 .PHONY: test
-test: needs-test venv ## Every test: lint, types, unit, integration, e2e on a real cluster
+test: needs-test venv ## Lint, types, and the tests: unit, integration, e2e on a real cluster
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(PYTHON) hack/cluster parts helm prometheus gitops-health minio
@@ -59,7 +59,7 @@ compose: needs venv ## compose.yaml started, trained with, stopped and started a
 	$(BIN)/pytest tests/e2e/test_compose.py
 
 .PHONY: engine
-engine: needs-test venv ## The cluster in a Docker engine that was there, and taken out of it again
+engine: needs venv ## The cluster in a Docker engine that was there, and taken out of it again
 	$(BIN)/pytest -s tests/e2e/test_engine.py
 
 .PHONY: chaos

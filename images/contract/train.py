@@ -28,8 +28,7 @@ ERROR, CONFIGURATION, FENCED, DEVICE_MEMORY, UNDELIVERED, SIGTERM = 1, 78, 79, 8
 RUN_ID = os.environ["MLFLOW_RUN_ID"]
 ATTEMPT = int(os.environ["HEIMDALL_ATTEMPT"])
 MESSAGE_LIMIT = 1024
-LONG_S = 10
-"""A step that took longer than any should may have been frozen."""
+FENCE_EVERY_S = 10
 
 
 class Stop(Exception):  # noqa: N818 - not every stop is an error
@@ -69,11 +68,12 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
     client.log_batch(RUN_ID, params=[Param(name, str(value)) for name, value in args.items()])
     first = restore(client)
     print(f"attempt {ATTEMPT} of run {RUN_ID}: steps {first} to {steps}", flush=True)
+    looked = time.monotonic()
     for step in range(first, steps):
-        began = time.monotonic()
         train_step(args, step)
-        if time.monotonic() - began > LONG_S:  # its node may have been taken for lost meanwhile
+        if time.monotonic() - looked > FENCE_EVERY_S:  # also after its machine stood still
             check_fence(client)
+            looked = time.monotonic()
         loss = Metric("train/loss", 1.0 / (step + 1), int(1000 * time.time()), step)
         progress = {"epoch": 0, "epochs": 1, "step": step + 1, "steps": steps, "time": now()}
         client.log_batch(RUN_ID, metrics=[loss], tags=[RunTag("heimdall.progress", json.dumps(progress))])

@@ -53,6 +53,7 @@ GOAL_OVERHEAD_PERCENT: Final = 1.0
 GOAL_LOADER: Final = 1.5
 GOAL_THROUGHPUT: Final = 0.97
 GOAL_STALL_STEPS: Final = 1.0
+GOAL_HELP_S: Final = 0.3
 MICRO: Final = 1e6
 MILLI: Final = 1e3
 MIB: Final = 2**20
@@ -107,6 +108,7 @@ def main() -> None:
 def measure(started: Servers, size: Size) -> list[Figure]:
     with tempfile.TemporaryDirectory() as name:
         parts: dict[str, Callable[[], list[Figure]]] = {
+            "command line": command_line,
             "spectrogram": lambda: spectrogram(size),
             "tracking and throughput": lambda: tracking(started.mlflow.url, size),
             "loader": lambda: loader(started, Path(name), size),
@@ -118,6 +120,13 @@ def measure(started: Servers, size: Size) -> list[Figure]:
             figures += call()
             print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
     return figures
+
+
+def command_line() -> list[Figure]:
+    """How long somebody waits for `--help`; the best of some, as the first reads programs from the disk."""
+    command = [str(Path(sys.executable).with_name("heimdall-train")), "--help"]
+    took = min(seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), 1) for _ in range(5))
+    return [at_most("heimdall-train --help", took, "s", GOAL_HELP_S)]
 
 
 @contextmanager

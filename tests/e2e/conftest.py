@@ -236,12 +236,17 @@ def namespace(release: Cluster, suffix: str) -> Iterator[Cluster]:
 def confined(release: Cluster) -> Iterator[None]:
     """The release's operator looks at its own namespace alone: operators of other releases work beside it."""
     operator = "deployment/heimdall-operator"
-    # What the chart's value would set; an upgrade by it starts the servers anew too.
-    release.kubectl("set", "env", operator, f"HEIMDALL_OPERATOR_NAMESPACES={release.namespace}")
-    release.kubectl("rollout", "status", operator, "--timeout=180s")
-    yield
-    release.kubectl("rollout", "undo", operator)
-    release.kubectl("rollout", "status", operator, "--timeout=180s")
+
+    def look_at(namespaces: str) -> None:
+        # What the chart's value would set; an upgrade by it starts the servers anew too.
+        release.kubectl("set", "env", operator, f"HEIMDALL_OPERATOR_NAMESPACES={namespaces}")
+        release.kubectl("rollout", "status", operator, "--timeout=180s")
+
+    try:
+        look_at(release.namespace)
+        yield
+    finally:
+        look_at("")
 
 
 @dataclass(frozen=True)
@@ -365,6 +370,8 @@ DYING = '''
 """The operator in a process that dies (as by kill -9: no handler, no clean-up), and is started again at once."""
 import os, pathlib, signal, sys
 
+from heimdall_operator.mlflow_gateway import bound_http
+bound_http()  # as main does, before anything imports MLflow
 import kopf
 from mlflow import MlflowClient
 from heimdall_operator import act, handlers, kube

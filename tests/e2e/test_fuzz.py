@@ -67,11 +67,19 @@ def generated(rng: random.Random, number: int) -> dict[str, Any]:
         "pendingDeadlineSeconds": 2,
         "retries": {"limit": 0},
     }
-    if rng.random() > TRAINED_SHARE:
+    if rng.random() < TRAINED_SHARE:
+        spec["pendingDeadlineSeconds"] = 120
+    else:
         # No node has this label: what is tried is the way to the pod, not the pod.
         spec["podTemplate"] = {"spec": {"nodeSelector": {"nowhere": "at-all"}}}
+    if number == 0:  # one is as it should be
+        return resource("fuzz-0", {**spec, "pendingDeadlineSeconds": 120, "podTemplate": {}})
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         mutated(rng, spec)
+    return resource(name, spec)
+
+
+def resource(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "apiVersion": "training.heimdall.dev/v1alpha1",
         "kind": "TrainingRun",

@@ -18,7 +18,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -119,6 +120,16 @@ class Server:
     def kill(self) -> None:
         """End it as a crash does."""
         self._end(signal.SIGKILL)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """It takes connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-LOG_TAIL:]
@@ -499,8 +510,9 @@ def _install_postgres() -> None:
 def _install(package: str) -> None:
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     keep = ["-o", "Dpkg::Options::=--force-confold"]
+    CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "install.lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # apt refuses a second process instead of waiting
+        fcntl.flock(held, fcntl.LOCK_EX)  # apt refuses a second process; the cluster tool takes the lock too
         for arguments in (["update"], ["install", "-y", "--no-install-recommends", *keep, package]):
             subprocess.run(["apt-get", "-qq", *arguments], env=env, check=True, timeout=INSTALL_TIMEOUT_S)
 

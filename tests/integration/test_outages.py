@@ -7,12 +7,13 @@ time until the training is over. `make outages` is the long form, of three minut
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import time
 from pathlib import Path
 
-from heimdall_api.contract import TAG_CHECKPOINTS, parse_checkpoints
+from heimdall_api.contract import TAG_CHECKPOINTS, Checkpoint, parse_checkpoints
 from tests.integration.conftest import Stack
 from tests.integration.servers import LOG_TAIL, ROOT, wait_until
 from tests.integration.test_tracking import OUTAGE_S, arrivals
@@ -71,10 +72,54 @@ def test_a_training_goes_on_through_every_outage_and_everything_is_there_once(
     is_there_once(stack, run_id, name, steps=made(tmp_path))
 
 
+def test_a_checkpoint_whose_upload_was_cut_off_by_a_kill_is_none(stack: Stack, name: str, tmp_path: Path) -> None:
+    """MinIO stands still: the bytes of the next checkpoint are under way, and do not arrive."""
+
+    def listed(run_id: str) -> list[Checkpoint]:
+        return parse_checkpoints(stack.client().get_run(run_id).data.tags.get(TAG_CHECKPOINTS))
+
+    training = start(stack, name, tmp_path)
+    try:
+        run_id = when_steps_arrive(stack, name, training)
+        wait_until(lambda: bool(listed(run_id)), what="a whole checkpoint", timeout_s=TIMEOUT_S)
+        with stack.minio.standing_still():
+            at = made(tmp_path)
+            wait_until(lambda: made(tmp_path) > at + 2 * EPOCH_STEPS, what="two epochs more", timeout_s=TIMEOUT_S)
+            training.kill()
+            training.wait()
+            known = listed(run_id)
+    finally:
+        training.kill()
+        training.wait()
+
+    assert listed(run_id) == known, "what is named was whole before"
+    assert known[-1].step < made(tmp_path) - EPOCH_STEPS
+    is_whole(stack, run_id)
+    (tmp_path / "enough").touch()
+    again = start(stack, name, tmp_path)
+    try:
+        again.wait(TIMEOUT_S)
+    finally:
+        again.kill()
+        again.wait()
+    assert again.returncode == 0, (tmp_path / "printed").read_text()[-LOG_TAIL:]
+    printed = (tmp_path / "printed").read_text().splitlines()
+    (line,) = [line for line in printed if "going on from a checkpoint" in line]
+    assert json.loads(line)["step"] == known[-1].step
+    is_whole(stack, run_id)
+
+
+def is_whole(stack: Stack, run_id: str) -> None:
+    """Every checkpoint that is named lies there as it was made."""
+    run = stack.client().get_run(run_id)
+    for checkpoint in parse_checkpoints(run.data.tags[TAG_CHECKPOINTS]):
+        assert hashlib.sha256(stack.mlflow.artifact(run, checkpoint.path)).hexdigest() == checkpoint.sha256
+
+
 def start(stack: Stack, name: str, folder: Path) -> subprocess.Popen[str]:
     (folder / "paced.py").write_text(MODULE)
     (folder / "run.yaml").write_text(
-        f"metadata: {{name: {name}}}\n"
+        f"metadata: {{name: {name}, uid: {name}}}\n"
         f"spec: {{model: {{module: 'paced:Paced'}}, training: {{epochs: 100000}}, tracking: {{experiment: {name}}}, "
         f"registration: {{model: {name}}}}}\n"
     )
@@ -142,8 +187,7 @@ def is_there_once(stack: Stack, run_id: str, name: str, *, steps: int) -> None:
     stored = [item.path for item in client.list_artifacts(run_id, "checkpoints")]
     assert len(stored) == len(set(stored))
     assert set(stored) >= {checkpoint.path for checkpoint in checkpoints}
-    for checkpoint in checkpoints:
-        assert hashlib.sha256(stack.mlflow.artifact(run, checkpoint.path)).hexdigest() == checkpoint.sha256
+    is_whole(stack, run_id)
 
     (model,) = client.search_logged_models([run.info.experiment_id])
     assert (str(model.status), model.source_run_id) == ("READY", run_id)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import structlog
 from pydantic import ValidationError
 
 from heimdall_api.contract import (
@@ -36,8 +37,10 @@ FinalStatus = Literal["FINISHED", "FAILED", "KILLED"]
 FINAL_STATUSES: Final = frozenset({"FINISHED", "FAILED", "KILLED"})
 SEARCH_LIMIT: Final = 1000
 """Most runs that one search asks for."""
-SILENCE_S: Final = 10.0
-"""An attempt that was not heard of for less can't have been given up."""
+LOOK_EVERY_S: Final = 10.0
+"""How often an attempt looks whether a newer one has taken over, while it says something."""
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,12 +222,12 @@ def check_attempt(run: Run, attempt: int | None) -> None:
 class Fence:
     """Keeps what an attempt says from a run that a newer one has taken over.
 
-    An attempt is given up when nothing is heard of it: MLflow was away, or its machine was cut off or stood still. So
-    one that was silent for a while looks before it says anything more; as long as it is heard, nothing is asked.
+    An attempt may be given up while its machine is cut off or stands still: so it looks now and then, and, after it
+    could say nothing for a while, before it says anything more.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, attempt: int | None) -> None:
-        """Begin to listen.
+        """Nothing is asked yet.
 
         Args:
             client: The tracking server.
@@ -234,22 +237,29 @@ class Fence:
         self._client = client
         self._run_id = run_id
         self._attempt = attempt
-        self._heard = time.monotonic()
+        self._looked = time.monotonic()
+        self.overtaken: OvertakenError | None = None
+        """Set when a newer attempt has taken over."""
 
     def say(self, call: Callable[[], object]) -> None:
-        """Make a call to the server.
+        """Make a call to the server, unless a newer attempt has taken over: then it is left out.
 
         Args:
             call: The call.
 
         Raises:
-            OvertakenError: A newer attempt has taken over; the call was not made.
-            Exception: What the call raises.
+            Exception: The server is away, or what the call raises.
         """
-        if self._attempt is not None and time.monotonic() - self._heard > SILENCE_S:
-            check_attempt(self._client.get_run(self._run_id), self._attempt)
-        call()
-        self._heard = time.monotonic()
+        if self._attempt is not None and self.overtaken is None and time.monotonic() - self._looked > LOOK_EVERY_S:
+            run = self._client.get_run(self._run_id)
+            self._looked = time.monotonic()
+            try:
+                check_attempt(run, self._attempt)
+            except OvertakenError as error:
+                log.warning("nothing more is said to the run", reason=str(error))
+                self.overtaken = error
+        if self.overtaken is None:
+            call()
 
 
 def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:

@@ -21,7 +21,7 @@ import structlog
 from heimdall_tracking.artifacts import Upload, Uploader
 from heimdall_tracking.calls import Call, LogParams, SetTag
 from heimdall_tracking.certificates import check_certificate
-from heimdall_tracking.errors import TrackingError, is_permanent
+from heimdall_tracking.errors import OvertakenError, TrackingError, is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
 from heimdall_tracking.params import clean_name, clean_text, flatten
@@ -83,6 +83,7 @@ class MLflowTracker:
         self._incomplete = False
         self._wanted_folder: Path | None = None
         self._attempt: int | None = None
+        self._fence: Fence | None = None
         self._left_checkpoints: list[LeftCheckpoint] = []
         self._made_folder: UndeliveredFolder | None = None
         self._made_spill: Spill | None = None
@@ -371,8 +372,7 @@ class MLflowTracker:
                 continue
             points.append(Point(clean_name(name), storable(number), int(step), stamp))
         if self._metrics is None:
-            client, run_id = self.client, self.run_id
-            fence = Fence(client, run_id, self._attempt)
+            client, run_id, fence = self.client, self.run_id, self._fenced()
             self._metrics = MetricQueue(
                 lambda batch: fence.say(lambda: send_points(client, run_id, batch)), spill=self._spill()
             )
@@ -421,11 +421,20 @@ class MLflowTracker:
         key = uuid.uuid4().hex
         return self._uploads().put(Upload(path=Path(folder), whole_folder=True, model=key, attempt=self._attempt))
 
+    @property
+    def overtaken(self) -> OvertakenError | None:
+        """That a newer attempt has taken over, once it was seen: nothing that is logged since then is delivered."""
+        return self._fence.overtaken if self._fence is not None else None
+
+    def _fenced(self) -> Fence:
+        if self._fence is None:
+            self._fence = Fence(self.client, self.run_id, self._attempt)
+        return self._fence
+
     def _out(self) -> Outbox[Call]:
         if self._outbox is None:
-            client, run_id = self.client, self.run_id
+            client, run_id, fence = self.client, self.run_id, self._fenced()
             self._spill()
-            fence = Fence(client, run_id, self._attempt)
             self._outbox = Outbox(lambda call: fence.say(lambda: call.make(client, run_id)))
         return self._outbox
 

@@ -76,8 +76,7 @@ class Checkpointing:
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop if asked to; make a checkpoint if it is time."""
         del pl_module, outputs, batch, batch_idx
-        if self._publisher.fence is not None:
-            raise self._publisher.fence
+        self._publisher.raise_if_fenced()
         due = trainer.is_global_zero and time.monotonic() - self._last_time >= self._every_s
         stop, save = group.any_of([self._grace.began, due], trainer)
         # Not between an epoch's last step and its validation: going on from there would leave the validation out.

@@ -167,6 +167,17 @@ class CheckpointPublisher:
                 return file
         return None
 
+    def raise_if_fenced(self) -> None:
+        """Stop what is of no use any more; nothing is asked.
+
+        Raises:
+            FencedError: It was seen that a newer attempt has taken over.
+        """
+        if self.fence is None and self._tracker.overtaken is not None:
+            self.fence = FencedError(str(self._tracker.overtaken))
+        if self.fence is not None:
+            raise self.fence
+
     def check_fence(self) -> None:
         """Look whether a newer attempt has taken over.
 

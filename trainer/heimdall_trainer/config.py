@@ -89,7 +89,7 @@ def override(run: TrainingRun, flags: dict[str, Any]) -> TrainingRun:
         if value is None:
             continue
         *parents, leaf = path.split(".")
-        target = document["spec"]
+        target = document.setdefault("spec", {})
         for parent in parents:
             target = target.setdefault(parent, {})
         target[leaf] = value

@@ -145,7 +145,8 @@ def _status(_: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace) -> None:
     engine.ensure()
-    if not kind.is_healthy():
+    # Nodes take images by themselves: an API server that is away for a moment is not asked.
+    if not kind.runs():
         raise ClusterError("the cluster is not up: python3 hack/cluster up")
     kind.load(arguments.images, [kind.GPU_NODE] if arguments.gpu_node else list(kind.WORKERS))
 

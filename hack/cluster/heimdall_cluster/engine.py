@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -16,7 +17,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from heimdall_cluster import parts
-from heimdall_cluster.paths import BEFORE, CLIENT_CONFIG, DATA_ROOT, ENGINE, EXEC_ROOT, LOGS, PID_FILE, RUN, SOCKET
+from heimdall_cluster.paths import (
+    BEFORE,
+    CLIENT_CONFIG,
+    DATA_ROOT,
+    ENGINE,
+    EXEC_ROOT,
+    INSTALL_LOCK,
+    LOGS,
+    PID_FILE,
+    RUN,
+    SOCKET,
+)
 from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_until
 
 START_TIMEOUT_S: Final = 60
@@ -141,7 +153,9 @@ def _is_installed(program: str) -> bool:
 
 
 def _apt(*arguments: str) -> None:
-    run(["apt-get", *arguments], log=LOGS / "apt.log", env={"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"})
+    with INSTALL_LOCK.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # apt refuses a second process instead of waiting
+        run(["apt-get", *arguments], log=LOGS / "apt.log", env={"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"})
 
 
 @contextmanager

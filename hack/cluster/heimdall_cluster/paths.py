@@ -27,6 +27,8 @@ ENGINE: Final = CACHE / "engine"
 LOGS: Final = CACHE / "logs"
 KUBECONFIG: Final = CACHE / "kubeconfig"
 LOCK: Final = CACHE / "lock"
+INSTALL_LOCK: Final = CACHE / "install.lock"
+"""Held while packages are installed, by the tests too."""
 
 RUN: Final = Path("/run/heimdall")
 """Socket, pid file and exec-root of the own engine: a socket's path must be short."""

@@ -140,11 +140,11 @@ def is_ready(release: Cluster) -> bool:
 
 @contextmanager
 def scaled_down(release: Cluster, workload: str) -> Iterator[None]:
-    release.kubectl("scale", workload, "--replicas=0")
-    component = workload.rpartition("heimdall-")[2]
+    selector = f"app.kubernetes.io/component={workload.rpartition('heimdall-')[2]}"
     try:
-        selector = f"app.kubernetes.io/component={component}"
-        release.kubectl("wait", "--for=delete", "pod", "-l", selector, "--timeout=120s")
+        release.kubectl("scale", workload, "--replicas=0")
+        # The controller manager may have to come back first: the API server was away before.
+        release.kubectl("wait", "--for=delete", "pod", "-l", selector, "--timeout=280s")
         yield
     finally:
         release.kubectl("scale", workload, "--replicas=1")

@@ -147,11 +147,17 @@ def tried(network: Network) -> Iterator[dict[Flow, Future[bool]]]:
     def settle(flow: Flow, opens: bool) -> bool:
         what = f"{flow[1]} {'open' if opens else 'closed'} to {flow[0]}"
 
-        def look() -> bool:
-            # One that does not come through may just have been slow.
-            return network.ask(*flow) == opens and (opens or not network.ask(*flow))
+        troubles: list[str] = []
 
-        return wait_for(look, what=what, timeout_s=SETTLE_S)
+        def look() -> bool:
+            try:
+                # One that does not come through may just have been slow.
+                return network.ask(*flow) == opens and (opens or not network.ask(*flow))
+            except AssertionError as error:  # a name that is not resolved yet
+                troubles[:] = [str(error)]
+                return False
+
+        return wait_for(look, what=what, timeout_s=SETTLE_S, tell=lambda: "".join(troubles))
 
     with ThreadPoolExecutor(8) as pool:
         wanted = {**dict.fromkeys(ALLOWED, True), **dict.fromkeys(REFUSED, False)}

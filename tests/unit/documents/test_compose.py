@@ -100,8 +100,11 @@ def test_buckets_and_their_users_are_made_as_the_charts_are(compose: dict[str, A
 def test_mlflow_is_told_what_the_chart_tells_it(compose: dict[str, Any], values: dict[str, Any]) -> None:
     service = compose["services"]["tracking"]
     server = (TEMPLATES / "tracking.yaml").read_text().partition("name: mlflow\n")[2].partition("\n{{- if gt")[0]
-    common = (TEMPLATES / "_tracking.tpl").read_text().partition('"heimdall.trackingServerEnv"')[2]
-    common = common.partition("{{- define")[0]
+    shared = (TEMPLATES / "_tracking.tpl").read_text()
+    common = "".join(
+        shared.partition(f'define "heimdall.{name}"')[2].partition("{{- define")[0]
+        for name in ("trackingServerEnv", "noTelemetry")
+    )
     for_private_servers = {"PGSSLMODE", "PGSSLROOTCERT", "AWS_CA_BUNDLE"}
 
     flags = re.findall(r"--[a-z-]+", service["command"][0])

@@ -149,6 +149,7 @@ class Life(RuleBasedStateMachine):
         assert len(self.world.mlflow_runs) <= 1
         assert len(self.world.versions) <= 1
         assert len(self.world.living(self.now)) <= 1
+        assert self.world.overlaps == []
 
     @invariant()
     def the_status_is_sound(self) -> None:

@@ -197,17 +197,17 @@ def test_of_tags_that_wait_the_newest_is_sent_without_secrets(started: MLflowTra
 @pytest.mark.parametrize(
     "case",
     [(1, "2", 0.0, False), (2, "2", 0.0, True), (None, "2", 0.0, True), (1, "2", 3600.0, True)],
-    ids=["given up", "the newest", "of nobody", "heard a moment ago"],
+    ids=["given up", "the newest", "of nobody", "looked a moment ago"],
 )
-def test_an_attempt_that_was_silent_says_nothing_once_a_newer_one_has_taken_over(
+def test_an_attempt_that_was_given_up_says_nothing_more(
     started: MLflowTracker,
     client: MlflowClient,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[int | None, str, float, bool],
 ) -> None:
-    attempt, newest, silence_s, arrives = case
-    monkeypatch.setattr(runs, "SILENCE_S", silence_s)
+    attempt, newest, every_s, arrives = case
+    monkeypatch.setattr(runs, "LOOK_EVERY_S", every_s)
     client.set_tag(started.run_id, TAG_ATTEMPT, newest)
     started.keep_undelivered_in(tmp_path / "kept", attempt=attempt)
 
@@ -217,6 +217,7 @@ def test_an_attempt_that_was_silent_says_nothing_once_a_newer_one_has_taken_over
 
     run = client.get_run(started.run_id)
     assert ("loss" in run.data.metrics, "heimdall.progress" in run.data.tags) == (arrives, arrives)
+    assert (started.overtaken is None) is arrives
 
 
 def test_files_and_folders_become_artifacts(started: MLflowTracker, client: MlflowClient, tmp_path: Path) -> None:
