@@ -17,7 +17,7 @@ from typing import IO, Final
 
 from heimdall_cluster import engine, parts
 from heimdall_cluster.parts import KUBERNETES_VERSION
-from heimdall_cluster.paths import CACHE, ENGINE, IMAGES_SOURCE, LOGS
+from heimdall_cluster.paths import CACHE, IMAGES_SOURCE, LOGS
 from heimdall_cluster.steps import ClusterError, read, run, step
 
 PROBE_IMAGE: Final = "docker.io/library/hello-world:latest"
@@ -95,7 +95,7 @@ def _ensure_debian() -> None:
         if CA_BUNDLE.exists():
             # What this host trusts, containers that are built here must trust too.
             shutil.copyfile(CA_BUNDLE, tree / CA_BUNDLE.relative_to("/"))
-        archive = ENGINE / "debian.tar"
+        archive = tree.with_suffix(".tar")
         run(["tar", "-C", tree, "-cf", archive, "."], log=LOGS / "debootstrap.log")
         changes = [f"--change=ENV {name}={CA_BUNDLE}" for name in ("SSL_CERT_FILE", "PIP_CERT")]
         docker("import", *changes, "--change=ENV UV_SYSTEM_CERTS=1", archive, DEBIAN, log="images")
