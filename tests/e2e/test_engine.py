@@ -38,7 +38,7 @@ NODE_PARTS = (
     *("kubernetes", "containerd", "crictl", "cni-plugins"),
     *("etcd", "coredns", "local-path-provisioner", "kube-router"),
 )
-PROGRAM = "coredns"
+PROGRAM = "etcd"
 """A static program of those that the cluster is made of: it runs until it is ended."""
 
 
@@ -144,7 +144,12 @@ def populate(machine: Machine) -> None:
     machine.run("docker", "network", "create", THEIRS)
     machine.run("docker", "volume", "create", THEIRS)
     options = ("--detach", "--name", THEIRS, "--network", THEIRS, "--volume", f"{THEIRS}:/data")
-    machine.run("docker", "run", *options, THEIRS, f"/{PROGRAM}", "-dns.port=1053")
+    machine.run("docker", "run", *options, THEIRS, f"/{PROGRAM}", "--data-dir=/data")
+    wait_for(
+        lambda: "ready to serve client requests" in machine.run("sh", "-c", f"docker logs {THEIRS} 2>&1"),
+        what="somebody's container",
+        timeout_s=STOP_S,
+    )
 
 
 def test_a_cluster_in_somebody_s_engine_comes_and_goes(machine: Machine) -> None:
@@ -171,7 +176,7 @@ def test_a_cluster_in_somebody_s_engine_comes_and_goes(machine: Machine) -> None
     machine.hack("cluster", "down")
 
     # The network that all kind clusters of an engine share may be another one's too.
-    assert machine.listed("container") == before["container"]
+    assert machine.listed("container") == before["container"], machine.run("docker", "inspect", THEIRS)
     assert machine.listed("volume") == before["volume"]
     assert machine.listed("network") - {"kind"} == before["network"]
     assert {"heimdall/kind-node", "kindest/node"} & machine.listed("image"), "a next one begins with it"

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints, parse_checkpoints
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.checkpoints import retained
+from heimdall_tracking.errors import OvertakenError
 from heimdall_trainer import checkpoints
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import FencedError
@@ -77,6 +78,7 @@ class FakeTracker:
         self.done: list[str] = []
         self.before_upload: Callable[[str], None] = lambda name: None
         self.metrics_delivered: Callable[[], bool] = lambda: True
+        self.overtaken: OvertakenError | None = None
 
     def get_run(self, run_id: str) -> Any:
         return SimpleNamespace(
@@ -283,6 +285,18 @@ def test_what_was_overtaken_is_not_handed_over(publish: Publish, tmp_path: Path)
     submit(publisher, tmp_path, 1)
     assert not publisher.flush(TIMEOUT_S)
     assert publisher.close() == []
+
+
+def test_a_training_whose_metrics_are_not_wanted_any_more_stops(publish: Publish) -> None:
+    tracker = FakeTracker()
+    publisher = publish(tracker)
+    publisher.raise_if_fenced()
+
+    tracker.overtaken = OvertakenError("attempt 2 has taken over")
+
+    with pytest.raises(FencedError, match="attempt 2 has taken over"):
+        publisher.raise_if_fenced()
+    assert not publisher.flush(0)
 
 
 def test_a_metric_that_is_no_number_counts_as_none(publish: Publish, tmp_path: Path) -> None:
