@@ -79,8 +79,10 @@ def trained(release: Cluster, mlflow: Mlflow, recordings: None) -> Iterator[Trai
         release.kubectl("delete", "trainingrun", "localizer", "--timeout=120s")
 
 
-def test_the_resource_ends_with_run_id_and_model_version(trained: Trained) -> None:
+def test_the_resource_ends_with_run_id_and_model_version(release: Cluster, trained: Trained) -> None:
     status = trained.status
+    uri = release.kubectl("get", "trainingrun", "localizer", "-o", "jsonpath={.status.modelURI}")
+    assert uri == status["modelURI"]
 
     assert status["phase"] == "Succeeded"
     assert status["runID"] == trained.run.info.run_id

@@ -64,6 +64,7 @@ RUN_BY = {
     "make venv": ("Makefile", "test: needs-test venv"),  # by `make test`
     "heimdall-train data generate": ("tests/integration/test_data.py", 'data("generate"'),
     "heimdall-train run": ("tests/unit/documents/test_own_model.py", '["run", "-f"'),
+    "heimdall-train deliver": ("tests/integration/test_undelivered.py", '"deliver", str(folder)'),
     "heimdall-train validate": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
     "python3 hack/cluster env": ("tests/e2e/cluster.py", '"hack/cluster", "env"'),
     "python3 hack/cluster down": ("tests/e2e/conftest.py", 'hack("hack/cluster", "down")'),
@@ -73,7 +74,7 @@ RUN_BY = {
     "kubectl apply": ("tests/e2e/test_localizer.py", 'kubectl("apply", "-f"'),
     "kubectl wait": ("tests/e2e/test_localizer.py", '"wait", "--for=condition=Complete"'),
     "kubectl get trainingruns": ("tests/e2e/test_resource.py", '"get", "tr"'),
-    "kubectl get trainingrun": ("tests/e2e/cluster.py", '"get"'),
+    "kubectl get trainingrun": ("tests/e2e/test_localizer.py", '"get", "trainingrun"'),
     "kubectl describe trainingrun": ("tests/e2e/test_resource.py", '"describe", "trainingrun"'),
     "kubectl rollout status": ("tests/e2e/conftest.py", '"rollout", "status"'),
     "kubectl exec": ("tests/e2e/chart/test_runbooks.py", '"docs/runbooks/passwords.md"'),
