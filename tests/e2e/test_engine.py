@@ -27,17 +27,12 @@ from tests.programs import CACHE
 UP_S, STOP_S = 1800, 60
 CACHED = CACHE.resolve()
 THEIRS = "somebodys"
-KINDS = ("container", "image", "volume", "network")
 FORMATS = {
     "image": "{{.Repository}}",
     "container": "{{.Names}} {{.State}}",
     "volume": "{{.Name}}",
     "network": "{{.Name}}",
 }
-NODE_PARTS = (
-    *("kubernetes", "containerd", "crictl", "cni-plugins"),
-    *("etcd", "coredns", "local-path-provisioner", "kube-router"),
-)
 PROGRAM = "etcd"
 """A static program of those that the cluster is made of: it runs until it is ended."""
 
@@ -81,7 +76,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     engine = own_engine()
     engine._require_debian_root()
     engine._install()
-    wanted = ("kind", "helm", "minio", "kubeconform", "buildx", *NODE_PARTS)
+    wanted = ("kind", "helm", "minio", "kubeconform", "buildx", *engine.parts.NODE_PARTS)
     subprocess.run([sys.executable, "hack/cluster", "parts", *wanted], cwd=ROOT, check=True, timeout=UP_S)
     parts = tmp_path / "cache/parts"
     parts.mkdir(parents=True)
@@ -153,7 +148,7 @@ def populate(machine: Machine) -> None:
 
 
 def test_a_cluster_in_somebody_s_engine_comes_and_goes(machine: Machine) -> None:
-    before = {kind: machine.listed(kind) for kind in KINDS}
+    before = {kind: machine.listed(kind) for kind in FORMATS}
     assert f"{THEIRS} running" in before["container"]
 
     machine.hack("cluster", "up")

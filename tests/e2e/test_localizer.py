@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from heimdall_api.contract import TAG_UID, parse_checkpoints
-from heimdall_trainer.data.generator import session_id
 from tests.e2e.cluster import ROOT, Cluster, condition, port_forward, wait_for
 from tests.e2e.conftest import Mlflow
 from tests.e2e.test_life_cycle import holding_gpus
@@ -142,6 +141,8 @@ def test_bytes_of_the_checkpoints_lie_in_minio(release: Cluster, trained: Traine
 def test_the_version_predicts_in_a_fresh_process(
     release: Cluster, mlflow: Mlflow, trained: Trained, canaries: dict[str, str], tmp_path: Path
 ) -> None:
+    from heimdall_trainer.data.generator import session_id  # it brings torch, which no other test of the cluster needs
+
     with (
         port_forward(release, "svc/heimdall-database", 5432) as database,
         port_forward(release, "svc/heimdall-object-store", 9000) as store,

@@ -58,7 +58,7 @@ def config(*, own_cni: bool, cgroup_v1: bool, kept: Sequence[Path] = ()) -> dict
         document["networking"]["disableDefaultCNI"] = True
     # A node that is gone is noticed in seconds: tests take nodes away.
     patience = [{"name": "node-monitor-grace-period", "value": f"{NODE_GRACE_S}s"}]
-    # Garbage is collected less often: some hundred megabytes for a tenth of what these take of the processors.
+    # Garbage is collected less often, which takes memory instead of processors.
     spared = {"extraEnvs": [{"name": "GOGC", "value": GARBAGE_PERCENT}]}
     cluster = {
         "kind": "ClusterConfiguration",

@@ -73,7 +73,7 @@ def test_who_reads_secrets_as_the_operator_is_refused(release: Cluster) -> None:
     account = f"system:serviceaccount:{release.namespace}:heimdall-operator"
 
     assert "Forbidden" in release.refused("get", "secret", "heimdall-database", f"--as={account}")
-    assert release.kubectl("get", "jobs", f"--as={account}", "-o", "name") is not None
+    release.kubectl("get", "jobs", f"--as={account}")  # what it may do it does by the same words
 
 
 def test_mlflow_answers_under_no_name_but_its_own(release: Cluster, mlflow: Mlflow) -> None:

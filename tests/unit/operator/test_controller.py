@@ -405,3 +405,27 @@ def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> 
     status = world.run["status"]
     assert (status["phase"], status["attempts"][0]["reason"]) == ("Failed", "Stalled")
     assert world.kept["attempts/1/run-a1-x.log"] == "log of run-a1-x\n"
+
+
+def test_a_checkpoint_that_arrives_after_a_suspension_is_looked_at() -> None:
+    world = World()
+    world.apply({"suspend": True})
+    assert world.run is not None
+    world.run["status"] = {"phase": "Suspended", "runID": "r1", "attempt": 1}
+    world.run["spec"]["tracking"] = {"experiment": "lab"}
+
+    async def scenario() -> bool:
+        operator = controller(world)
+        operator.store.put(copy.deepcopy(world.run) or {})
+        asked: list[set[str]] = []
+
+        async def facts(experiments: set[str]) -> dict[str, RunFacts]:
+            asked.append(experiments)
+            return {"r1": run()}
+
+        operator._mlflow.active_facts = facts  # type: ignore[method-assign, assignment]
+        await operator.read_progress()
+        assert asked == [{"lab"}]
+        return len(operator.queue) == 1
+
+    assert asyncio.run(scenario())

@@ -245,3 +245,18 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_job_that_is_deleted_under_its_pod_is_not_made_again_beside_it() -> None:
+    """The order that a missing look at living pods would show in, whatever examples are drawn."""
+    life = Life()
+    life.apply(suspended=False, growth=False, registered=False)
+    life.operator_looks()
+    life.pods_start()
+    life.operator_looks()
+    life.somebody_deletes_the_jobs()
+
+    life.operator_looks()
+
+    assert life.world.pods
+    assert (life.world.jobs, life.world.overlaps) == ({}, [])
