@@ -18,6 +18,9 @@ CHANNELS: Final = 3
 BANDS: Final = 128
 FRAMES: Final = 32
 SHAPE: Final = (CHANNELS, BANDS, FRAMES)
+SAMPLES_TOGETHER: Final = 2**14
+"""Samples of which a processor makes spectrograms at once: what is made on the way fits into its caches. A whole batch
+at once would take twice the time."""
 NOMINAL_NYQUIST_HZ: Final = 8000.0
 """The mel scale is made for hearing: half the sampling rate is taken for 8 kHz, whatever it is."""
 
@@ -94,6 +97,15 @@ def mel_spectrogram(iq: Tensor, parameters: SpectrogramParameters = DEFAULT_PARA
     """
     if iq.shape[-1] < parameters.minimum_samples:
         raise ValueError(f"{iq.shape[-1]} samples are too few: {parameters.minimum_samples} are the least")
+    if iq.device.type != "cpu":
+        return _mel_spectrograms(iq, parameters)
+    recordings = iq.reshape(-1, iq.shape[-1])
+    together = max(1, SAMPLES_TOGETHER // iq.shape[-1])
+    made = [_mel_spectrograms(piece, parameters) for piece in recordings.split(together)]
+    return torch.cat(made).reshape(*iq.shape[:-1], *SHAPE)
+
+
+def _mel_spectrograms(iq: Tensor, parameters: SpectrogramParameters) -> Tensor:
     signals = torch.stack([iq.real, iq.imag, iq.abs()], dim=-2)
     power = _band_power(signals, parameters).movedim(-1, -2)
     # Exactly 32 frames: with more windows than frames, neighbouring windows are averaged.
