@@ -107,11 +107,14 @@ class MetricQueue:
             if self._closed:
                 self._give_up(len(points))
                 return
+            before = self._waits()
             behind = self._tail or self._spilled()
             (self._tail if behind or len(self._head) >= self._half else self._head).extend(points)
             if len(self._head) + len(self._tail) > 2 * self._half:
                 self._make_room()
-            self._changed.notify_all()
+            # The background thread is woken where it has something to do: each time it looks, a training step waits.
+            if not before or before < BATCH <= self._waits():
+                self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that was put before is delivered, or given up.
