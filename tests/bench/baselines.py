@@ -25,9 +25,10 @@ Reals = NDArray[np.float64]
 
 GRID_STEP_M: Final = 50.0
 GRID_BLUR_M: Final = 50.0
-"""Added to the arrivals' deviations for the search on the grid, whose steps would miss the narrow valley otherwise."""
-STARTS: Final = 3
-STARTS_APART_M: Final = 300.0
+"""Added to the deviations for the search on the grid, whose steps would miss a narrow valley otherwise: to those of power
+as the decibels that it changes by within so many metres."""
+STARTS: Final = 6
+STARTS_APART_M: Final = 100.0
 LEAST_DISTANCE_M: Final = 1.0
 DB_PER_NEPER: Final = 10 / np.log(10)
 
@@ -204,8 +205,10 @@ def _fit(
         parts = []
         if power_dbm is not None and physics is not None:
             left = power_dbm - physics.heard_dbm(distances)
-            sent = np.clip(left.mean(axis=-1, keepdims=True), *physics.power_dbm)
-            parts.append((left - sent) / physics.shadowing_db)
+            blur_db = DB_PER_NEPER * physics.exponent * blur_m / np.maximum(distances, max(blur_m, LEAST_DISTANCE_M))
+            sigma_db = np.hypot(physics.shadowing_db, blur_db)
+            mean = np.average(left, axis=-1, weights=sigma_db**-2, keepdims=True)
+            parts.append((left - np.clip(mean, *physics.power_dbm)) / sigma_db)
         if arrivals is not None:
             sigma_m = np.hypot(arrivals.sigma_s * SPEED_OF_LIGHT_M_S, blur_m)
             left = arrivals.times_s * SPEED_OF_LIGHT_M_S - distances
