@@ -59,8 +59,8 @@ compose: needs venv ## compose.yaml started, trained with, stopped and started a
 	$(BIN)/pytest tests/e2e/test_compose.py
 
 .PHONY: engine
-engine: needs venv ## The cluster in a Docker engine that was there, and taken out of it again
-	$(BIN)/pytest -s tests/e2e/test_engine.py
+engine: needs venv ## The cluster in a Docker engine that was there and out of it again; and what a killed `up` leaves
+	$(BIN)/pytest -s tests/e2e/test_engine.py tests/e2e/test_killed.py
 
 .PHONY: chaos
 chaos: needs venv ## Kill the operator at random for five minutes, take away what it stands on, check everything
