@@ -135,7 +135,9 @@ def canaries(cluster: dict[str, str]) -> dict[str, str]:
         kept = {role: secret["data"] for role, secret in found.items() if secret is not None}
         assert kept.keys() == found.keys(), "the release that an earlier call was to install is not there"
         return {f"{role}/{key}": base64.b64decode(kept[role][key]).decode() for role, key in names}
-    return {f"{role}/{key}": f"canary{secrets.token_hex(16)}" for role, key in names}
+    # They begin alike: one word is looked for much faster than twenty in the gigabytes of all images.
+    beginning = f"canary{secrets.token_hex(8)}"
+    return {f"{role}/{key}": f"{beginning}{secrets.token_hex(8)}" for role, key in names}
 
 
 @pytest.fixture(scope="session")
