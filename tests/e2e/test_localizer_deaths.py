@@ -25,7 +25,13 @@ def without_gpu(name: str, **training: Any) -> dict[str, Any]:
     return run
 
 
-def test_a_pod_killed_in_mid_epoch_is_followed_by_one_that_goes_on(
+def going_on(log: str) -> int | None:
+    """The step of the checkpoint that a trainer's log says it goes on from."""
+    found = (json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
+    return next((int(line["step"]) for line in found), None)
+
+
+def test_a_pod_suspended_and_one_killed_in_mid_epoch_are_followed_by_one_that_goes_on(
     release: Cluster, mlflow: Mlflow, recordings: None, name: str
 ) -> None:
     del recordings
@@ -40,17 +46,34 @@ def test_a_pod_killed_in_mid_epoch_is_followed_by_one_that_goes_on(
     step = wait_for(
         checkpointed, what="a checkpoint in mid-epoch", timeout_s=TRAINING_S, tell=lambda: release.explain(name)
     )
-    signal_container(release, f"{name}-a1", "KILL")
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    suspended = release.wait_for_phase(name, "Suspended", timeout_s=TRAINING_S)
+    assert (suspended["attempts"][0]["reason"], suspended["attempts"][0]["exitCode"]) == ("Suspended", 143)
+    left = parse_checkpoints(mlflow.client.get_run(run_id).data.tags["heimdall.checkpoints"])[-1].step
+    assert left > step, "one was made before the pod went"
+
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
+
+    def again() -> int | None:
+        logs = release.run("kubectl", "-n", release.namespace, "logs", f"job/{name}-a2", check=False)
+        return going_on(logs.stdout)
+
+    what = "the second attempt training"
+    assert wait_for(again, what=what, timeout_s=TRAINING_S, tell=lambda: release.explain(name)) == left
+    signal_container(release, f"{name}-a2", "KILL")
 
     done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
 
     assert done["phase"] == "Succeeded", release.explain(name)
     assert done["runID"] == run_id
-    assert [item["number"] for item in done["attempts"]] == [1, 2]
-    assert done["attempts"][0]["exitCode"] == 137
-    log = release.kubectl("logs", f"job/{name}-a2")
-    resumed = next(json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
-    assert resumed["step"] >= step > 0
+    assert [(item["number"], item["reason"], item["exitCode"]) for item in done["attempts"]] == [
+        (1, "Suspended", 143),
+        (2, "Killed", 137),
+        (3, "Completed", 0),
+    ]
+    third = going_on(release.kubectl("logs", f"job/{name}-a3"))
+    assert third is not None
+    assert third >= left
     again = mlflow.client.get_metric_history(run_id, "train/loss_step")
     assert {item.step for item in again} == set(range(max(item.step for item in again) + 1)), "no step is missing"
     assert [item.version for item in mlflow.versions_of("heimdall-localizer", run_id)] == [done["modelVersion"]]
@@ -89,6 +112,7 @@ def test_two_workers_train_together_and_go_on_when_one_is_killed(
         if pod["spec"]["hostname"].endswith("-0")
     )
     log = release.kubectl("logs", first)
-    resumed = next(json.loads(line) for line in log.splitlines() if "going on from a checkpoint" in line)
-    assert resumed["step"] >= step > 0
+    resumed = going_on(log)
+    assert resumed is not None
+    assert resumed >= step > 0
     assert len(mlflow.versions_of("heimdall-localizer", run_id)) == 1
