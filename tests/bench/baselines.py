@@ -25,8 +25,8 @@ Reals = NDArray[np.float64]
 
 GRID_STEP_M: Final = 50.0
 GRID_BLUR_M: Final = 50.0
-"""Added to the deviations for the search on the grid, whose steps would miss a narrow valley otherwise: to those of power
-as the decibels that it changes by within so many metres."""
+"""Added to the deviations for the search on the grid, whose steps would miss a narrow valley otherwise; power's grow by
+what it changes within so many metres."""
 STARTS: Final = 6
 STARTS_APART_M: Final = 100.0
 LEAST_DISTANCE_M: Final = 1.0
