@@ -190,7 +190,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "an exception in training": (
         {"data": {"module": f"{BORING}:BoringDataModule"}},
         "UserError",
-        "Error: ",
+        "IndexError: too many indices for tensor of dimension 2 (",
     ),
 }
 
