@@ -235,8 +235,10 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         return Outcome(reason=Reason.NODE_LOST, message=message, ended=now)
     if not observed.is_running:
         return _not_started(observed, spec, attempt, now)
-    # Silence counts only while it can be heard: MLflow away, or an operator that has just started, is no hang.
-    if spec.stall_timeout_seconds is None or observed.followed_since is None:
+    # Silence counts only while it can be heard: MLflow away, or an operator that has just started, is no hang. Nor is
+    # the grace period of pods that were told to end, when nobody follows them any more.
+    ends = any(pod.deleting is not None for pod in observed.attempt_pods)
+    if spec.stall_timeout_seconds is None or observed.followed_since is None or ends:
         return None
     progress = observed.run.progress if observed.run else observed.status.progress
     started = [pod.running_since for pod in observed.attempt_pods if pod.running_since is not None]

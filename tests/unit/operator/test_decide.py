@@ -418,6 +418,19 @@ def test_what_a_queue_has_evicted_hangs_no_more_than_it_trains() -> None:
     assert decide(waits, NOW).status.attempts[-1].reason is None
 
 
+def test_what_a_queue_evicts_does_not_hang_in_its_grace_period() -> None:
+    """It is Pending by then, and progress is read of those that run only."""
+    ending = observed(
+        spec=spec(stallTimeoutSeconds=20),
+        status=status(attempt(running_time=ago(500)), phase="Pending"),
+        jobs=(job(queued=True, suspended=True, started=ago(510)),),
+        pods=(pod(running_since=ago(500), deleting=ago(-30)),),
+        followed_since=ago(400),
+    )
+
+    assert decide(ending, NOW).status.attempts[-1].reason is None
+
+
 def test_what_a_queue_has_admitted_again_and_can_not_be_made_is_given_up() -> None:
     gone = ended_pod(143, running_since=ago(500), deleting=ago(100))
     again = observed(
