@@ -207,11 +207,18 @@ def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: d
 
 
 def _evicted(observed: Observed) -> bool:
-    """Whether a queue took the pods away: the Job goes on when it lets it, and it is still the same attempt."""
+    """Whether a queue or somebody took the pods away: the Job goes on when it may, and it is still the same attempt."""
     job = observed.job
-    if job is None or not job.queued or job.finished is not None or job.deleting:
+    if job is None or job.finished is not None or job.deleting:
         return False
-    return job.suspended or any(pod.deleting is not None for pod in observed.attempt_pods)
+    comes_back = job.queued or _was_let_go_again(observed, job)
+    return job.suspended or (comes_back and any(pod.deleting is not None for pod in observed.attempt_pods))
+
+
+def _was_let_go_again(observed: Observed, job: JobFacts) -> bool:
+    """Whether a Job was held and let go since its pods ran: new ones follow."""
+    ran = observed.status.attempts[-1].running_time
+    return ran is not None and job.started is not None and job.started > ran
 
 
 def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
@@ -283,11 +290,10 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
 
 def _is_starting(observed: Observed) -> bool:
     """Whether the newest attempt's pods are still to start; a pod that is gone since is for its Job to tell of."""
-    job, ran = observed.job, observed.status.attempts[-1].running_time
+    job = observed.job
     if job is None or job.finished is not None:
         return False
-    # A queue may have taken the place back and given it again: then they start anew.
-    return ran is None or (job.started is not None and job.started > ran)
+    return observed.status.attempts[-1].running_time is None or _was_let_go_again(observed, job)
 
 
 def _no_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Outcome | None:

@@ -471,6 +471,17 @@ def test_a_job_that_somebody_suspended_says_so() -> None:
     assert condition(held, "Complete") == ("False", "JobSuspended")
 
 
+def test_a_job_that_somebody_suspended_is_still_the_same_attempt() -> None:
+    trained = status(attempt(running_time=ago(50)), phase="Running")
+    gone = ended_pod(143, deleting=ago(3))
+    held = settled(observed(status=trained, jobs=(job(suspended=True),), pods=(gone,)))
+    assert (condition(held, "Complete"), held.attempts[-1].reason) == (("False", "JobSuspended"), None)
+
+    for pods in ((gone,), (gone, pod(name="run-a1-y", created=ago(2), phase="Pending", running_since=None))):
+        resumed = settled(observed(status=held, jobs=(job(started=ago(2)),), pods=pods))
+        assert (resumed.attempt, resumed.attempts[-1].reason) == (1, None), "its Job makes another pod"
+
+
 def test_progress_and_checkpoint_come_from_mlflow() -> None:
     facts = run(progress=Progress(epoch=1, epochs=4, step=10, steps=40, time=ago(1)))
 
