@@ -239,7 +239,8 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     lost = next((pod for pod in observed.attempt_pods if _is_lost(observed, pod, now)), None)
     if lost is not None:
         message = f"The node {lost.node} did not end the pod in time; its attempt was given up."
-        return Outcome(reason=Reason.NODE_LOST, message=message, ended=now)
+        # Its Job goes with it: it would make another pod one day, and the other workers of a group wait for this one.
+        return Outcome(reason=Reason.NODE_LOST, message=message)
     if not observed.is_running:
         return _not_started(observed, spec, attempt, now)
     # Silence counts only while it can be heard: MLflow away, or an operator that has just started, is no hang. Nor is

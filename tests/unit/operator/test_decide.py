@@ -482,6 +482,20 @@ def test_a_job_that_somebody_suspended_is_still_the_same_attempt() -> None:
         assert (resumed.attempt, resumed.attempts[-1].reason) == (1, None), "its Job makes another pod"
 
 
+def test_a_group_that_lost_a_node_is_ended_whole() -> None:
+    """The other workers wait for the lost one, and hold their GPUs."""
+    lost = pod(1, worker=1, deleting=ago(LOST_POD_S + 1))
+    group = observed(spec=spec(resources={"workers": 2}), run=run(), jobs=(job(),), pods=(pod(1), lost))
+
+    told = replace(group, status=decide(group, NOW).status)
+    assert told.status.attempts[-1].reason == "NodeLost"
+    assert decide(told, NOW).actions == (DeleteJob("run-a1"),)
+    ending = replace(told, jobs=(job(deleting=True),))
+    assert decide(ending, NOW).status.attempts[-1].end_time is None, "the other one may make a checkpoint"
+    over = replace(ending, pods=(lost,))
+    assert decide(over, NOW).status.attempts[0].end_time == NOW
+
+
 def test_progress_and_checkpoint_come_from_mlflow() -> None:
     facts = run(progress=Progress(epoch=1, epochs=4, step=10, steps=40, time=ago(1)))
 
