@@ -147,7 +147,7 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
         return _ending(observed, spec, attempt, now)
     outcome = _outcome(observed, spec, attempt, now)
     if outcome is not None:
-        ended = _record(observed, outcome)
+        ended = _record(observed, outcome, now)
         if outcome.ended is None:
             # On the status first: once its Job is being deleted, nobody could tell why any more.
             return Decision((), ended)
@@ -395,15 +395,19 @@ def _queued(status: TrainingRunStatus, observed: Observed, now: datetime) -> Tra
     return waiting(status, observed, admission.reason, admission.message, now)
 
 
-def _record(observed: Observed, outcome: Outcome) -> TrainingRunStatus:
+def _record(observed: Observed, outcome: Outcome, now: datetime) -> TrainingRunStatus:
     """Write an outcome into the newest attempt: ended where its pod has, otherwise ending."""
     status = with_facts(observed.status, observed.run)
-    attempt = status.attempts[-1].model_copy(
+    attempt, ended = status.attempts[-1], outcome.ended
+    if ended is not None:
+        # A node's clock may be wrong, and what comes next waits by this time.
+        ended = min(max(ended, attempt.start_time or ended), now)
+    attempt = attempt.model_copy(
         update={
             "reason": str(outcome.reason),
             "message": outcome.message,
             "exit_code": outcome.exit_code,
-            "end_time": outcome.ended,
+            "end_time": ended,
             **_place(observed),
         }
     )

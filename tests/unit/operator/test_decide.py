@@ -13,6 +13,7 @@ from heimdall_operator.decide import (
     DELETION_LIMIT_S,
     POD_VANISHED_S,
     POLL_S,
+    RETRY_DELAY_S,
     AddFinalizer,
     CreateJob,
     Decision,
@@ -494,6 +495,18 @@ def test_a_group_that_lost_a_node_is_ended_whole() -> None:
     assert decide(ending, NOW).status.attempts[-1].end_time is None, "the other one may make a checkpoint"
     over = replace(ending, pods=(lost,))
     assert decide(over, NOW).status.attempts[0].end_time == NOW
+
+
+@pytest.mark.parametrize("wrong", [-3600, 3600], ids=["ahead", "behind"])
+def test_a_nodes_clock_that_is_wrong_holds_nothing_up(wrong: int) -> None:
+    """What is ahead by an hour must not make the next attempt wait for an hour."""
+    result = decide(observed(jobs=(job(),), pods=(ended_pod(3, finished=ago(wrong)),)), NOW)
+
+    ended = result.status.attempts[0]
+    assert ended.start_time is not None
+    assert ended.end_time is not None
+    assert ended.start_time <= ended.end_time <= NOW
+    assert (result.look_again_s or 0) <= RETRY_DELAY_S
 
 
 def test_progress_and_checkpoint_come_from_mlflow() -> None:
