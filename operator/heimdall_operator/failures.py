@@ -126,14 +126,19 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
     if pod.lost_track:
         return Reason.NODE_LOST, f"The node {pod.node} went away, and does not know what became of the container."
     if pod.exit_code is None:
-        why = redact(pod.init_error) or f"The pod ended before its container ran. {pod.refusal}".strip()
-        return Reason.UNKNOWN, why
+        return _never_ran(pod)
     if pod.exit_code == ExitCode.SUCCESS:
         # Many trainers exit 0 on SIGTERM: while the pod was being deleted that is no sign of success.
         if pod.deleting:
             return Reason.PREEMPTED, "The pod was deleted while it was training."
         return Reason.COMPLETED, "Training finished."
     return _from_last_words(pod)
+
+
+def _never_ran(pod: PodFacts) -> tuple[Reason, str]:
+    if pod.deleting:
+        return Reason.PREEMPTED, "The pod was deleted before its container ran."
+    return Reason.UNKNOWN, redact(pod.init_error) or f"The pod ended before its container ran. {pod.refusal}".strip()
 
 
 def _from_last_words(pod: PodFacts) -> tuple[Reason, str]:

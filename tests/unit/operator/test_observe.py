@@ -28,6 +28,10 @@ def raw_pod(**status: Any) -> dict[str, Any]:
     }
 
 
+def deleted(pod: dict[str, Any]) -> dict[str, Any]:
+    return {**pod, "metadata": {**pod["metadata"], "deletionTimestamp": STAMP}}
+
+
 def terminated(**state: Any) -> list[dict[str, Any]]:
     return [{"state": {"terminated": {"startedAt": STAMP, "finishedAt": STAMP, **state}}}]
 
@@ -38,6 +42,7 @@ CASES = {
         Reason.HOST_OUT_OF_MEMORY,
     ),
     "evicted before it ran": (raw_pod(phase="Failed", reason="Evicted"), Reason.PREEMPTED),
+    "deleted before it ran": (deleted(raw_pod(phase="Failed")), Reason.PREEMPTED),
     "evicted for its node's sake": (
         raw_pod(
             phase="Failed", reason="Evicted", message="The node was low on resource: memory. Threshold quantity: 1"
