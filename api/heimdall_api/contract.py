@@ -152,25 +152,29 @@ Moment = Annotated[datetime, AfterValidator(_in_utc)]
 """A time with its zone; one that names none is taken for UTC."""
 
 
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A number of something, as the API server can hold it: a status that it refuses would never be written."""
+
+
 class Progress(Model):
     """How far training is."""
 
-    epoch: int = Field(ge=0, description="Epochs finished.")
-    epochs: int = Field(ge=0, description="Epochs asked for.")
-    step: int = Field(ge=0, description="Optimizer steps done.")
-    steps: int | None = Field(default=None, ge=0, description="Optimizer steps expected in all, if known.")
-    first_step: int = Field(default=0, ge=0, description="Step that this attempt went on from.")
+    epoch: Count = Field(description="Epochs finished.")
+    epochs: Count = Field(description="Epochs asked for.")
+    step: Count = Field(description="Optimizer steps done.")
+    steps: Count | None = Field(default=None, description="Optimizer steps expected in all, if known.")
+    first_step: Count = Field(default=0, description="Step that this attempt went on from.")
     time: Moment | None = Field(default=None, description="When the last step ended.")
 
 
 class Checkpoint(Model):
     """A checkpoint whose upload is whole."""
 
-    step: int = Field(ge=0, description="Optimizer step it was made at.")
-    epoch: int = Field(default=0, ge=0, description="Epoch it was made in, counted from 0.")
+    step: Count = Field(description="Optimizer step it was made at.")
+    epoch: Count = Field(default=0, description="Epoch it was made in, counted from 0.")
     path: str = Field(description="Artifact path within the run.")
     sha256: str = Field(description="Checksum of its bytes, hexadecimal.")
-    size: int = Field(ge=0, description="Length in bytes.")
+    size: Count = Field(description="Length in bytes.")
     time: Moment = Field(description="When its upload was whole.")
     metric: float | None = Field(default=None, description="The monitored metric's value, if there is one.")
     last: bool = Field(default=False, description="Whether it is the one a next attempt goes on from.")
@@ -181,7 +185,7 @@ class BestMetric(Model):
 
     name: str
     value: float
-    step: int = Field(ge=0)
+    step: Count
 
 
 def parse_checkpoints(tag: str | None) -> list[Checkpoint]:
@@ -197,7 +201,7 @@ def parse_checkpoints(tag: str | None) -> list[Checkpoint]:
         return []
     try:
         return [Checkpoint.model_validate(item) for item in json.loads(tag)]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return []
 
 

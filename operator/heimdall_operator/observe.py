@@ -296,7 +296,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
         exceeded_storage=message if status.get("reason") == "Evicted" and _OWN_STORAGE.search(message) else "",
         last_words=terminated.get("message", ""),
         finished=_time_or_none(terminated.get("finishedAt")) or _ended(status, conditions.values()),
-        worker=int((metadata.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
+        worker=_number((metadata.get("annotations") or {}).get(COMPLETION_INDEX)),
         refusal=": ".join(part for part in (status.get("reason"), message) if part),
         disruption=_disruption(conditions, status),
     )
@@ -359,8 +359,15 @@ def _label(manifest: Manifest, name: str) -> str | None:
 
 
 def _attempt(metadata: Mapping[str, Any]) -> int:
-    label = metadata.get("labels", {}).get(LABEL_ATTEMPT, "")
-    return int(label) if label.isdigit() else 0
+    return _number(metadata.get("labels", {}).get(LABEL_ATTEMPT))
+
+
+def _number(text: str | None) -> int:
+    """A number that Kubernetes or the operator wrote; what somebody else wrote in its place counts as 0."""
+    try:
+        return int(text or 0)
+    except ValueError:
+        return 0
 
 
 def _time(text: str) -> datetime:

@@ -296,7 +296,11 @@ def find_model(client: MlflowClient, facts: RunFacts) -> str | None:
 
 
 def _number(tag: str | None) -> int:
-    return int(tag) if tag and tag.isdigit() else 0
+    """An attempt's number; a tag that holds none counts as absent: whoever may write to the run may write it."""
+    try:
+        return int(tag or 0)
+    except ValueError:
+        return 0
 
 
 def _parsed(model: type[Any], tag: str | None) -> Any:

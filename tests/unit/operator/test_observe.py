@@ -215,6 +215,16 @@ def test_an_unreadable_spec_names_its_field() -> None:
     assert "spec.training.epochs" in seen.spec_error
 
 
+def test_what_somebody_wrote_over_the_operators_numbers_keeps_nobody_from_looking() -> None:
+    pod = raw_pod(phase="Running")
+    pod["metadata"]["labels"]["training.heimdall.dev/attempt"] = "first"
+    pod["metadata"]["annotations"] = {"batch.kubernetes.io/job-completion-index": "²"}
+
+    facts = pod_facts(pod)
+
+    assert (facts.attempt, facts.worker) == (0, 0)
+
+
 @given(st.text())
 def test_any_last_words_are_read(text: str) -> None:
     parse_last_words(text)

@@ -180,7 +180,16 @@ def test_facts_tell_what_a_trainer_wrote(client: MlflowClient, new_run: NewRun) 
     assert facts.metrics == {"loss": 0.5}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '{"step": -1}', '[{"step": 1}]'])
+UNREADABLE = ["", "{", "[]", "null", "7", "²", '{"step": -1}', '[{"step": 1}]']
+TOO_MUCH = [
+    "[" * 4000,
+    "9" * 5000,
+    json.dumps({"epoch": 0, "epochs": 1, "step": 2**63, "name": "loss", "value": 1.0}),
+    json.dumps([{**CHECKPOINT, "step": 2**63}]),
+]
+
+
+@pytest.mark.parametrize("text", [*UNREADABLE, *TOO_MUCH], ids=lambda text: text[:12])
 def test_tags_that_can_not_be_read_count_as_absent(client: MlflowClient, new_run: NewRun, text: str) -> None:
     run_id = new_run(status="RUNNING")
     for tag in (TAG_PROGRESS, TAG_BEST, TAG_CHECKPOINTS, TAG_ATTEMPT):
