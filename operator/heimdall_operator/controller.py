@@ -7,8 +7,8 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import structlog
@@ -19,9 +19,9 @@ from heimdall_operator import metrics
 from heimdall_operator.act import Actor
 from heimdall_operator.actions import CreateJob
 from heimdall_operator.decide import Decision, decide
-from heimdall_operator.events import Event, events_between
+from heimdall_operator.events import Event, events_between, events_of
 from heimdall_operator.failures import shorten
-from heimdall_operator.kube import ConflictError, ForbiddenError, Kube
+from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe
 from heimdall_operator.store import Key, Store
@@ -33,6 +33,10 @@ STEP_LIMIT: Final = 20
 """Most decisions of one look: more than any life needs at once, so that a mistake can't spin."""
 EVENTS_LIMIT: Final = 10_000
 """Events that wait while the API server is away; of more, the oldest are lost."""
+EVENT_TRIES: Final = 60
+EVENT_RETRY_S: Final = 5.0
+EVENTS_RECALLED: Final = timedelta(hours=1)
+"""How old a transition may be that is told after a restart: of older ones the API server has forgotten the Event."""
 EVENT_NOTE_LIMIT: Final = 1024
 REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 """Codes of MLflow's errors that waiting may not mend: somebody has to be told."""
@@ -40,6 +44,14 @@ STUCK_AFTER_S: Final = 300
 """A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class _WaitingEvent:
+    """An Event that is still to be recorded."""
+
+    manifest: dict[str, Any]
+    tries: int = 1
 
 
 class Controller:
@@ -73,7 +85,7 @@ class Controller:
         """Progress of active runs, as the last poll read it: only to be shown."""
         self._moved: dict[str, datetime] = {}
         """When a run's step was last seen to change: nodes' clocks may be wrong, and a hang is told by this one."""
-        self._events: deque[tuple[str, dict[str, Any]]] = deque(maxlen=EVENTS_LIMIT)
+        self._events: deque[_WaitingEvent] = deque(maxlen=EVENTS_LIMIT)
         self._has_events = asyncio.Event()
         self._last_look = time.monotonic()
 
@@ -263,26 +275,57 @@ class Controller:
             self.store.put(written)
             metrics.record_status(observed.created, observed.status, status)
             for event in events_between(observed.status, status):
-                self._events.append((observed.namespace, event_manifest(event, observed, self._clock())))
-                self._has_events.set()
+                self._tell(event_manifest(event, observed, self._clock()))
             observed = replace(observed, version=written["metadata"]["resourceVersion"])
         return replace(observed, status=status)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self._events.append(_WaitingEvent(event))
+        self._has_events.set()
+
+    async def recall_events(self) -> None:
+        """Tell of what a status says happened and no Event does: its operator died between the two.
+
+        One listing for a start, and then only what is missing: nothing has to be written down beforehand.
+        """
+        told: set[tuple[str, str]] = set()
+        for namespace in self._namespaces:
+            try:
+                events = await self._kube.list_events(namespace, KIND)
+            except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
+                log.warning("Events could not be listed; what is missing stays so", error=_describe(error))
+                return
+            told |= {(event["metadata"]["namespace"], event["metadata"]["name"]) for event in events}
+        now = self._clock()
+        for resource in filter(None, map(self.store.get, self.store.known())):
+            for manifest in _recent_events(resource, now):
+                if (manifest["metadata"]["namespace"], manifest["metadata"]["name"]) not in told:
+                    self._tell(manifest)
 
     async def record_events(self) -> None:
         """Record Events behind the looks: what is told to people must not hold the next step up."""
         while True:
             await self._has_events.wait()
-            await self.record_waiting_events()
+            if not await self.record_waiting_events():
+                await asyncio.sleep(EVENT_RETRY_S)
 
-    async def record_waiting_events(self) -> None:
-        """Record what waits, in order."""
-        self._has_events.clear()
+    async def record_waiting_events(self) -> bool:
+        """Record what waits, in order, up to what can't be recorded now: that is tried again, after all others.
+
+        Returns:
+            Whether nothing waits any more.
+        """
         while self._events:
-            namespace, manifest = self._events.popleft()
+            event = self._events.popleft()
             try:
-                await self._kube.create_event(namespace, manifest)
+                await self._kube.create_event(event.manifest["metadata"]["namespace"], event.manifest)
             except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
-                log.warning("an Event could not be recorded", reason=manifest["reason"], error=_describe(error))
+                if not isinstance(error, RefusedError | ForbiddenError) and event.tries < EVENT_TRIES:
+                    self._events.append(replace(event, tries=event.tries + 1))
+                    return False
+                log.warning("an Event could not be recorded", reason=event.manifest["reason"], error=_describe(error))
+        self._has_events.clear()
+        return True
 
     async def _read_again(self, key: Key, known: Any) -> None:
         """Read a TrainingRun that a write did not fit any more.
@@ -370,6 +413,16 @@ def with_words(status: TrainingRunStatus, words: str) -> TrainingRunStatus:
         for item in status.conditions
     ]
     return status.model_copy(update={"conditions": told})
+
+
+def _recent_events(resource: Any, now: datetime) -> list[dict[str, Any]]:
+    """Events of what a TrainingRun's status says happened lately."""
+    try:
+        observed = observe(resource)
+    except ValueError:
+        return []  # a status that can't be read keeps no other run's Events back
+    recent = (item for item in events_of(observed.status) if item.time is None or now - item.time < EVENTS_RECALLED)
+    return [event_manifest(event, observed, event.time or now) for event in recent]
 
 
 def _place(facts: RunFacts) -> tuple[int, int] | None:

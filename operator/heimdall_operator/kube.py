@@ -120,9 +120,10 @@ class Kube:
                 break
         return text[-limit:].decode(errors="replace")
 
-    async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
-        """Events about an object."""
-        query = [("fieldSelector", f"involvedObject.kind={kind},involvedObject.name={name}")]
+    async def list_events(self, namespace: str | None, kind: str, name: str | None = None) -> list[dict[str, Any]]:
+        """Events about an object, or about all objects of a kind, in a namespace or in all."""
+        selector = f"involvedObject.kind={kind}" + (f",involvedObject.name={name}" if name is not None else "")
+        query = [("fieldSelector", selector)]
         items: list[dict[str, Any]] = (await self._call("GET", _path("/api/v1", namespace, "events"), query=query))[
             "items"
         ]

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from heimdall_api.contract import LABEL_ATTEMPT
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
-from heimdall_operator.kube import ConflictError
+from heimdall_operator.kube import ConflictError, ForbiddenError
 from heimdall_operator.manifests import TrainerDefaults
 from heimdall_operator.observe import LOST_POD_S
-from heimdall_operator.store import Key, Store
+from heimdall_operator.store import JOB_NAME, Key, Store
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 from tests.unit.operator.builders import NOW, UID
@@ -36,6 +37,7 @@ class World:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.pods: dict[str, dict[str, Any]] = {}
         self.events: list[str] = []
+        self.event_names: set[str] = set()
         self.mlflow_runs: dict[str, dict[str, Any]] = {}
         self.versions: list[str] = []
         self.services: set[str] = set()
@@ -43,6 +45,12 @@ class World:
         self.writes: list[str] = []
         self.overlaps: list[str] = []
         """Pods that may have trained when another attempt's Job was made."""
+        self.unfenced: list[str] = []
+        """Jobs that were made before older attempts were kept from publishing."""
+        self.refused: dict[str, datetime] = {}
+        """Since when there was no room in the namespace's quota for a Job."""
+        self.is_full = False
+        """Whether the namespace's quota is used up."""
         self.crash_after: int | None = None
         self.mlflow_away = False
         self._version = 1
@@ -71,6 +79,10 @@ class World:
         item["metadata"]["resourceVersion"] = str(self._version)
         return item
 
+    def made(self, job: dict[str, Any]) -> None:
+        """What Kubernetes does at once about a Job that was created."""
+        self.pod_of(job, phase="Pending")
+
     def pod_of(self, job: dict[str, Any], **state: Any) -> None:
         """The Job controller's and kubelet's part: a pod in a state."""
         name = f"{job['metadata']['name']}-x"
@@ -79,7 +91,7 @@ class World:
                 "metadata": {
                     "name": name,
                     "namespace": "team",
-                    "labels": job["metadata"]["labels"],
+                    "labels": {**job["metadata"]["labels"], JOB_NAME: job["metadata"]["name"]},
                     "creationTimestamp": STAMP,
                 },
                 "spec": {"nodeName": "node1"},
@@ -94,7 +106,7 @@ class World:
 
     def living(self, now: datetime) -> list[str]:
         """Pods that may be training; one that does not end in time is given up, and its attempt's number fences it."""
-        return [name for name, pod in self.pods.items() if is_living(pod) and not _is_given_up(pod, now)]
+        return [name for name, pod in self.pods.items() if is_living(pod) and not is_given_up(pod, now)]
 
     def terminate(self, job: str, now: datetime) -> None:
         """What the deletion of a Job does to its pods: those that train are told to end, and do when they do."""
@@ -110,7 +122,7 @@ def is_living(pod: dict[str, Any]) -> bool:
     return pod["status"]["phase"] in ("Pending", "Running")
 
 
-def _is_given_up(pod: dict[str, Any], now: datetime) -> bool:
+def is_given_up(pod: dict[str, Any], now: datetime) -> bool:
     deleted = pod["metadata"].get("deletionTimestamp")
     return deleted is not None and (now - datetime.fromisoformat(deleted)).total_seconds() > LOST_POD_S
 
@@ -126,7 +138,7 @@ class FakeKube:
     async def list_jobs(self, namespace: str | None) -> list[dict[str, Any]]:
         return copy.deepcopy(list(self.world.jobs.values()))
 
-    async def list_pods(self, namespace: str | None) -> list[dict[str, Any]]:
+    async def list_pods(self, namespace: str | None, uid: str | None = None) -> list[dict[str, Any]]:
         return copy.deepcopy(list(self.world.pods.values()))
 
     async def get_training_run(self, namespace: str, name: str) -> dict[str, Any] | None:
@@ -139,15 +151,20 @@ class FakeKube:
         name = job["metadata"]["name"]
         if name in self.world.jobs:
             raise ConflictError(name)
+        if self.world.is_full:
+            self.world.refused.setdefault(name, self._clock())
+            raise ForbiddenError("exceeded quota")
+        self.world.unfenced += [name] * (not self._is_fenced(job))
         self.world.overlaps += [f"{pod} and {name}" for pod in self.world.living(self._clock())]
         job = copy.deepcopy(job)
         job["metadata"]["creationTimestamp"] = self._clock().isoformat().replace("+00:00", "Z")
         self.world.jobs[name] = self.world.stamp(job)
-        self.world.pod_of(job, phase="Pending")
+        answer = copy.deepcopy(job)
+        self.world.made(job)
         if self.world.run is None:
             self.world.collect_garbage()
         self.world.wrote(f"create job {name}")
-        return copy.deepcopy(job)
+        return answer
 
     async def delete_job(self, namespace: str, name: str) -> None:
         self.world.jobs.pop(name, None)
@@ -177,11 +194,20 @@ class FakeKube:
     async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
         return f"log of {pod}\n"
 
-    async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
+    async def list_events(self, namespace: str, kind: str, name: str | None = None) -> list[dict[str, Any]]:
+        if name is None:
+            return [{"metadata": {"name": each, "namespace": "team"}} for each in self.world.event_names]
         return [{"metadata": {"name": f"{name}.1"}, "reason": "Seen"}]
 
     async def create_event(self, namespace: str, event: dict[str, Any]) -> None:
-        self.world.events.append(event["reason"])
+        if event["metadata"]["name"] not in self.world.event_names:
+            self.world.event_names.add(event["metadata"]["name"])
+            self.world.events.append(event["reason"])
+
+    def _is_fenced(self, job: dict[str, Any]) -> bool:
+        """Whether MLflow knows of a Job's attempt, so that no older one publishes any more."""
+        run = self.world.mlflow_runs.get(UID, {})
+        return run.get("status") == "RUNNING" and run["attempt"] >= int(job["metadata"]["labels"][LABEL_ATTEMPT])
 
     def _checked(self, version: str) -> dict[str, Any]:
         run = self.world.run
@@ -257,7 +283,8 @@ class FakeMlflow:
 
     async def active_facts(self, experiments: Any) -> dict[str, RunFacts]:
         self._check()
-        return {}
+        running = [uid for uid, item in self.world.mlflow_runs.items() if item["status"] == "RUNNING"]
+        return {self.world.mlflow_runs[uid]["id"]: self._facts(uid) for uid in running}
 
     def _check(self) -> None:
         if self.world.mlflow_away:
@@ -265,7 +292,14 @@ class FakeMlflow:
 
     def _facts(self, uid: str) -> RunFacts:
         item = self.world.mlflow_runs[uid]
-        return RunFacts(run_id=item["id"], experiment_id="1", status=item["status"], attempt=item["attempt"])
+        return RunFacts(
+            run_id=item["id"],
+            experiment_id="1",
+            status=item["status"],
+            attempt=item["attempt"],
+            progress=item.get("progress"),
+            checkpoints=item.get("checkpoints", ()),
+        )
 
 
 def controller(world: World, clock: Callable[[], datetime] = lambda: NOW) -> Controller:
@@ -285,11 +319,14 @@ def controller(world: World, clock: Callable[[], datetime] = lambda: NOW) -> Con
 
 
 async def look(world: World) -> Controller:
-    """Start an operator and let it look at the run until it is settled."""
+    """Start an operator and let it look at the run until it is settled; one that dies records nothing any more."""
     operator = controller(world)
     await operator.refresh()
+    await operator.recall_events()
     try:
         await operator.look(KEY)
-    finally:
+    except Exception:
         await operator.record_waiting_events()
+        raise
+    await operator.record_waiting_events()
     return operator

@@ -14,7 +14,7 @@ from heimdall_api.contract import Progress
 from heimdall_api.types import Condition
 from heimdall_operator.controller import event_manifest, merge_patch, with_words
 from heimdall_operator.events import Event
-from heimdall_operator.kube import ConflictError, ForbiddenError
+from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
 from heimdall_operator.mlflow_gateway import RunGoneError
 from heimdall_operator.store import Key
 from heimdall_tracking.runs import RunFacts
@@ -66,15 +66,16 @@ def check(world: World, attempts: int) -> None:
     assert world.run["metadata"]["finalizers"] == []
 
 
-def writes_of(*ends: dict[str, Any]) -> list[str]:
+def lived(*ends: dict[str, Any]) -> World:
+    """The world after a life in which nobody died."""
     world = World()
     world.apply(SPEC)
     asyncio.run(live(world, *ends))
-    return world.writes
+    return world
 
 
 def test_a_life_takes_few_writes() -> None:
-    assert writes_of(SUCCEEDED) == [
+    assert lived(SUCCEEDED).writes == [
         "patch finalizers",
         "create mlflow run",
         "patch status",
@@ -90,12 +91,14 @@ def test_a_life_takes_few_writes() -> None:
 
 @pytest.mark.parametrize("ends", [(SUCCEEDED,), (SIGTERMED, SUCCEEDED)], ids=["one attempt", "two attempts"])
 def test_an_operator_that_dies_after_any_write_makes_nothing_twice(ends: tuple[dict[str, Any], ...]) -> None:
-    for moment in range(1, len(writes_of(*ends)) + 1):
+    undisturbed = lived(*ends)
+    for moment in range(1, len(undisturbed.writes) + 1):
         world = World()
         world.apply(SPEC)
         world.crash_after = moment
         asyncio.run(live(world, *ends))
         check(world, attempts=len(ends))
+        assert sorted(world.events) == sorted(undisturbed.events), f"dead after {undisturbed.writes[moment - 1]}"
 
 
 def test_a_run_deleted_while_training_ends_killed() -> None:
@@ -299,6 +302,48 @@ def test_one_event_for_each_transition() -> None:
         "ModelRegistered",
         "Completed",
     ]
+
+
+def test_what_the_api_server_has_forgotten_is_not_told_again() -> None:
+    world = lived(SUCCEEDED)
+    world.events.clear()
+    world.event_names.clear()
+
+    async def recalled(later: timedelta) -> list[str]:
+        operator = controller(world, clock=lambda: NOW + later)
+        await operator.refresh()
+        await operator.recall_events()
+        await operator.record_waiting_events()
+        return world.events
+
+    assert asyncio.run(recalled(timedelta(hours=2))) == []
+    assert "Completed" in asyncio.run(recalled(timedelta(minutes=50)))
+
+
+def test_an_event_is_tried_again_behind_the_others_unless_it_is_refused() -> None:
+    world = World()
+    world.apply(SPEC)
+    failures = {"RunCreated": [ConnectionError("away"), ConnectionError("away")], "Training": [RefusedError("never")]}
+
+    async def scenario() -> list[bool]:
+        operator = controller(world)
+        create = operator._kube.create_event
+
+        async def sometimes(namespace: str, event: dict[str, Any]) -> None:
+            if failures.get(event["reason"]):
+                raise failures[event["reason"]].pop()
+            await create(namespace, event)
+
+        operator._kube.create_event = sometimes  # type: ignore[method-assign]
+        await operator.refresh()
+        await operator.look(KEY)
+        world.pod_of(world.jobs["run-a1"], **RUNNING)
+        await operator.refresh()
+        await operator.look(KEY)
+        return [await operator.record_waiting_events() for _ in range(3)]
+
+    assert asyncio.run(scenario()) == [False, False, True]
+    assert world.events == ["AttemptStarted", "RunCreated"]
 
 
 def test_a_patch_takes_away_what_is_gone_at_every_depth() -> None:
