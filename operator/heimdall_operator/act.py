@@ -28,7 +28,7 @@ from heimdall_operator.decide import job_name
 from heimdall_operator.kube import LOG_BYTES, ConflictError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
 from heimdall_operator.mlflow_gateway import MlflowGateway, RunGoneError
-from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid
+from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid, pod_facts
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store
 from heimdall_tracking.errors import is_permanent, is_refusal
@@ -116,13 +116,28 @@ class Actor:
         assert observed.status.run_id is not None  # noqa: S101 - decide opens attempts of known runs
         # MLflow has no conditional writes: an operator that fell behind would open a run that another one has ended,
         # and might write nothing afterwards by which it could find out.
-        fresh = await self._kube.get_training_run(observed.namespace, observed.name)
-        if fresh is None or fresh["metadata"]["resourceVersion"] != observed.version:
-            raise ConflictError(f"{observed.name} changed before attempt {number} was opened")
+        await self._check_unchanged(observed)
         try:
             return replace(observed, run=await self._mlflow.open_attempt(observed.status.run_id, number))
         except RunGoneError as error:
             return replace(observed, refusal=str(error))
+
+    async def _check_unchanged(self, observed: Observed) -> None:
+        fresh = await self._kube.get_training_run(observed.namespace, observed.name)
+        if fresh is None or fresh["metadata"]["resourceVersion"] != observed.version:
+            raise ConflictError(f"{observed.name} has changed since it was looked at")
+
+    async def _check_alone(self, observed: Observed) -> None:
+        """Make sure that no pod trains which the watches have not told of.
+
+        The Job's name keeps a second one from being made beside it, unless somebody has deleted it under its pod.
+        """
+        await self._check_unchanged(observed)
+        known = {pod.name for pod in observed.pods}
+        for pod in await self._kube.list_pods(observed.namespace, observed.uid):
+            self._store.put_child("Pod", pod)
+            if pod["metadata"]["name"] not in known and pod_facts(pod).alive:
+                raise ConflictError(f"{pod['metadata']['name']} was not known of")
 
     async def _create_job(self, observed: Observed, number: int) -> Observed:
         assert observed.spec is not None  # noqa: S101 - decide creates Jobs of readable specs only
@@ -140,6 +155,9 @@ class Actor:
             memory=observed.status.attempts[-1].memory,
             queue_labels=observed.queue_labels,
         )
+        if number <= observed.attempt_seen and await self._kube.get_job(observed.namespace, plan.job) is None:
+            # It was asked for in an earlier look: its Job may have been made since, and be gone again.
+            await self._check_alone(observed)
         try:
             if plan.workers > 1:
                 await self._ensure_service(plan)

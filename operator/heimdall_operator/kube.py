@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.request import getproxies
 
-from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
+from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, LABEL_UID, MANAGED_BY, PLURAL, VERSION
 from heimdall_operator import metrics
 
 LOG_LINES: Final = 10_000
@@ -68,9 +68,9 @@ class Kube:
         """Every Job that the operator made."""
         return await self._list(_path("/apis/batch/v1", namespace, "jobs"), labelled=True)
 
-    async def list_pods(self, namespace: str | None = None) -> list[dict[str, Any]]:
-        """Every pod of those Jobs."""
-        return await self._list(_path("/api/v1", namespace, "pods"), labelled=True)
+    async def list_pods(self, namespace: str | None = None, uid: str | None = None) -> list[dict[str, Any]]:
+        """Every pod of those Jobs, or of those of the TrainingRun with a UID."""
+        return await self._list(_path("/api/v1", namespace, "pods"), labelled=True, uid=uid)
 
     async def get_training_run(self, namespace: str, name: str) -> dict[str, Any] | None:
         """A TrainingRun, or None where there is none."""
@@ -163,8 +163,9 @@ class Kube:
         except ConflictError:
             return
 
-    async def _list(self, path: str, *, labelled: bool = False) -> list[dict[str, Any]]:
-        query = [("labelSelector", f"{LABEL_MANAGED_BY}={MANAGED_BY}")] if labelled else []
+    async def _list(self, path: str, *, labelled: bool = False, uid: str | None = None) -> list[dict[str, Any]]:
+        selector = f"{LABEL_MANAGED_BY}={MANAGED_BY}" + (f",{LABEL_UID}={uid}" if uid is not None else "")
+        query = [("labelSelector", selector)] if labelled else []
         items: list[dict[str, Any]] = (await self._call("GET", path, query=query))["items"]
         return items
 

@@ -137,6 +137,8 @@ class Observed:
     """None where it can't be read; then spec_error says why."""
     spec_error: str = ""
     status: TrainingRunStatus
+    attempt_seen: int = 0
+    """Number of the newest attempt when this was observed: of a later one nobody else can have made the Job yet."""
     jobs: tuple[JobFacts, ...] = ()
     """Jobs of every attempt that still exist."""
     pods: tuple[PodFacts, ...] = ()
@@ -236,6 +238,7 @@ def observe(
         spec=spec,
         spec_error=error,
         status=status,
+        attempt_seen=status.attempt,
         jobs=tuple(job_facts(job) for job in jobs if owner_uid(job) == metadata["uid"]),
         pods=tuple(pod_facts(pod) for pod in pods if _label(pod, LABEL_UID) == metadata["uid"]),
         run=run if run is not None and run.run_id == status.run_id else None,

@@ -1,28 +1,39 @@
 """Every order of events, losses and deaths.
 
-A state machine drives the whole operator against stand-ins of API server and MLflow that keep their rules, and checks
-after each step what must always hold.
+A state machine drives the whole operator against stand-ins of API server, MLflow and what Kubernetes does by itself,
+which keep their rules, and checks after each step what must always hold.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import structlog
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from heimdall_api.contract import LABEL_QUEUE, LABEL_RUN
+from heimdall_operator.controller import Controller
 from heimdall_operator.decide import DELETION_LIMIT_S
-from tests.unit.operator.builders import NOW, UID
-from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller
+from heimdall_operator.failures import FREE
+from tests.unit.operator.builders import UID
+from tests.unit.operator.cluster import NODES, Cluster, attempt_of, is_over
+from tests.unit.operator.fakes import KEY, CrashError, controller, is_given_up
 
-RETRIES = 2
+RETRIES: Final = 3
+PENDING_S: Final = 2000
+STALL_S: Final = 900
+ACTIVE_S: Final = 9000
+OVERDUE: Final = timedelta(seconds=DELETION_LIMIT_S)
+TERMINAL: Final = ("Succeeded", "Failed")
+UNCOUNTED: Final = {str(reason) for reason in FREE} | {"Completed"}
 ENDS: dict[str, dict[str, Any]] = {
     "success": {"exitCode": 0},
     "sigterm": {"exitCode": 143},
@@ -32,8 +43,13 @@ ENDS: dict[str, dict[str, Any]] = {
     "configuration": {"exitCode": 78},
     "user": {"exitCode": 1, "message": '{"reason": "UserError", "message": "boom"}'},
 }
-OVERDUE = timedelta(seconds=DELETION_LIMIT_S)
-TERMINAL = ("Succeeded", "Failed")
+OFTEN: Final = ("success", "success", "sigterm", "sigterm", "crash", "crash", "killed", "killed", *sorted(ENDS))
+"""What is followed by something comes more often than what is not."""
+HELD: Final = ("ImagePullBackOff", "CreateContainerConfigError")
+TAKEN: Final = ("EvictionByEvictionAPI", "PreemptionByScheduler", "for the disk", "for their own disk", "by hand")
+PAUSES_S: Final = (0, 0, 1, 30, 400, 1000, 5000)
+ENOUGH: Final = 80
+"""Looks that settle any life."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,51 +63,117 @@ def without_logs() -> Iterator[None]:
 class Life(RuleBasedStateMachine):
     """One TrainingRun, its world, and an operator that dies and comes back."""
 
-    ends: Bundle[str] = Bundle("ends")
-
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
-        self.now = NOW
-        self.behind: Any = None
+        self.world = Cluster()
+        self.runner = asyncio.Runner()
+        self.operator: Controller | None = None
+        self.behind: Controller | None = None
         """An operator that was replaced and still works from what it saw."""
         self.final: dict[str, Any] | None = None
         self.final_jobs: set[str] = set()
-        self.failures: dict[str, str] = {}
+        self.reasons: dict[int, str] = {}
         self.left_running = False
         """Whether a deletion has waited for MLflow for as long as it may, and let go."""
 
     # --- the world moves ----------------------------------------------------------------------------------------
 
-    @initialize(suspended=st.booleans(), growth=st.booleans(), registered=st.booleans())
-    def apply(self, suspended: bool, growth: bool, registered: bool) -> None:
-        spec: dict[str, Any] = {"suspend": suspended, "retries": {"limit": RETRIES}, "ttlSecondsAfterFinished": 1000}
-        if growth:
+    @initialize(
+        suspended=st.booleans(),
+        growth=st.booleans(),
+        registered=st.booleans(),
+        queued=st.booleans(),
+        stalls=st.booleans(),
+        ends=st.booleans(),
+        trains=st.booleans(),
+    )
+    def apply(self, **flags: bool) -> None:
+        spec: dict[str, Any] = {
+            "suspend": flags["suspended"],
+            "retries": {"limit": RETRIES},
+            "ttlSecondsAfterFinished": 1000,
+            "pendingDeadlineSeconds": PENDING_S,
+            "tracking": {"experiment": "lab"},
+        }
+        if flags["growth"]:
             spec["retries"]["memoryGrowth"] = {"max": "20Gi"}
-        if registered:
+        if flags["registered"]:
             spec["registration"] = {"model": "localizer"}
+        if flags["stalls"]:
+            spec["stallTimeoutSeconds"] = STALL_S
+        if flags["ends"]:
+            spec["activeDeadlineSeconds"] = ACTIVE_S
         self.world.apply(spec)
+        if flags["queued"] and self.world.run is not None:
+            self.world.run["metadata"]["labels"] = {LABEL_QUEUE: "team-queue"}
+        if flags["trains"]:
+            # Much of what is tried begins here, and would be reached by chance too seldom.
+            self.operator_looks(0)
+            self.world.suspend_jobs(False)
+            self.world.start_pods()
+            self.operator_looks(0)
 
     @rule()
     def pods_start(self) -> None:
-        for name, pod in list(self.world.pods.items()):
-            if pod["status"]["phase"] == "Pending":
-                self.world.pod_of(self._job_of(name), phase="Running", running={"startedAt": STAMP})
+        self.world.start_pods()
 
-    @rule(end=st.sampled_from(sorted(ENDS)))
+    @rule(end=st.sampled_from(OFTEN))
     def pods_end(self, end: str) -> None:
-        for name, pod in list(self.world.pods.items()):
-            if "deletionTimestamp" in pod["metadata"]:
-                del self.world.pods[name]
-            elif pod["status"]["phase"] == "Running":
-                phase = "Succeeded" if end == "success" else "Failed"
-                terminated = {"startedAt": STAMP, "finishedAt": self._stamp(), **ENDS[end]}
-                self.world.pod_of(self._job_of(name), phase=phase, terminated=terminated)
+        self.world.end_pods(ENDS[end])
+
+    @rule(reason=st.sampled_from(HELD))
+    def pods_are_held(self, reason: str) -> None:
+        self.world.hold_pods(reason)
+
+    @rule(how=st.sampled_from(TAKEN))
+    def pods_are_taken_away(self, how: str) -> None:
+        match how:
+            case "for the disk" | "for their own disk":
+                self.world.evict_for_disk(own=how == "for their own disk")
+            case "by hand":
+                self.world.delete_pods()
+            case _:
+                self.world.evict(how)
+
+    @rule()
+    def ended_pods_go(self) -> None:
+        self.world.remove_ended_pods()
+
+    @rule()
+    def trainers_make_a_step(self) -> None:
+        self.world.train()
+
+    @rule(node=st.sampled_from(NODES), what=st.sampled_from(("drained", "uncordoned", "lost", "lost")))
+    def a_node_is(self, node: str, what: str) -> None:
+        match what:
+            case "drained":
+                self.world.cordoned.add(node)
+                self.world.evict("EvictionByEvictionAPI")
+            case "uncordoned":
+                self.world.cordoned.discard(node)
+                self.world.sync()
+            case _:
+                self.world.away.add(node)
+
+    @rule(what=st.sampled_from(("are not heard of for long", "come back", "come back rebooted", "are removed")))
+    def lost_nodes(self, what: str) -> None:
+        match what:
+            case "are not heard of for long":
+                self.world.give_up_pods_of_lost_nodes()
+            case "are removed":
+                self.world.remove_lost_nodes()
+            case _:
+                self.world.nodes_come_back(rebooted=what.endswith("rebooted"))
+
+    @rule(suspend=st.booleans())
+    def jobs_are_suspended(self, suspend: bool) -> None:
+        """By a queue, where the run has one; by somebody, where it has none."""
+        self.world.suspend_jobs(suspend)
 
     @rule()
     def somebody_deletes_the_jobs(self) -> None:
         for job in list(self.world.jobs):
-            self.world.terminate(job, self.now)
+            self.world.terminate(job, self.world.now)
         self.world.jobs.clear()
 
     @rule(suspend=st.booleans())
@@ -101,45 +183,50 @@ class Life(RuleBasedStateMachine):
             self.world.run["metadata"]["generation"] += 1
             self.world.stamp(self.world.run)
 
-    @rule()
-    def delete(self) -> None:
+    @rule(really=st.sampled_from((False, False, False, True)))
+    def delete(self, really: bool) -> None:
         run = self.world.run
-        if run is None:
+        if run is None or not really:
             return
         if not run["metadata"].get("finalizers"):
             self.world.run = None
+            self.world.collect_garbage()
         elif "deletionTimestamp" not in run["metadata"]:
-            run["metadata"]["deletionTimestamp"] = self._stamp()
+            run["metadata"]["deletionTimestamp"] = self.world.time()
             self.world.stamp(run)
 
-    @rule(away=st.booleans())
-    def mlflow_goes_or_comes(self, away: bool) -> None:
-        self.world.mlflow_away = away
-
-    @rule(seconds=st.sampled_from([1, 30, 600, 5000]))
-    def time_passes(self, seconds: int) -> None:
-        self.now += timedelta(seconds=seconds)
+    @rule(mlflow=st.booleans(), quota=st.booleans())
+    def there_is(self, mlflow: bool, quota: bool) -> None:
+        self.world.mlflow_away, self.world.is_full = not mlflow, not quota
 
     # --- the operator looks -------------------------------------------------------------------------------------
 
-    @rule()
-    def operator_looks(self) -> None:
+    @rule(after_s=st.sampled_from(PAUSES_S))
+    def operator_looks(self, after_s: int) -> None:
+        self.world.now += timedelta(seconds=after_s)
         self._look(self._operator())
 
-    @rule(after=st.integers(1, 4))
-    def operator_dies_in_a_look(self, after: int) -> None:
-        self.world.crash_after = len(self.world.writes) + after
+    @rule(after_s=st.sampled_from(PAUSES_S))
+    def operator_looks_also_then(self, after_s: int) -> None:
+        """It does so more often than anything else happens."""
+        self.operator_looks(after_s)
+
+    @rule(writes=st.integers(1, 4))
+    def operator_dies_in_a_look(self, writes: int) -> None:
+        self.world.crash_after = len(self.world.writes) + writes
         self._look(self._operator())
         self.world.crash_after = None
+        self.operator = None
 
     @rule()
     def an_operator_falls_behind(self) -> None:
         """As when two run for a moment during an upgrade."""
-        self.behind = self._operator()
+        self.behind, self.operator = self._operator(), None
 
     @precondition(lambda self: self.behind is not None)
     @rule()
     def the_one_behind_looks(self) -> None:
+        assert self.behind is not None
         self._look(self.behind)
 
     # --- what always holds --------------------------------------------------------------------------------------
@@ -148,34 +235,39 @@ class Life(RuleBasedStateMachine):
     def there_is_one_run_one_version_and_one_living_job(self) -> None:
         assert len(self.world.mlflow_runs) <= 1
         assert len(self.world.versions) <= 1
-        assert len(self.world.living(self.now)) <= 1
+        assert len(self.world.living(self.world.now)) <= 1
         assert self.world.overlaps == []
 
     @invariant()
+    def nothing_older_publishes_beside_a_newer_attempt(self) -> None:
+        assert self.world.unfenced == []
+        assert self.world.published == sorted(self.world.published)
+
+    @invariant()
     def the_status_is_sound(self) -> None:
-        status = (self.world.run or {}).get("status") or {}
+        status = self._status()
         if not status:
             return
         assert sum(
             item["status"] == "True" for item in status["conditions"] if item["type"] in ("Complete", "Failed")
         ) == (status["phase"] in TERMINAL)
-        for attempt in status.get("attempts", ()):
-            reason = self.failures.setdefault(f"{attempt['number']}", attempt.get("reason") or "")
-            if reason:
-                assert attempt["reason"] == reason, "the reason of an attempt never changes"
-            elif attempt.get("reason"):
-                self.failures[f"{attempt['number']}"] = attempt["reason"]
-        numbers = [attempt["number"] for attempt in status.get("attempts", ())]
+        attempts = status.get("attempts", ())
+        for attempt in attempts:
+            known = self.reasons.get(attempt["number"])
+            assert known in (None, attempt.get("reason")), "the reason of an attempt never changes"
+            if known is None and attempt.get("reason"):
+                self.reasons[attempt["number"]] = attempt["reason"]
+                assert self._is_true(attempt, status), f"{attempt} is not what happened"
+        numbers = [attempt["number"] for attempt in attempts]
         assert numbers == sorted(set(numbers))
-        free = {"Completed", "Preempted", "NodeLost", "Suspended", "Fenced"}
-        counted = [a for a in status.get("attempts", ()) if a.get("endTime") and a["reason"] not in free]
+        counted = [a for a in attempts if a.get("endTime") and a["reason"] not in UNCOUNTED]
         if len(numbers) == status.get("attempt"):
             assert status["failures"] == len(counted), "no retry is lost or counted twice"
         assert status.get("failures", 0) <= RETRIES + 1
 
     @invariant()
     def a_terminal_phase_is_final(self) -> None:
-        status = (self.world.run or {}).get("status") or {}
+        status = self._status()
         if self.final is not None and self.world.run is not None:
             # That a later change was seen, and means nothing any more, is said.
             seen = status["observedGeneration"]
@@ -187,17 +279,34 @@ class Life(RuleBasedStateMachine):
             assert self.world.mlflow_runs or status["phase"] == "Failed"
 
     def teardown(self) -> None:
-        """In the end, with MLflow there and nobody dying, everything is settled and looking again writes nothing."""
-        self.world.mlflow_away = False
+        """In the end, with everything there and nobody dying, all is settled and looking again writes nothing."""
+        try:
+            self._settle()
+        finally:
+            self.runner.close()
+
+    def _settle(self) -> None:
+        world = self.world
+        world.mlflow_away = world.is_full = False
         self.behind = None
-        for _ in range(60):
-            self.pods_start()
-            self.pods_end("success")
-            self.now += timedelta(seconds=400)
+        world.nodes_come_back(rebooted=False)
+        world.cordoned.clear()
+        quiet = 0
+        for _ in range(ENOUGH):
+            written = len(world.writes)
+            world.suspend_jobs(False)
+            world.start_pods()
+            world.end_pods(ENDS["success"])
+            world.remove_ended_pods()
+            world.now += timedelta(seconds=400)
             self._look(self._operator())
-        before = list(self.world.writes)
-        self._look(self._operator())
-        assert self.world.writes == before, "no write without a change"
+            quiet = quiet + 1 if len(world.writes) == written else 0
+            if quiet > 6:  # the longest that is waited for is the time that Jobs are kept for
+                break
+        assert quiet > 1, f"no write without a change: {world.writes[-3:]}"
+        self._check_end()
+
+    def _check_end(self) -> None:
         run = self.world.run
         if run is None:
             assert self.left_running or all(
@@ -206,57 +315,131 @@ class Life(RuleBasedStateMachine):
             return
         status = run["status"]
         assert status["phase"] in ("Succeeded", "Failed", "Suspended")
+        assert self.world.living(self.world.now) == [], "what holds nothing keeps nothing"
         if status["phase"] in TERMINAL:
             assert not run["metadata"].get("finalizers")
             wanted = "FINISHED" if status["phase"] == "Succeeded" else "FAILED"
             assert self.world.mlflow_runs[UID]["status"] == wanted
             assert self.world.jobs == {}, "its time is over"
-        if status["phase"] == "Succeeded" and "registration" in run["spec"]:
-            assert status["modelVersion"] == "1"
+        else:
+            assert all(map(is_over, self.world.jobs.values())), "nothing starts a pod while it is suspended"
+        if status["phase"] == "Succeeded":
+            assert status["attempts"][-1]["reason"] == "Completed"
+            assert "registration" not in run["spec"] or status["modelVersion"] == "1"
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
-    def _operator(self) -> Any:
-        operator = controller(self.world, clock=lambda: self.now)
-        asyncio.run(operator.refresh())
-        return operator
+    def _is_true(self, attempt: dict[str, Any], status: dict[str, Any]) -> bool:
+        """Whether an attempt really ended, or had to, for the reason that is given."""
+        number, reason = attempt["number"], attempt["reason"]
+        run, pods = self.world.run, self.world.pods.values()
+        assert run is not None
+        let_go, refused = self.world.let_go.get(number), self.world.refused.get(f"run-a{number}")
+        match reason:
+            case "NodeLost" if any(attempt_of(pod) == number and is_given_up(pod, self.world.now) for pod in pods):
+                return True
+            case "Suspended":
+                return bool(run["spec"]["suspend"])
+            case "DeadlineExceeded":
+                return self._age_s(status["startTime"]) >= ACTIVE_S
+            case "Stalled":
+                return (self.world.now - self.world.moved[number]).total_seconds() >= STALL_S
+            case "Unschedulable" | "ImagePull" | "PodNotStarted":
+                since = let_go or refused
+                return since is not None and (self.world.now - since).total_seconds() >= PENDING_S
+        return reason in self.world.could_be[number]
 
-    def _look(self, operator: Any) -> None:
+    def _age_s(self, time: str) -> float:
+        return (self.world.now - datetime.fromisoformat(time)).total_seconds()
+
+    def _status(self) -> dict[str, Any]:
+        return (self.world.run or {}).get("status") or {}
+
+    def _operator(self) -> Controller:
+        if self.operator is None:
+            self.operator = controller(self.world, clock=lambda: self.world.now)
+        self.runner.run(self.operator.refresh())
+        return self.operator
+
+    def _look(self, operator: Controller) -> None:
         deleted = ((self.world.run or {}).get("metadata") or {}).get("deletionTimestamp")
-        if deleted and self.world.mlflow_away and self.now - datetime.fromisoformat(deleted) > OVERDUE:
+        if deleted and self.world.mlflow_away and self.world.now - datetime.fromisoformat(deleted) > OVERDUE:
             self.left_running = True
 
         async def safely() -> None:
+            # As it does every few seconds.
+            try:
+                await operator.read_progress()
+            except ConnectionError:
+                operator._followed_since = None
             await operator._look_safely(KEY)
             operator.queue.close()
 
-        try:
-            asyncio.run(safely())
-        except CrashError:
-            return
-
-    def _job_of(self, pod: str) -> dict[str, Any]:
-        labels = self.world.pods[pod]["metadata"]["labels"]
-        return {"metadata": {"name": pod.removesuffix("-x"), "labels": labels}}
-
-    def _stamp(self) -> str:
-        return self.now.isoformat().replace("+00:00", "Z")
+        with contextlib.suppress(CrashError):
+            self.runner.run(safely())
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLife.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
-def test_a_job_that_is_deleted_under_its_pod_is_not_made_again_beside_it() -> None:
-    """The order that a missing look at living pods would show in, whatever examples are drawn."""
+@pytest.fixture
+def life() -> Iterator[Life]:
+    """A life whose first attempt trains."""
     life = Life()
-    life.apply(suspended=False, growth=False, registered=False)
-    life.operator_looks()
-    life.pods_start()
-    life.operator_looks()
+    flags = ("suspended", "growth", "registered", "queued", "stalls", "ends")
+    life.apply(**dict.fromkeys(flags, False), trains=True)
+    yield life
+    life.teardown()
+
+
+# What these orders show would be seen whatever examples are drawn.
+
+
+def test_a_job_that_is_deleted_under_its_pod_is_not_made_again_beside_it(life: Life) -> None:
     life.somebody_deletes_the_jobs()
 
-    life.operator_looks()
+    life.operator_looks(0)
 
     assert life.world.pods
     assert (life.world.jobs, life.world.overlaps) == ({}, [])
+
+
+def test_a_job_that_is_deleted_before_its_pod_was_seen_is_not_made_again_beside_it(life: Life) -> None:
+    """As an operator sees it that missed the pod's beginning, and reads the TrainingRun anew after a conflict."""
+    life.operator = None
+    unseen = life.world.pods
+    life.world.pods = {}
+    life.an_operator_falls_behind()
+    life.world.pods = unseen
+    life.somebody_deletes_the_jobs()
+    assert life.behind is not None
+    life.behind.store.drop_child(
+        "Job", {"metadata": {"namespace": "team", "name": "run-a1", "labels": {LABEL_RUN: "run"}}}
+    )
+
+    life.the_one_behind_looks()
+    life.the_one_behind_looks()
+
+    assert life.world.pods
+    assert (life.world.jobs, life.world.overlaps) == ({}, [])
+
+
+def test_a_job_that_somebody_suspended_goes_on_as_the_same_attempt(life: Life) -> None:
+    life.jobs_are_suspended(suspend=True)
+    life.pods_end("sigterm")
+    life.operator_looks(0)
+    life.jobs_are_suspended(suspend=False)
+    life.operator_looks(0)
+
+    assert [attempt.get("reason") for attempt in life._status()["attempts"]] == [None]
+    assert len(life.world.living(life.world.now)) == 1
+
+
+def test_a_pod_that_is_deleted_before_it_starts_costs_no_retry(life: Life) -> None:
+    life.pods_end("sigterm")
+    life.operator_looks(30)
+    life.pods_are_taken_away("by hand")
+    life.operator_looks(0)
+
+    assert (life._status()["attempts"][1]["reason"], life._status()["failures"]) == ("Preempted", 0)
