@@ -1,7 +1,7 @@
 """The operator dies at random moments under load, and what it stands on is taken away; then everything must be right.
 
 A short form runs with the other tests; `make chaos` runs the long one (HEIMDALL_CHAOS_S, HEIMDALL_CHAOS_FAULT_S).
-`build/chaos/report.json` has kills, faults and violations.
+`build/chaos/report.json` has kills, faults and violations, also of `test_deaths.py`.
 """
 
 from __future__ import annotations
@@ -13,45 +13,22 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
-from heimdall_api.contract import Reason
-from heimdall_operator.failures import FREE
-from tests.e2e.cluster import ROOT, Cluster, wait_for
+from tests.e2e.chaos.checks import RUN_LABEL, is_final, violations_of
+from tests.e2e.chaos.report import SEED, Report
+from tests.e2e.cluster import Cluster, wait_for
 from tests.e2e.conftest import Mlflow, contract_run, kill_operator
 
 KILLS_S = float(os.environ.get("HEIMDALL_CHAOS_S", "40"))
 """How long the operator is killed again and again."""
 FAULT_S = float(os.environ.get("HEIMDALL_CHAOS_FAULT_S", "10"))
 """How long API server, MLflow and PostgreSQL are away, each in turn."""
-SEED = int(os.environ.get("HEIMDALL_CHAOS_SEED", "7"))
 IN_FLIGHT = 5
 PAUSE_S = (1.0, 5.0)
 SETTLE_S = 420.0
 API_MANIFEST = "/etc/kubernetes/manifests/kube-apiserver.yaml"
 CONTROL_PLANE = "heimdall-control-plane"
-RUN_LABEL = "training.heimdall.dev/run"
-UNCOUNTED = {str(reason) for reason in FREE} | {str(Reason.COMPLETED)}
-
-
-@dataclass
-class Report:
-    """What was done, and what was wrong afterwards."""
-
-    seed: int = SEED
-    kills: int = 0
-    faults: list[str] = field(default_factory=list)
-    runs: int = 0
-    tracebacks: int = 0
-    violations: list[str] = field(default_factory=list)
-
-    def write(self) -> None:
-        file = ROOT / "build/chaos/report.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(self), indent=1))
-        print(f"\n{self.runs} runs, {self.kills} kills, faults: {self.faults}, {len(self.violations)} violations")
 
 
 class Load:
@@ -158,8 +135,8 @@ FAULTS: dict[str, Callable[[Cluster], Any]] = {
 }
 
 
-def test_kills_and_faults_leave_everything_right(release: Cluster, mlflow: Mlflow) -> None:
-    rng, report = random.Random(SEED), Report()
+def test_kills_and_faults_leave_everything_right(release: Cluster, mlflow: Mlflow, report: Report) -> None:
+    rng = random.Random(SEED)
     load = Load(release, rng)
     try:
         run_for(KILLS_S, load, rng, lambda: kill(release, report))
@@ -168,17 +145,19 @@ def test_kills_and_faults_leave_everything_right(release: Cluster, mlflow: Mlflo
                 run_for(FAULT_S, load, rng, lambda: None)
             report.faults.append(f"{name} away for {FAULT_S:.0f} s")
         load.resume_all()
-        report.violations.append("the runs did not all end")
-        wait_for(lambda: settled(load), what="the end of every run", timeout_s=SETTLE_S, tell=lambda: unsettled(load))
+        with report.expecting("all runs of the load end"):
+            wait_for(
+                lambda: settled(load), what="the end of every run", timeout_s=SETTLE_S, tell=lambda: unsettled(load)
+            )
         note_tracebacks(release, report)
-        report.violations = list(violations(release, mlflow, load, report))
+        found = list(violations(release, mlflow, load, report))
+        report.violations += found
     finally:
-        report.runs = len(load.uids)
-        report.write()
+        report.runs += len(load.uids)
     for item in load.mine():
         release.kubectl("delete", "trainingrun", item["metadata"]["name"], "--timeout=120s")
 
-    assert report.violations == []
+    assert found == []
     assert report.kills > 0
 
 
@@ -199,68 +178,16 @@ def settled(load: Load) -> bool:
     return all(is_final(item) and "deletionTimestamp" not in item["metadata"] for item in items)
 
 
-def is_final(item: dict[str, Any]) -> bool:
-    return item.get("status", {}).get("phase") in ("Succeeded", "Failed") and not item["metadata"].get("finalizers")
-
-
 def unsettled(load: Load) -> str:
     left = [item for item in load.mine() if not is_final(item)]
     return json.dumps([{item["metadata"]["name"]: item.get("status")} for item in left], indent=1)[:6000]
 
 
 def violations(release: Cluster, mlflow: Mlflow, load: Load, report: Report) -> Iterator[str]:
-    """Everything that must hold, asked of API server and MLflow."""
+    """Everything that does not hold."""
     there = {item["metadata"]["uid"]: item for item in load.mine()}
     jobs = release.list("jobs", RUN_LABEL)
     for uid, name in load.uids.items():
-        runs, item = mlflow.runs_of(uid), there.get(uid)
-        if item is None:
-            if len(runs) > 1:
-                yield f"{name}: MLflow has the runs {[run.info.run_id for run in runs]} of one that was deleted"
-            yield from (f"{name}: deleted, but MLflow says {run.info.status}" for run in runs if is_open(run))
-            yield from (f"{name}: deleted, but {job['metadata']['name']} is left" for job in jobs if owner(job) == uid)
-            continue
-        status = item["status"]
-        if [run.info.run_id for run in runs] != [status["runID"]]:
-            yield f"{name}: MLflow has the runs {[run.info.run_id for run in runs]}, the status {status['runID']}"
-            continue
-        wanted = "FINISHED" if status["phase"] == "Succeeded" else "FAILED"
-        if runs[0].info.status != wanted:
-            yield f"{name} is {status['phase']}, its run {runs[0].info.status}"
-        versions = [version.version for version in mlflow.versions_of("steps", status["runID"])]
-        expected = [status["modelVersion"]] if status["phase"] == "Succeeded" else []
-        if versions != expected:
-            yield f"{name}: the registry has {versions}, the status {expected}"
-        mine = [job["metadata"]["name"] for job in jobs if owner(job) == uid]
-        if len(mine) > status["attempt"]:
-            yield f"{name}: Jobs {mine} of {status['attempt']} attempts"
-        yield from (f"{name}: {wrong}" for wrong in wrong_attempts(status))
+        yield from (f"{name}: {wrong}" for wrong in violations_of(uid, there.get(uid), mlflow, jobs))
     if report.tracebacks:
         yield f"{report.tracebacks} operators logged a traceback"
-
-
-def wrong_attempts(status: dict[str, Any]) -> Iterator[str]:
-    """What does not hold of the attempts that a status lists."""
-    attempts = status["attempts"]
-    numbers = [attempt["number"] for attempt in attempts]
-    if numbers != list(range(numbers[0], numbers[-1] + 1)) or numbers[-1] != status["attempt"]:
-        yield f"attempts {numbers}"
-    counted = [item["reason"] for item in attempts if item["reason"] not in UNCOUNTED]
-    if numbers[0] == 1 and len(counted) != status.get("failures", 0):
-        yield f"{status.get('failures', 0)} failures counted, of attempts that ended {counted}"
-    yield from overlaps(attempts)
-
-
-def overlaps(attempts: list[dict[str, Any]]) -> Iterator[str]:
-    """Attempts of which one trained before the one before it had ended."""
-    for before, after in pairwise(attempts):
-        if after.get("runningTime") and after["runningTime"] < before["endTime"]:
-            yield f"attempt {after['number']} trained before attempt {before['number']} had ended"
-
-
-def is_open(run: Any) -> bool:
-    return run.info.status not in ("FINISHED", "FAILED", "KILLED")
-
-
-def owner(job: dict[str, Any]) -> str:
-    return str(job["metadata"]["ownerReferences"][0]["uid"])

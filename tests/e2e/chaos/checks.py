@@ -1,0 +1,79 @@
+"""What must hold of a TrainingRun when all is over, asked of API server and MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from heimdall_api.contract import Reason
+from heimdall_operator.failures import FREE
+from tests.e2e.conftest import Mlflow
+
+RUN_LABEL = "training.heimdall.dev/run"
+UNCOUNTED = {str(reason) for reason in FREE} | {str(Reason.COMPLETED)}
+
+
+def is_final(item: dict[str, Any]) -> bool:
+    return item.get("status", {}).get("phase") in ("Succeeded", "Failed") and not item["metadata"].get("finalizers")
+
+
+def violations_of(uid: str, item: dict[str, Any] | None, mlflow: Mlflow, jobs: list[dict[str, Any]]) -> Iterator[str]:
+    """What does not hold of one TrainingRun.
+
+    Args:
+        uid: Its UID.
+        item: The resource; None where it was deleted.
+        mlflow: What is asked of its run.
+        jobs: All Jobs that are there.
+    """
+    runs = mlflow.runs_of(uid)
+    mine = [job["metadata"]["name"] for job in jobs if owner(job) == uid]
+    if item is None:
+        if len(runs) > 1:
+            yield f"MLflow has the runs {[run.info.run_id for run in runs]} of one that was deleted"
+        yield from (f"deleted, but MLflow says {run.info.status}" for run in runs if is_open(run))
+        yield from (f"deleted, but {name} is left" for name in mine)
+        return
+    status = item["status"]
+    if [run.info.run_id for run in runs] != [status["runID"]]:
+        yield f"MLflow has the runs {[run.info.run_id for run in runs]}, the status {status['runID']}"
+        return
+    wanted = "FINISHED" if status["phase"] == "Succeeded" else "FAILED"
+    if runs[0].info.status != wanted:
+        yield f"{status['phase']}, but its run is {runs[0].info.status}"
+    model = item["spec"]["registration"]["model"]
+    versions = [version.version for version in mlflow.versions_of(model, status["runID"])]
+    expected = [status["modelVersion"]] if status["phase"] == "Succeeded" else []
+    if versions != expected:
+        yield f"the registry has {versions}, the status {expected}"
+    if len(mine) > status["attempt"]:
+        yield f"Jobs {mine} of {status['attempt']} attempts"
+    yield from wrong_attempts(status)
+
+
+def wrong_attempts(status: dict[str, Any]) -> Iterator[str]:
+    """What does not hold of the attempts that a status lists."""
+    attempts = status["attempts"]
+    numbers = [attempt["number"] for attempt in attempts]
+    if numbers != list(range(numbers[0], numbers[-1] + 1)) or numbers[-1] != status["attempt"]:
+        yield f"attempts {numbers}"
+    counted = [item["reason"] for item in attempts if item["reason"] not in UNCOUNTED]
+    if numbers[0] == 1 and len(counted) != status.get("failures", 0):
+        yield f"{status.get('failures', 0)} failures counted, of attempts that ended {counted}"
+    yield from overlaps(attempts)
+
+
+def overlaps(attempts: list[dict[str, Any]]) -> Iterator[str]:
+    """Attempts of which one trained before the one before it had ended."""
+    for before, after in pairwise(attempts):
+        if after.get("runningTime") and after["runningTime"] < before["endTime"]:
+            yield f"attempt {after['number']} trained before attempt {before['number']} had ended"
+
+
+def is_open(run: Any) -> bool:
+    return run.info.status not in ("FINISHED", "FAILED", "KILLED")
+
+
+def owner(job: dict[str, Any]) -> str:
+    return str(job["metadata"]["ownerReferences"][0]["uid"])
