@@ -114,7 +114,7 @@ class Reason(enum.StrEnum):
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
     STORAGE_EXCEEDED = "StorageExceeded"
-    """The pod wrote more to its node's disk than its own limits allow."""
+    """The pod wrote more to its node's disk than its own limits allow, or more than a disk has room for."""
     PREEMPTED = "Preempted"
     NODE_LOST = "NodeLost"
     KILLED = "Killed"

@@ -53,7 +53,8 @@ def save_whole(checkpoint: dict[str, Any], file: Path) -> None:
         part.replace(file)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        # Where writing fails, torch's own error says nothing of the disk.
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+        # Where writing fails, torch's own error says nothing of the disk, and the disk's nothing of the file.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(file)) from None
         raise

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from heimdall_api.contract import ENV_TERMINATION_MESSAGE, MESSAGE_LIMIT, ExitCode, Reason, TerminationMessage
 from heimdall_trainer.errors import ConfigurationError, DataError, FencedError, UndeliveredError
 from heimdall_trainer.group import is_broken_connection
+
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class TerminatedError(BaseException):
@@ -45,7 +50,7 @@ def run_to_exit_code(call: Callable[[], None]) -> int:
 def judge(error: BaseException) -> tuple[ExitCode, Reason, str]:
     """What an exception means: exit code, reason, and a message for people."""
     from heimdall_tracking import SettingsError
-    from heimdall_tracking.errors import AwayError, is_permanent
+    from heimdall_tracking.errors import AwayError
 
     match error:
         case TerminatedError():
@@ -59,6 +64,17 @@ def judge(error: BaseException) -> tuple[ExitCode, Reason, str]:
             return ExitCode.FENCED, Reason.FENCED, str(error)
         case UndeliveredError() | AwayError():
             return ExitCode.UNDELIVERED, Reason.TRACKING_UNAVAILABLE, str(error)
+    return _judge_other(error)
+
+
+def _judge_other(error: BaseException) -> tuple[ExitCode, Reason, str]:
+    """What an exception means that the trainer has no class of its own for."""
+    from heimdall_tracking.errors import is_permanent
+
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        where = f": {error.filename}" if error.filename else _where(error)
+        remedy = "make room there, or use a larger disk (--output-dir; on a cluster, a volume of spec.podTemplate)"
+        return ExitCode.ERROR, Reason.STORAGE_EXCEEDED, f"{error.strerror}{where}; {remedy}."
     if _is_named(error, "torch", "OutOfMemoryError"):
         text = "The GPU's memory does not suffice: lower spec.training.batchSize, or use a larger GPU."
         return ExitCode.CUDA_OUT_OF_MEMORY, Reason.CUDA_OUT_OF_MEMORY, f"{text} {str(error)[:300]}"
@@ -87,7 +103,9 @@ def leave_last_words(reason: Reason, message: str) -> None:
     print(f"{reason}: {short}", file=sys.stderr, flush=True)
     file = os.environ.get(ENV_TERMINATION_MESSAGE)
     if file and not _is_consequence(reason, Path(file)):
-        Path(file).write_text(TerminationMessage(reason=reason, message=short).to_json())
+        # Where it can't be written, the exit code must still say what it means.
+        with suppress(OSError):
+            Path(file).write_text(TerminationMessage(reason=reason, message=short).to_json())
 
 
 def _is_consequence(reason: Reason, file: Path) -> bool:

@@ -40,7 +40,7 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_half_is_left(tmp_path: P
     file = tmp_path / "x.ckpt"
     with pytest.raises(OSError) as caught:
         save_whole(STATE, file)
-    assert caught.value.errno == errno.EFBIG
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
     assert not list(tmp_path.iterdir())
 
 

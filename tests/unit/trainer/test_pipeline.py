@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -50,6 +49,7 @@ from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
 from heimdall_trainer import callbacks, cli, export, modelling, pipeline
+from heimdall_trainer.commands.training import LOCAL_RUN_ID
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
 from heimdall_trainer.data.sessions import SessionStore
@@ -601,15 +601,6 @@ def test_any_lightning_module_with_its_own_data_is_trained_and_logged(bench: Ben
     assert model.predict(model.input_example).shape == (1, 1)
 
 
-def test_a_disk_that_is_full_ends_the_training_and_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(state: object, stream: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), stream.name)
-
-    monkeypatch.setattr(torch, "save", fill)
-    with pytest.raises(OSError, match=r"No space left on device: .*/checkpoints/step-"):
-        bench.train(user_spec("Line"), bench.new_run())
-
-
 def test_a_module_with_an_example_is_there_as_onnx(bench: Bench) -> None:
     run_id = bench.new_run()
     bench.train(user_spec("LineWithExample", export={"onnx": True}), run_id)
@@ -866,6 +857,22 @@ def test_a_folder_that_can_not_be_made_is_named_before_anything_is_trained(run_l
     assert code == ExitCode.CONFIGURATION
     assert f"file/outputs/{run.info.run_id} can't be written to: Not a directory; name another" in message.message
     assert run.data.metrics == {}
+
+
+def test_a_full_disk_is_named_with_the_remedy_and_what_was_logged_is_kept(
+    run_locally: Any, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = bench.new_run()
+    monkeypatch.setenv(LOCAL_RUN_ID, run_id)
+    file = tmp_path / run_id / "checkpoints/step-00000001-attempt-1-epoch-0000-end.ckpt"
+    file.parent.mkdir(parents=True)
+    file.with_name(f"{file.name}.part").symlink_to("/dev/full")
+    code, message, _ = run_locally(user_spec("Line"), "full")
+    assert code == ExitCode.ERROR
+    assert message.reason is Reason.STORAGE_EXCEEDED
+    assert message.message.startswith(f"No space left on device: {file}; make room there, or use a larger disk")
+    assert bench.client.get_run(run_id).info.status == "FAILED"
+    assert [step for step, _ in bench.history(run_id, "train/loss")] == [0]
 
 
 def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: Any) -> None:

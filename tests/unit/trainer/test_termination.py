@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,12 @@ ENDS = {
         OutOfMemoryError("tried to allocate"),
         ExitCode.CUDA_OUT_OF_MEMORY,
         Reason.CUDA_OUT_OF_MEMORY,
+    ),
+    "a full disk": (OSError(errno.ENOSPC, "No space left", "/out"), ExitCode.ERROR, Reason.STORAGE_EXCEEDED),
+    "a folder that may not be written to": (
+        PermissionError(errno.EACCES, "no", "/out"),
+        ExitCode.ERROR,
+        Reason.USER_ERROR,
     ),
     "an exception in training": (KeyError("x"), ExitCode.ERROR, Reason.USER_ERROR),
 }
@@ -109,6 +116,11 @@ def test_a_full_gpu_is_told_with_a_remedy(last_words: Path) -> None:
     message = TerminationMessage.model_validate_json(last_words.read_text()).message
     assert "spec.training.batchSize" in message
     assert "tried to allocate 2 GiB" in message
+
+
+def test_last_words_that_can_not_be_written_change_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_TERMINATION_MESSAGE, "/dev/full")
+    assert run_to_exit_code(ending_with(TerminatedError("at step 3"))) == ExitCode.SIGTERM
 
 
 def test_last_words_and_log_hold_no_password(last_words: Path, capsys: pytest.CaptureFixture[str]) -> None:
