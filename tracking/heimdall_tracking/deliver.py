@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from pydantic import ValidationError
 
 from heimdall_api.contract import TAG_CHECKPOINTS, parse_checkpoints
 from heimdall_api.types import RegistrationSpec
@@ -81,7 +80,7 @@ def _check(folder: Path) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_text())
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise TrackingError(f"{folder / MANIFEST} can't be read: {type(error).__name__}") from None
 
 

@@ -397,7 +397,7 @@ def _take(source: Path, folder: Path, place: Path) -> str:
 
 def _link_or_copy(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # a link of a link would lead nowhere from here
     except OSError:
         shutil.copy2(source, target)
 

@@ -59,7 +59,8 @@ def training_without_server(tracker: MLflowTracker, patch: pytest.MonkeyPatch, f
     """Everything that a training logs, while nothing can be delivered; the run's ID."""
     run_id = tracker.run_id
     (folder / "plots").mkdir()
-    (folder / "plots/loss.txt").write_text("plot")
+    (folder / "drawn.txt").write_text("plot")
+    (folder / "plots/loss.txt").symlink_to("../drawn.txt")
     (folder / "step-7.ckpt").write_bytes(b"weights")
     (folder / "saved").mkdir()
     Model(run_id=run_id).save(str(folder / "saved/MLmodel"))
@@ -283,6 +284,10 @@ def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="is no folder"):
         deliver(tmp_path / "nowhere")
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+    for content in (b"{}", b"\xff"):
+        (tmp_path / "manifest.json").write_bytes(content)
+        with pytest.raises(TrackingError, match=r"manifest\.json can't be read"):
+            deliver(tmp_path)
 
 
 def test_a_model_that_somebody_else_registers_is_delivered_and_told_of(
