@@ -144,17 +144,32 @@ class CheckpointPublisher:
         return best[0] if best else (self.listed[-1] if self.listed else None)
 
     def local_file(self, checkpoint: Checkpoint, folder: Path) -> Path | None:
-        """A checkpoint's file, downloaded where it is not here; None where its bytes are not what they were."""
+        """A checkpoint's file, downloaded where it is not here; None where it is gone, or not what was uploaded.
+
+        Raises:
+            Exception: The server is away.
+        """
         if checkpoint.path in self.files:
             return self.files[checkpoint.path]
         folder.mkdir(parents=True, exist_ok=True)
         target = tempfile.mkdtemp(dir=folder)
-        file = Path(self._tracker.client.download_artifacts(self._tracker.run_id, checkpoint.path, target))
+        try:
+            file = Path(self._tracker.client.download_artifacts(self._tracker.run_id, checkpoint.path, target))
+        except Exception:
+            # By its error a store that has lost an object can't be told from one that is ill.
+            if self._is_stored(checkpoint):
+                raise
+            log.warning("a checkpoint is not in the store any more and is left out", path=checkpoint.path)
+            return None
         if sha256_of(file) != checkpoint.sha256:
             log.warning("a checkpoint is not what was uploaded and is left out", path=checkpoint.path)
             return None
         self.files[checkpoint.path] = file
         return file
+
+    def _is_stored(self, checkpoint: Checkpoint) -> bool:
+        stored = self._tracker.client.list_artifacts(self._tracker.run_id, CHECKPOINT_DIR)
+        return any(item.path == checkpoint.path for item in stored)
 
     def newest_file(self, folder: Path) -> Path | None:
         """The newest whole checkpoint, to go on from; None where there is none."""
@@ -217,6 +232,9 @@ class CheckpointPublisher:
                 self.fence = error
                 return True
             except Exception as error:  # noqa: BLE001 - MLflow may be away; training goes on
+                if not file.exists():
+                    log.warning("a checkpoint was removed from disk before it was uploaded", file=str(file))
+                    return True
                 forget_connections()
                 log.warning("a checkpoint could not be uploaded; trying again", error=redact(error), again_in_s=delay)
                 with self._changed:

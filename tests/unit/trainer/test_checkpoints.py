@@ -203,6 +203,22 @@ def test_an_upload_that_fails_names_nothing_and_is_tried_again(
     assert [item.step for item in parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])] == [1]
 
 
+def test_a_file_that_somebody_removed_holds_no_other_up(publish: Publish, tmp_path: Path) -> None:
+    tracker = FakeTracker()
+
+    def removed_meanwhile(name: str) -> None:
+        if name == "step-1.ckpt":
+            (tmp_path / name).unlink()
+            raise FileNotFoundError(name)
+
+    tracker.before_upload = removed_meanwhile
+    publisher = publish(tracker)
+    for step in (1, 2):
+        submit(publisher, tmp_path, step)
+    assert publisher.flush(TIMEOUT_S)
+    assert [item.step for item in parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])] == [2]
+
+
 def held_up(tracker: FakeTracker) -> tuple[threading.Event, threading.Event]:
     """Whether an upload has begun, and what it waits for before it goes on."""
     held, go_on = threading.Event(), threading.Event()
@@ -386,19 +402,36 @@ def test_the_next_attempt_goes_on_from_the_last_one_and_keeps_the_best(
     assert named(tracker) == ["checkpoints/step-1.ckpt", "checkpoints/step-3.ckpt"]
 
 
+@pytest.mark.parametrize("fate", ["gone", "half of it"])
 def test_a_checkpoint_that_is_not_what_was_uploaded_is_left_out_for_an_older_one(
-    tracker: MLflowTracker, publish: Publish, tmp_path: Path
+    fate: str, tracker: MLflowTracker, publish: Publish, tmp_path: Path
 ) -> None:
     first = publish(tracker)
     for step in (1, 2):
         submit(first, tmp_path, step, metric=float(step))
         assert first.flush(TIMEOUT_S)
     where = tracker.client.get_run(tracker.run_id).info.artifact_uri.removeprefix("file://")
-    (Path(where) / "checkpoints/step-2.ckpt").write_bytes(b"half of it")
+    newest = Path(where) / "checkpoints/step-2.ckpt"
+    newest.unlink() if fate == "gone" else newest.write_text(fate)
     file = publish(tracker, attempt=2).newest_file(tmp_path / "resumed")
     assert file is not None
     assert file.read_bytes() == b"step-1.ckpt" * 100
     shutil.rmtree(where)
+
+
+def test_a_store_that_is_ill_has_lost_no_checkpoint(
+    tracker: MLflowTracker, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(tracker)
+    submit(first, tmp_path, 1)
+    assert first.flush(TIMEOUT_S)
+
+    def ill(*_: object) -> str:
+        raise ConnectionError("the store does not answer")
+
+    monkeypatch.setattr(tracker.client, "download_artifacts", ill)
+    with pytest.raises(ConnectionError, match="does not answer"):
+        publish(tracker, attempt=2).newest_file(tmp_path / "resumed")
 
 
 def test_without_checkpoints_there_is_nothing_to_go_on_from(
