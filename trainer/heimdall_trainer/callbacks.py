@@ -6,11 +6,13 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from pydantic import ValidationError
 
 from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
 from heimdall_trainer import group
@@ -144,9 +146,9 @@ class ProgressReport:
         self._first_step = int(trainer.global_step)
 
     def restore_best(self, tag: str | None) -> None:
-        """Go on from the best value of an earlier attempt."""
-        if tag:
-            self._best = BestMetric.model_validate_json(tag).value
+        """Go on from the best value of an earlier attempt; a tag that can't be read counts as none."""
+        with suppress(ValidationError):
+            self._best = BestMetric.model_validate_json(tag).value if tag else None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report now and then."""
@@ -178,7 +180,8 @@ class ProgressReport:
             epoch=int(trainer.current_epoch) + int(epoch_done),
             epochs=int(trainer.max_epochs or 0),
             step=int(trainer.global_step),
-            steps=int(total) if math.isfinite(total) else None,
+            # Of data without a length Lightning says -1.
+            steps=int(total) if 0 <= total < math.inf else None,
             first_step=self._first_step,
             time=datetime.now(UTC),
         )

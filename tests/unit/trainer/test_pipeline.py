@@ -201,6 +201,8 @@ def test_early_stopping_counts_the_epoch_that_a_checkpoint_is_of(bench: Bench) -
     spec = user_spec("WorseAndWorse", epochs=10)
     spec["training"]["earlyStopping"] = {"patience": 2}
 
+    bench.client.set_tag(run_id, TAG_BEST, "what another image has written")
+
     bench.train(spec, run_id)
 
     epochs = [0, 1, 2]
@@ -598,6 +600,18 @@ def test_any_lightning_module_with_its_own_data_is_trained_and_logged(bench: Ben
     assert run.data.params["module.lr"] == "0.1"
     model = load_model(model_of(bench, run_id).artifact_location)
     assert model.metadata.signature is not None
+    assert model.predict(model.input_example).shape == (1, 1)
+
+
+def test_a_stream_that_two_optimizers_learn_from_by_hand_is_trained_and_logged(bench: Bench) -> None:
+    run_id, epochs = bench.new_run(), 10
+    bench.train(user_spec("ByHand", epochs, registration={"model": "by-hand"}), run_id)
+    losses = [value for _, value in bench.history(run_id, "train/loss")]
+    assert len(losses) == 2 * epochs
+    assert losses[-1] < losses[0] / 2
+    progress = Progress.model_validate_json(bench.client.get_run(run_id).data.tags[TAG_PROGRESS])
+    assert (progress.epoch, progress.step, progress.steps) == (epochs, 4 * epochs, None)
+    model = load_model(model_of(bench, run_id).artifact_location)
     assert model.predict(model.input_example).shape == (1, 1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 
 class Line(pl.LightningModule):
@@ -84,6 +84,37 @@ class TwoInputs(Line):
     def train_dataloader(self) -> Any:
         x = torch.linspace(-1, 1, 8).unsqueeze(1)
         return DataLoader(TensorDataset(x, 0 * x, 2 * x), batch_size=8)
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """The eight points, of which nobody knows beforehand that they are eight."""
+
+    def __iter__(self) -> Any:
+        x = torch.linspace(-1, 1, 8).unsqueeze(1)
+        return iter(zip(x, 2 * x, strict=True))
+
+
+class ByHand(Line):
+    """Two optimizers that are stepped by hand, on a stream; it validates nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = torch.nn.functional.mse_loss(self(batch[0]), batch[1])
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        self.log("train/loss", loss)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([each], self.lr) for each in self.parameters()]
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Stream(), batch_size=4)
 
 
 class StoppedLine(Line):
