@@ -329,8 +329,9 @@ class TrainingPipeline:
         best = group.from_first(self._publisher.best())
         file = self._publisher.local_file(best, self.output_dir / "resumed") if best else None
         if file is not None:
-            state = torch.load(file, map_location="cpu", weights_only=False)["state_dict"]
-            self.module.load_state_dict(state)
+            held = torch.load(file, map_location="cpu", weights_only=False)
+            self.module.on_load_checkpoint(held)
+            self.module.load_state_dict(held["state_dict"], strict=self.module.strict_loading)
         if not self._has_test():
             return {}
         results = trainer.test(self.module, datamodule=self.data, verbose=False)

@@ -615,6 +615,18 @@ def test_a_stream_that_two_optimizers_learn_from_by_hand_is_trained_and_logged(b
     assert model.predict(model.input_example).shape == (1, 1)
 
 
+def test_a_module_that_keeps_a_part_of_its_weights_finds_the_others_again(bench: Bench) -> None:
+    run_id = bench.new_run()
+    spec = user_spec("Trimmed", epochs=3, registration={"model": "trimmed"})
+    bench.train(spec, run_id)
+    (best, *_) = read_facts(bench.client, run_id).checkpoints  # type: ignore[union-attr]
+    file = bench.client.download_artifacts(run_id, best.path)
+    held = torch.load(file, map_location="cpu", weights_only=False)["state_dict"]
+    model = load_model(model_of(bench, run_id).artifact_location)
+    expected = held["mine.layer.weight"] + held["mine.layer.bias"]
+    assert model.predict(np.ones((1, 1), np.float32)) == pytest.approx(expected.numpy())
+
+
 def test_a_module_with_an_example_is_there_as_onnx(bench: Bench) -> None:
     run_id = bench.new_run()
     bench.train(user_spec("LineWithExample", export={"onnx": True}), run_id)

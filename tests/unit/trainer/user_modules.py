@@ -117,6 +117,23 @@ class ByHand(Line):
         return DataLoader(Stream(), batch_size=4)
 
 
+class Trimmed(WorseAndWorse):
+    """Keeps of its weights only those that it has learned, and finds the others again by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.fixed = torch.nn.Linear(1, 1).requires_grad_(requires_grad=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        learned = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("fixed")}
+        checkpoint["state_dict"] = {f"mine.{name}": value for name, value in learned.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name.removeprefix("mine."): value for name, value in state.items()}
+
+
 class StoppedLine(Line):
     """Its first attempt is told to end in the middle of training."""
 
