@@ -164,7 +164,7 @@ def train(folder: Path, name: str, *, arrivals: bool, epochs: int) -> Trained:
         tracker.client, uid=f"{name}-{time.time_ns()}", experiment=EXPERIMENT, name=run.metadata.name, tags={}
     )
     tracker.start_run(run_id=made.run_id)
-    pipeline = TrainingPipeline(run, tracker, output_dir=folder / "outputs" / made.run_id)
+    pipeline = TrainingPipeline(run, tracker, output_dir=folder / "outputs")
     pipeline.train()
     runs.end_run(tracker.client, made.run_id, "FINISHED")
     dataset = pipeline.data.dataset(pipeline.data.split.test)

@@ -225,7 +225,6 @@ def tracked(load: Load, tracking_uri: str, *, checkpoints_at: Set[int] = frozens
     training = {"epochs": 1, "earlyStopping": {"patience": 0}, "checkpoints": {"everyMinutes": NEVER_MINUTES}}
     run = parse({"metadata": {"name": "bench"}, "spec": {"training": training}})
     with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "checkpoints").mkdir()
         pipeline = TrainingPipeline(run, tracker, output_dir=Path(name))
         pipeline.module = load.make()
         trainer = pipeline._make_trainer()

@@ -70,7 +70,7 @@ class TrainingPipeline:
         Args:
             run: What to train.
             tracker: Its MLflow run, started.
-            output_dir: Folder for checkpoints on their way.
+            output_dir: Folder for what is on its way; every run has a folder of its own in it.
             attempt: Number of this attempt.
             fenced: Whether a newer attempt may take over.
             grace: Of the process, if it watches for SIGTERM already.
@@ -78,7 +78,7 @@ class TrainingPipeline:
         self.run = run
         self.spec = run.spec
         self.tracker = tracker
-        self.output_dir = output_dir
+        self.output_dir = output_dir = output_dir / tracker.run_id
         self.grace = grace or Grace()
         """What is left of the time after SIGTERM."""
         self.is_whole = False

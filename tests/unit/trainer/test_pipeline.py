@@ -105,8 +105,7 @@ class Bench:
     def train(self, spec: dict[str, Any], run_id: str, *, attempt: int = 1) -> dict[str, float]:
         tracker = MLflowTracker(load_settings(tracking_uri=self.uri))
         tracker.attach(run_id)
-        folder = self.folder / f"{run_id}-{attempt}"
-        training = TrainingPipeline(described(spec), tracker, output_dir=folder, attempt=attempt)
+        training = TrainingPipeline(described(spec), tracker, output_dir=self.folder, attempt=attempt)
         try:
             return training.train()
         finally:
@@ -587,6 +586,17 @@ def test_model_and_checkpoint_tell_the_sessions_of_their_training(trained: Train
     assert sorted(session for side in known.values() for session in side) == sorted(
         f"generated-7-{number:03}" for number in range(5)
     )
+
+
+def test_runs_that_share_an_output_folder_write_over_nothing_of_each_other(bench: Bench) -> None:
+    made = set[str]()
+    for lr in (0.1, 0.2):
+        run_id = bench.new_run()
+        bench.train({**user_spec("Line", epochs=1), "model": {"module": f"{MODULES}:Line", "args": {"lr": lr}}}, run_id)
+        listed = parse_checkpoints(bench.client.get_run(run_id).data.tags[TAG_CHECKPOINTS])
+        made |= {checkpoint.sha256 for checkpoint in listed}
+    assert len(made) == 2
+    assert made <= {hashlib.sha256(file.read_bytes()).hexdigest() for file in bench.folder.rglob("*.ckpt")}
 
 
 # --- a user's own modules ------------------------------------------------------------------------------------------

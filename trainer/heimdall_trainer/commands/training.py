@@ -130,12 +130,12 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     run_id = os.environ[LOCAL_RUN_ID]
     if not group.is_first():
         tracker.attach(run_id)
-        TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace).train()
+        TrainingPipeline(run, tracker, output_dir=output_dir, grace=grace).train()
         return
     tracker.start_run(run_id=run_id)
     training: TrainingPipeline | None = None
     try:
-        training = TrainingPipeline(run, tracker, output_dir=output_dir / run_id, grace=grace)
+        training = TrainingPipeline(run, tracker, output_dir=output_dir, grace=grace)
         metrics = training.train()
         registration = _register(run, tracker)
         grace.settle()
