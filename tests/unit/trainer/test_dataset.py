@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,6 +164,29 @@ def test_a_recording_of_a_receiver_nobody_knows_the_place_of_is_reported_and_lef
     assert len(problems) == SESSIONS["transmissions_per_session"]
     assert all("no row for this receiver" in problem.reason for problem in problems)
     assert [each.receiver.receiver_id for each in kept[0].recordings] == ["rx0", "rx2"]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [{"latitude": math.nan}, {"longitude": math.inf}, {"origin": (52.0, math.nan)}],
+    ids=lambda each: next(iter(each)),
+)
+def test_a_transmission_that_came_from_nobody_knows_where_is_reported_and_left_out(lost: dict[str, Any]) -> None:
+    sent = [transmission(number) for number in range(4)]
+    sent[1] = replace(sent[1], **lost)
+    problems = list[Problem]()
+    kept = keep_readable(sent, DrawnFeatures(), skip_limit=0.25, threads=2, report=problems.append)
+    assert [item.id for item in kept] == [item.id for item in sent if item is not sent[1]]
+    assert {str(problem).partition(", receiver")[0] for problem in problems} == {"session s1, transmission s1-0001"}
+    with pytest.raises(DataError, match="3 of 12 recordings can't be read"):
+        keep_readable(sent, DrawnFeatures(), skip_limit=0.2, threads=2)
+
+
+def test_a_receiver_whose_row_holds_no_numbers_is_reported() -> None:
+    heard = transmission(0).recordings[0]
+    for lost in ({"longitude": math.inf}, {"noise_figure_db": math.nan}):
+        about = replace(heard.receiver, **lost)
+        assert "is no number" in str(DrawnFeatures().check(replace(heard, receiver=about)))
 
 
 def test_more_unreadable_recordings_than_the_limit_are_an_error_that_names_them(mine: DataSettings) -> None:

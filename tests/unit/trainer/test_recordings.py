@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,15 @@ def test_what_is_wrong_with_a_recording_is_said(
 def test_data_and_metadata_that_were_exchanged_together_are_noticed(store: RecordingStore, written: Recording) -> None:
     with pytest.raises(UnreadableError, match="checksum is not the one in the database"):
         store.read(replace(written, sha256="0" * 64))
+
+
+@pytest.mark.parametrize("dbm", [math.nan, math.inf, -math.inf, 1e6])
+def test_a_full_scale_that_can_not_be_is_refused(
+    dbm: float, store: RecordingStore, written: Recording, tmp_path: Path
+) -> None:
+    change_metadata(lambda about: about.pop("heimdall:full_scale_dbm"))(tmp_path)
+    with pytest.raises(UnreadableError, match=r"full scale is -?(nan|inf|1000000\.0) dBm"):
+        store.read(replace(written, full_scale_dbm=dbm))
 
 
 def test_samples_that_are_no_numbers_are_refused(store: RecordingStore) -> None:

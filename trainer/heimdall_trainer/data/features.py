@@ -67,8 +67,9 @@ class FeatureSource:
 
     def check(self, recording: Recording) -> str | None:
         """Make sure that a recording's features are in the cache; what is wrong with it if they can't be."""
-        if math.isnan(recording.receiver.latitude):
-            return "its session has no row for this receiver, so that nobody knows where it stood"
+        about = recording.receiver
+        if not _are_numbers(about.latitude, about.longitude, about.noise_figure_db):
+            return "its session has no row for this receiver, or one whose place or noise figure is no number"
         try:
             self.get(recording)
         except UnreadableError as error:
@@ -115,8 +116,11 @@ def keep_readable(
         DataError: More recordings than the limit can't be read; the message names some of them.
         ConnectionError: The store does not answer.
     """
-    every = [recording for transmission in transmissions for recording in transmission.recordings]
-    return leave_out(transmissions, _find_problems(every, source, threads), skip_limit=skip_limit, report=report)
+    problems = _find_unplaced(transmissions)
+    unplaced = {problem.recording.object_key for problem in problems}
+    others = [each for sent in transmissions for each in sent.recordings if each.object_key not in unplaced]
+    problems += _find_problems(others, source, threads)
+    return leave_out(transmissions, problems, skip_limit=skip_limit, report=report)
 
 
 def leave_out(
@@ -137,6 +141,20 @@ def leave_out(
             f"allows: {named}{' …' if len(problems) > NAMED_PROBLEMS else ''}"
         )
     return without(transmissions, {problem.recording.object_key for problem in problems})
+
+
+def _find_unplaced(transmissions: Sequence[Transmission]) -> list[Problem]:
+    """Recordings of transmissions that nobody knows the place of: learned from, one would make every weight NaN."""
+    return [
+        Problem(recording, "where its transmission came from, or its session's origin, is no number")
+        for sent in transmissions
+        if not _are_numbers(sent.latitude, sent.longitude, *sent.origin)
+        for recording in sent.recordings
+    ]
+
+
+def _are_numbers(*values: float) -> bool:
+    return all(math.isfinite(value) for value in values)
 
 
 def _find_problems(every: Sequence[Recording], source: FeatureSource, threads: int) -> list[Problem]:

@@ -29,6 +29,8 @@ DATA: Final = ".sigmf-data"
 SIGMF_VERSION: Final = "1.2.0"
 EXTENSION: Final = "heimdall"
 FULL_SCALE: Final = "heimdall:full_scale_dbm"
+FULL_SCALE_LIMIT_DBM: Final = 300.0
+"""Far beyond any converter's, and nothing that single precision can't hold."""
 READABLE: Final = 0o644
 SAMPLE_BYTES: Final = {"ci16_le": 4, "cf32_le": 8}
 S3_TIMEOUT_S: Final = 30
@@ -371,6 +373,8 @@ def _check(meta: Any, recording: Recording, size: int) -> None:
         raise UnreadableError(f"it was sampled at {rate} Hz, its session at {recording.sample_rate_hz} Hz")
     if size != SAMPLE_BYTES[datatype] * recording.sample_count:
         raise UnreadableError(f"it has {size // SAMPLE_BYTES[datatype]} samples, not {recording.sample_count}")
+    if not abs(recording.full_scale_dbm) <= FULL_SCALE_LIMIT_DBM:
+        raise UnreadableError(f"its full scale is {recording.full_scale_dbm} dBm in the database")
     if about.get(FULL_SCALE, recording.full_scale_dbm) != recording.full_scale_dbm:
         raise UnreadableError(
             f"its metadata says full scale is {about[FULL_SCALE]} dBm, the database {recording.full_scale_dbm} dBm"
