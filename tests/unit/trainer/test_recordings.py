@@ -207,6 +207,47 @@ def test_a_url_that_names_no_store_is_refused(url: str, tmp_path: Path) -> None:
         open_objects(data_settings(tmp_path), url)
 
 
+def s3_refusing(code: str, folder: Path) -> Bucket:
+    """A bucket whose server answers with an error, and its retries cost no time."""
+    from botocore.stub import Stubber
+
+    keys = {"s3_access_key": "key", "s3_secret_key": "secret"}
+    bucket = Bucket(data_settings(folder, recordings_url="s3://bucket", **keys), "bucket", "iq/")
+    stubber = Stubber(bucket._client)
+    stubber.add_client_error("get_object", code)
+    stubber.activate()
+    return bucket
+
+
+@pytest.mark.parametrize(
+    ("code", "raised", "words"),
+    [
+        ("NoSuchKey", UnreadableError, "iq/key is missing in bucket bucket"),
+        (
+            "AccessDenied",
+            ConfigurationError,
+            "refuses key .*check HEIMDALL_S3_ACCESS_KEY and .*may read the bucket and",
+        ),
+        ("SignatureDoesNotMatch", ConfigurationError, "check HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY$"),
+        ("PermanentRedirect", ConfigurationError, "check HEIMDALL_S3_REGION"),
+        ("SlowDown", ConnectionError, "can't be used: SlowDown"),
+        ("ExpiredToken", ConnectionError, "can't be used: ExpiredToken"),
+        ("InternalError", ConnectionError, "can't be used: InternalError"),
+    ],
+)
+def test_what_s3_answers_is_told_and_decides_whether_another_attempt_may_help(
+    code: str, raised: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(raised, match=words):
+        s3_refusing(code, tmp_path).get("key")
+
+
+def test_a_bucket_of_an_impossible_name_is_no_server_that_is_away(tmp_path: Path) -> None:
+    settings = data_settings(tmp_path, s3_access_key="key", s3_secret_key="secret")
+    with pytest.raises(ConfigurationError, match='Invalid bucket name "my bucket"'):
+        open_objects(settings, "s3://my bucket").get("key")
+
+
 def test_a_store_without_keys_names_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)

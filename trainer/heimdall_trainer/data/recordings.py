@@ -33,6 +33,15 @@ FULL_SCALE_LIMIT_DBM: Final = 300.0
 """Far beyond any converter's, and nothing that single precision can't hold."""
 READABLE: Final = 0o644
 SAMPLE_BYTES: Final = {"ci16_le": 4, "cf32_le": 8}
+_KEYS: Final = "HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
+_RIGHTS: Final = f"{_KEYS}, and that they may read the bucket and list it (else what is missing is refused too)"
+_REGION: Final = "HEIMDALL_S3_REGION and HEIMDALL_S3_ENDPOINT_URL"
+REFUSED: Final = {
+    **dict.fromkeys(("AccessDenied", "403"), _RIGHTS),
+    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch"), _KEYS),
+    **dict.fromkeys(("AuthorizationHeaderMalformed", "PermanentRedirect"), _REGION),
+}
+"""Error codes of S3 that waiting does not help against, and what to check."""
 S3_TIMEOUT_S: Final = 30
 S3_TRIES: Final = 5
 _MAKING_CLIENT: Final = threading.Lock()
@@ -135,6 +144,7 @@ class Bucket:
             BotoCoreError,
             ClientError,
             NoCredentialsError,
+            ParamValidationError,
             PartialCredentialsError,
             SSLError,
         )
@@ -146,10 +156,8 @@ class Bucket:
             code = error.response["Error"]["Code"]
             if code in {"NoSuchKey", "NoSuchBucket", "404"}:
                 return None
-            if code in {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
-                raise ConfigurationError(
-                    f"{where} refuses access ({code}): check HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
-                ) from None
+            if code in REFUSED:
+                raise ConfigurationError(f"{where} refuses {key} ({code}): check {REFUSED[code]}") from None
             raise ConnectionError(f"{where} can't be used: {code}") from None
         except SSLError as error:
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
@@ -162,6 +170,8 @@ class Bucket:
             raise ConfigurationError(
                 f"no keys of {where} are known: set HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
             ) from None
+        except ParamValidationError as error:
+            raise ConfigurationError(f"{where} can't be asked for {key!r}: {error}") from None
         except BotoCoreError as error:
             raise ConnectionError(f"{where} can't be reached: {type(error).__name__}") from None
 
