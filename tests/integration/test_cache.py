@@ -154,8 +154,23 @@ def test_a_redis_that_hangs_is_left_alone_and_taken_up_again(redis: Redis) -> No
     finally:
         os.kill(process.pid, signal.SIGCONT)
 
-    cache._away_until = 0.0  # the pause is over
+    cache._alone_until = {}  # the pause is over
     assert np.array_equal(cache.get("k"), features(1))
+
+
+def test_a_redis_that_is_full_gives_what_it_holds(redis: Redis) -> None:
+    cache = RedisCache(redis.url, pause_s=ENDLESS_S)
+    cache.put("held", features(1))
+    with redis.client() as client, capture_logs() as lines:
+        client.config_set("maxmemory", 1)
+        try:
+            for number in range(3):
+                cache.put(f"k{number}", features(2))
+            assert np.array_equal(cache.get("held"), features(1))
+        finally:
+            client.config_set("maxmemory", 0)
+    (told,) = [line for line in lines if "HEIMDALL_REDIS_URL" in line["event"]]
+    assert "maxmemory" in told["error"]
 
 
 def test_a_client_survives_a_fork_and_a_pickle(redis: Redis, tmp_path: Path) -> None:

@@ -274,12 +274,13 @@ class RedisCache:
         self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._made: Any = None
-        self._away_until = 0.0
-        self._told = False
+        self._alone_until: dict[str, float] = {}
+        """Until when a command is not tried."""
+        self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # A client does not survive a pickle, nor does the clock of another process mean anything.
-        return {**self.__dict__, "_made": None, "_away_until": 0.0}
+        return {**self.__dict__, "_made": None, "_alone_until": {}}
 
     def get(self, key: str, shape: Shape = SHAPE) -> Features | None:
         """The features, asked of the server."""
@@ -291,22 +292,26 @@ class RedisCache:
         self._ask("set", REDIS_PREFIX + key, pack(features), ex=REDIS_KEEP_S)
 
     def _ask(self, command: str, *arguments: object, **options: object) -> object:
-        from redis.exceptions import RedisError
+        from redis.exceptions import RedisError, ResponseError
 
-        if time.monotonic() < self._away_until:
+        if time.monotonic() < self._alone_until.get(command, 0.0):
             return None
         try:
             return getattr(self._client(), command)(*arguments, **options)
+        except ResponseError as error:
+            # One that is full, or a replica, takes nothing and gives all the same.
+            self._leave_alone([command], "the Redis of HEIMDALL_REDIS_URL refuses a command", error)
         except (RedisError, OSError) as error:
-            self._away_until = time.monotonic() + self._pause_s
-            if not self._told:
-                self._told = True
-                log.warning(
-                    "the Redis of HEIMDALL_REDIS_URL can't be used; features are kept in the local cache alone",
-                    server=redact(self._url),
-                    error=redact(f"{type(error).__name__}: {error}"),
-                )
-            return None
+            event = "the Redis of HEIMDALL_REDIS_URL can't be used; features are kept in the local cache alone"
+            self._leave_alone(["get", "set"], event, error)
+        return None
+
+    def _leave_alone(self, commands: Sequence[str], event: str, error: Exception) -> None:
+        self._alone_until |= dict.fromkeys(commands, time.monotonic() + self._pause_s)
+        if event not in self._told:
+            self._told.add(event)
+            error_text = redact(f"{type(error).__name__}: {error}")
+            log.warning(event, commands=commands, server=redact(self._url), error=error_text)
 
     def _client(self) -> Any:
         if self._made is None:
