@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
+import sqlalchemy as sa
+from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from heimdall_trainer.data import HeimdallDataset, RecordingStore, SessionStore, generate
 from heimdall_trainer.data import recordings as recordings_module
 from heimdall_trainer.data.generator import session_id
 from heimdall_trainer.data.recordings import UnreadableError, data_key
-from heimdall_trainer.data.sessions import Recording, Session, Transmission
+from heimdall_trainer.data.sessions import POOL_SIZE, SILENCE_S, Recording, Session, Transmission
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
-from tests.integration.servers import Minio, Postgres
+from tests.integration.servers import Minio, Postgres, wait_until
 from tests.trainer_command import heimdall_train
 
 SEED = 7
@@ -315,6 +319,54 @@ def test_a_database_that_stays_away_is_named_without_its_password(filled: DataSe
         HeimdallDataset.open(filled)
 
     assert secret_of(filled) not in str(caught.value)
+
+
+def test_a_wrong_password_is_no_database_that_is_away(filled: DataSettings) -> None:
+    url = SecretStr(filled.database_url.get_secret_value().replace(secret_of(filled), "wrong-canary"))
+
+    with pytest.raises(ConfigurationError, match="refuses the password: check HEIMDALL_DATABASE_URL") as caught:
+        HeimdallDataset.open(filled.model_copy(update={"database_url": url}))
+
+    assert "wrong-canary" not in str(caught.value)
+
+
+def test_no_more_connections_are_open_than_the_pool_holds(filled: DataSettings, postgres: Postgres) -> None:
+    store, threads, made = SessionStore.open(filled), 3 * POOL_SIZE, list[object]()
+    sa.event.listen(store._engine, "connect", lambda connection, _: made.append(connection))
+    barrier = threading.Barrier(threads)
+
+    def read() -> None:
+        barrier.wait(TIMEOUT_S)
+        store._read(sa.text("SELECT pg_advisory_xact_lock_shared(1)"))
+
+    with (
+        psycopg.connect(postgres.url(bucket_of(filled)), autocommit=True) as holder,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+
+        def others(condition: str = "true") -> int:
+            mine = "datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            row = holder.execute(f"SELECT count(*) FROM pg_stat_activity WHERE {mine} AND {condition}").fetchone()
+            return int(row[0]) if row else 0
+
+        holder.execute("SELECT pg_advisory_lock(1)")
+        held = [pool.submit(read) for _ in range(threads)]
+        wait_until(lambda: others("wait_event = 'advisory'") >= POOL_SIZE, what="all wait", timeout_s=TIMEOUT_S)
+        open_at_once = others()
+        holder.execute("SELECT pg_advisory_unlock(1)")
+        for each in held:
+            each.result(TIMEOUT_S)
+
+    assert (open_at_once, len(made)) == (POOL_SIZE, POOL_SIZE)
+    with store._engine.connect() as connection:
+        assert silence_s(connection.connection.driver_connection.fileno()) == SILENCE_S
+    store.close()
+
+
+def silence_s(descriptor: int) -> float:
+    """How long what was sent on a connection may stay unanswered."""
+    with socket.socket(fileno=os.dup(descriptor)) as other:
+        return other.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
 
 
 def test_a_store_that_stays_away_is_no_damaged_recording(filled: DataSettings, minio: Minio) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sqlite3
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ import torch
 from heimdall_api.types import DataSpec
 from heimdall_trainer import group
 from heimdall_trainer.data.augment import Augmentation
-from heimdall_trainer.data.cache import ENTRY_BYTES
+from heimdall_trainer.data.cache import ENTRY_BYTES, Features
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.features import FeatureSource, Problem, keep_readable
 from heimdall_trainer.data.geo import to_geographic
 from heimdall_trainer.data.module import HeimdallDataModule
 from heimdall_trainer.data.recordings import RecordingStore
-from heimdall_trainer.data.sessions import SessionStore, Transmission
+from heimdall_trainer.data.sessions import Recording, SessionStore, Transmission
 from heimdall_trainer.data.spectrogram import SHAPE, mel_spectrogram
 from heimdall_trainer.data.split import Split
 from heimdall_trainer.errors import ConfigurationError, DataError
@@ -30,6 +31,7 @@ from heimdall_trainer.settings import DataSettings
 from tests.unit.trainer.builders import SESSIONS, DrawnFeatures, data_settings, transmission
 
 TRANSMISSIONS = SESSIONS["sessions"] * SESSIONS["transmissions_per_session"]
+PATIENCE_S = 30
 
 
 def drawn(count: int = 3, *, receivers: int = 3, augmentation: Augmentation | None = None) -> HeimdallDataset:
@@ -180,6 +182,26 @@ def test_a_transmission_that_came_from_nobody_knows_where_is_reported_and_left_o
     assert {str(problem).partition(", receiver")[0] for problem in problems} == {"session s1, transmission s1-0001"}
     with pytest.raises(DataError, match="3 of 12 recordings can't be read"):
         keep_readable(sent, DrawnFeatures(), skip_limit=0.2, threads=2)
+
+
+def test_as_many_recordings_are_read_side_by_side_as_were_asked_for_and_no_more() -> None:
+    threads, now, most = 3, 0, 0
+    together, changed = threading.Barrier(threads), threading.Lock()
+
+    class Counting(DrawnFeatures):
+        def get(self, recording: Recording) -> Features:
+            nonlocal now, most
+            with changed:
+                now += 1
+                most = max(most, now)
+            together.wait(PATIENCE_S)
+            with changed:
+                now -= 1
+            return super().get(recording)
+
+    sent = [transmission(number) for number in range(4)]
+    assert keep_readable(sent, Counting(), skip_limit=0, threads=threads) == sent
+    assert most == threads
 
 
 def test_a_receiver_whose_row_holds_no_numbers_is_reported() -> None:

@@ -15,7 +15,18 @@ from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
 
 POOL_SIZE: Final = 4
+"""Most connections to the database at a time; who wants one more waits."""
 CONNECT_TIMEOUT_S: Final = 10
+SILENCE_S: Final = 30
+"""How long a connection whose other end says nothing, not even that it is there, is trusted."""
+CONNECTION: Final = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "tcp_user_timeout": 1000 * SILENCE_S,
+    "keepalives_idle": SILENCE_S // 3,
+    "keepalives_interval": SILENCE_S // 3,
+    "keepalives_count": 2,
+}
+"""What libpq is told where the URL says nothing else: a node that is gone must not be waited for for hours."""
 READ_TRIES: Final = 5
 """Tries at reading from a database that does not answer; the waits between them double from 1 s."""
 SCHEMA_LOCK: Final = 0x4845494D
@@ -150,7 +161,8 @@ class SessionStore:
         url = sa.make_url(settings.database_url.get_secret_value())
         options: dict[str, Any] = {"pool_pre_ping": True}
         if url.get_backend_name() == "postgresql":
-            options |= {"pool_size": POOL_SIZE, "connect_args": {"connect_timeout": CONNECT_TIMEOUT_S}}
+            connection = {name: value for name, value in CONNECTION.items() if name not in url.query}
+            options |= {"pool_size": POOL_SIZE, "max_overflow": 0, "connect_args": connection}
         return cls(sa.create_engine(url, **options))
 
     def close(self) -> None:
@@ -277,6 +289,10 @@ class SessionStore:
                 f"the certificate of the database {where} can't be trusted ({reason.splitlines()[0]}): let "
                 "HEIMDALL_DATABASE_URL end in ?sslmode=verify-full&sslrootcert=FILE, with a file that holds the "
                 "certificate of the authority that signed it"
+            ) from None
+        if "password authentication failed" in reason:
+            raise ConfigurationError(
+                f"the database {where} refuses the password: check HEIMDALL_DATABASE_URL, or PGPASSWORD"
             ) from None
         if not isinstance(error, sa.exc.OperationalError) or self._engine.dialect.name != "postgresql":
             raise DataError(f"the database {where} (HEIMDALL_DATABASE_URL) can't be read: {reason}") from None
