@@ -6,9 +6,11 @@ Creating a version is not idempotent in MLflow, so it is looked up by run ID fir
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from heimdall_tracking.errors import TrackingError
 from heimdall_tracking.params import clean_name
 from heimdall_tracking.points import is_number
 from heimdall_tracking.runs import RunFacts, find_model
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from heimdall_api.types import PromotionSpec, RegistrationSpec
 
+READY_POLL_S: Final = 1.0
 READY_TIMEOUT_S: Final = 30
 """How long a new version may take to become ready before the next look asks again."""
 
@@ -121,6 +124,34 @@ def promote(client: MlflowClient, facts: RunFacts, name: str, version: str, spec
     client.set_registered_model_alias(name, spec.alias, version)
     known = "unknown" if best is None else f"{best:.6g}"
     return f"promoted to {spec.alias} over version {holder} ({spec.metric} {value:.6g} against {known})"
+
+
+def wait_until_ready(client: MlflowClient, name: str, version: str, timeout_s: float) -> None:
+    """Wait until a version is ready: a registry may copy its files first.
+
+    Args:
+        client: Client of the registry.
+        name: The registered model.
+        version: Its version.
+        timeout_s: How long to wait at most.
+
+    Raises:
+        TrackingError: It is not ready in time, or never will be.
+        MlflowException: The server is away.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = client.get_model_version(name, version)
+        status, left_s = str(found.status), deadline - time.monotonic()
+        if status == "READY":
+            return
+        if status != "PENDING_REGISTRATION":
+            raise TrackingError(f"version {version} of {name} can't be used: {status}, {found.status_message}")
+        if left_s <= 0:
+            raise TrackingError(
+                f"version {version} of {name} is still {status} after {timeout_s:g} s; call again to wait for longer"
+            )
+        time.sleep(min(READY_POLL_S, left_s))
 
 
 def _create_version(client: MlflowClient, facts: RunFacts, name: str) -> str:

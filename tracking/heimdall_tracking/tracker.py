@@ -28,7 +28,7 @@ from heimdall_tracking.params import clean_name, clean_text, flatten
 from heimdall_tracking.points import Point, is_number, storable
 from heimdall_tracking.queue import MetricQueue, now_ms
 from heimdall_tracking.redact import redact
-from heimdall_tracking.registry import find_version, source_of
+from heimdall_tracking.registry import find_version, source_of, wait_until_ready
 from heimdall_tracking.runs import Fence, FinalStatus
 from heimdall_tracking.settings import TrackingSettings, load_settings
 from heimdall_tracking.spill import Spill
@@ -447,7 +447,7 @@ class MLflowTracker:
 
     # --- registry and search -------------------------------------------------------------------------------------
 
-    def register_model(self, name: str, model_uri: str, timeout_s: int = REGISTER_TIMEOUT_S) -> str:
+    def register_model(self, name: str, model_uri: str, timeout_s: float = REGISTER_TIMEOUT_S) -> str:
         """Register a model of this run; a run's model is registered once, however often this is called.
 
         Args:
@@ -459,14 +459,17 @@ class MLflowTracker:
             The version's number.
 
         Raises:
-            MlflowException: The server is away or refuses, or the version is not ready in time.
+            TrackingError: The version is not ready in time, or never will be.
+            MlflowException: The server is away or refuses.
         """
+        version = find_version(self.client, name, self.run_id) or self._create_version(name, model_uri)
+        wait_until_ready(self.client, name, version, timeout_s)
+        return version
+
+    def _create_version(self, name: str, model_uri: str) -> str:
         from mlflow.exceptions import MlflowException
         from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 
-        found = find_version(self.client, name, self.run_id)
-        if found is not None:
-            return found
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
@@ -478,9 +481,7 @@ class MLflowTracker:
         elif model_uri.startswith("models:/m-"):
             model_id = model_uri.removeprefix("models:/")
             source = source_of(self.client, model_id)
-        version = self.client.create_model_version(
-            name, source, self.run_id, model_id=model_id, await_creation_for=timeout_s
-        )
+        version = self.client.create_model_version(name, source, self.run_id, model_id=model_id, await_creation_for=0)
         return find_version(self.client, name, self.run_id) or str(version.version)
 
     def transition_model_stage(

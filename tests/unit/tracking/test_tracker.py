@@ -17,13 +17,13 @@ from mlflow.utils.async_logging.async_logging_queue import AsyncLoggingQueue
 from structlog.testing import capture_logs
 
 from heimdall_api.contract import TAG_ATTEMPT
-from heimdall_tracking import runs
+from heimdall_tracking import registry, runs
 from heimdall_tracking import tracker as module
 from heimdall_tracking.errors import TrackingError
 from heimdall_tracking.points import INFINITY, storable
 from heimdall_tracking.queue import MetricQueue
 from heimdall_tracking.settings import TrackingSettings
-from heimdall_tracking.tracker import MLflowTracker, initialize_mlflow
+from heimdall_tracking.tracker import REGISTER_TIMEOUT_S, MLflowTracker, initialize_mlflow
 from tests.unit.tracking.conftest import NewRun
 from tests.unit.tracking.fakes import PATIENCE_S, join
 
@@ -322,6 +322,56 @@ def test_a_runs_model_is_registered_once(
 
     versions = client.search_model_versions(f"name = '{name}'")
     assert [(str(item.version), item.run_id) for item in versions] == [("1", run_id)]
+
+
+class Clock:
+    """Time that passes where something sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("asked", "waited_s"), [({}, REGISTER_TIMEOUT_S), ({"timeout_s": 2.5}, 2.5)])
+@pytest.mark.parametrize("again", [False, True], ids=["made", "found"])
+def test_a_version_that_does_not_become_ready_is_waited_for_as_long_as_was_asked(
+    asked: dict[str, Any],
+    waited_s: float,
+    *,
+    again: bool,
+    started: MLflowTracker,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if again:
+        started.register_model(name, "file:///somewhere")
+    clock = Clock()
+    monkeypatch.setattr(registry, "time", clock)
+    pending = SimpleNamespace(status="PENDING_REGISTRATION")
+    monkeypatch.setattr(started.client, "get_model_version", lambda *_: pending)
+
+    with pytest.raises(TrackingError, match=rf"version 1 of {name} is still PENDING_REGISTRATION after {waited_s} s"):
+        started.register_model(name, "file:///somewhere", **asked)
+
+    assert clock.now == 1000 + waited_s
+
+
+def test_a_version_that_the_registry_could_not_make_is_an_error_with_its_reason(
+    started: MLflowTracker, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter(["PENDING_REGISTRATION", "FAILED_REGISTRATION"])
+    monkeypatch.setattr(registry, "time", Clock())
+    monkeypatch.setattr(
+        started.client, "get_model_version", lambda *_: SimpleNamespace(status=next(states), status_message="no room")
+    )
+
+    with pytest.raises(TrackingError, match=f"version 1 of {name} can't be used: FAILED_REGISTRATION, no room"):
+        started.register_model(name, "file:///somewhere")
 
 
 def test_stages_become_aliases(started: MLflowTracker, client: MlflowClient, name: str) -> None:
