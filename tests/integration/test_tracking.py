@@ -31,6 +31,8 @@ STEP_S = 0.05
 """How long a step of the training takes that goes on meanwhile."""
 DELIVERY_TIMEOUT_S = 180
 GIVE_UP_S = 2
+PARAMETERS = 10_000
+"""Logged in one call."""
 PROCESSES = 8
 
 T = TypeVar("T")
@@ -76,7 +78,7 @@ def test_a_training_is_found_whole_at_its_end(stack: Stack, name: str, tmp_path:
     run_id = tracker.start_run("run", {"team": "rf"})
     odd = {"tensor": torch.ones(2), "nul": "a\0b", "half": "\ud800", "long": "é" * 10_000, "model": {"lr": 1e-3}}
     tracker.log_params(odd)
-    tracker.log_params({f"p{index}": index for index in range(2000)})
+    tracker.log_params({f"p{index}": index for index in range(PARAMETERS)})
     for step in range(100):
         tracker.log_metrics({"loss": step, "nan": math.nan, "up": math.inf, "metrik/ö": 1}, step)
     tracker.put_tag("note", "a\0b")
@@ -89,7 +91,7 @@ def test_a_training_is_found_whole_at_its_end(stack: Stack, name: str, tmp_path:
 
     run = stack.client().get_run(run_id)
     assert (run.info.status, run.data.tags["team"], run.data.tags["note"]) == ("FINISHED", "rf", "a\ufffdb")
-    expected = {f"p{index}": str(index) for index in range(2000)}
+    expected = {f"p{index}": str(index) for index in range(PARAMETERS)}
     expected |= {"tensor": "[1.0, 1.0]", "nul": "a\ufffdb", "half": "?", "model.lr": "0.001", "long": "é" * 5999 + "…"}
     assert run.data.params == expected
     assert arrivals(stack, run_id, "loss") == list(range(100))
@@ -98,6 +100,27 @@ def test_a_training_is_found_whole_at_its_end(stack: Stack, name: str, tmp_path:
     assert run.data.metrics["metrik/ö"] == 1
     assert stack.mlflow.artifact(run, "loss.txt") == b"plot"
     assert stack.mlflow.artifact(run, "plots/loss.txt") == b"plot"
+
+
+def test_the_best_run_is_the_older_of_the_best_numbers(stack: Stack, name: str) -> None:
+    tracker, client = stack.tracker(name), stack.client()
+    assert tracker.get_best_run("loss") is None
+    made = list[str]()
+    for number, (status, loss) in enumerate(
+        [
+            *(("FINISHED", value) for value in (math.nan, 2.0, 1.0, 1.0, 2.0, math.inf, -math.inf, None)),
+            *((status, value) for status in ("RUNNING", "FAILED") for value in (0.5, 3.0)),
+        ]
+    ):
+        made.append(client.create_run(tracker.experiment_id, start_time=1000 + number).info.run_id)
+        if loss is not None:
+            client.log_metric(made[-1], "loss", loss)
+        client.update_run(made[-1], status=status)
+
+    best = [tracker.get_best_run("loss", mode) for mode in ("min", "max")]
+
+    assert [found and found["run_id"] for found in best] == [made[2], made[1]]
+    assert tracker.get_best_run("accuracy") is None
 
 
 @pytest.mark.parametrize(
