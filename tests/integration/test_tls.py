@@ -23,7 +23,10 @@ from tests.integration.servers import Certificate, Minio, Mlflow, Postgres
 
 TIMEOUT_S = 180
 BUCKET = "recordings"
-EXPORTED = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "AWS_CA_BUNDLE", "MLFLOW_S3_ENDPOINT_URL")
+EXPORTED = (
+    *("MLFLOW_TRACKING_SERVER_CERT_PATH", "AWS_CA_BUNDLE", "MLFLOW_S3_ENDPOINT_URL"),
+    "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE",
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,34 @@ def test_a_run_with_artifacts_is_tracked_by_tls(private: Private, tmp_path: Path
     run = tracker.client.get_run(run_id)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
     assert private.mlflow.artifact(run, "weights.bin") == b"weights"
+
+
+def test_artifacts_that_mlflow_does_not_proxy_go_to_a_private_endpoint(
+    private: Private, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No host is named after the bucket, and no certificate vouches for one: it is addressed by path."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", private.minio.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", private.minio.secret_key)
+    tracker = MLflowTracker(
+        load_settings(
+            tracking_uri=private.mlflow.url,
+            ca_bundle=private.certificate.authority,
+            s3_endpoint_url=private.minio.url.replace("127.0.0.1", "localhost"),
+            s3_ca_bundle=private.certificate.authority,
+            experiment_name="direct",
+        )
+    )
+    tracker.client.create_experiment("direct", artifact_location=f"s3://{BUCKET}/direct")
+    run_id = tracker.start_run("direct")
+    (tmp_path / "weights.bin").write_bytes(b"weights")
+    tracker.log_artifact(tmp_path / "weights.bin", "checkpoints")
+
+    assert tracker.end_run(timeout_s=TIMEOUT_S)
+
+    key = f"direct/{run_id}/artifacts/checkpoints/weights.bin"
+    assert private.minio.s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == b"weights"
+    local = tracker.client.download_artifacts(run_id, "checkpoints/weights.bin", str(tmp_path))
+    assert Path(local).read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "stranger"])
