@@ -369,6 +369,23 @@ def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
     assert {name: metrics[name] for name in tested} == pytest.approx(tested, rel=1e-6)
 
 
+def test_with_processes_that_load_data_going_on_gives_the_same_losses_too(
+    trained: Trained, bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples are varied at random, in other processes: their number changes nothing either."""
+    run_id = bench.new_run()
+    for attempt, workers in ((1, 2), (2, 1)):
+        spec = {**localizer, "training": {**localizer["training"], "dataLoaderWorkers": workers}}
+        if attempt == 1:
+            stop_in_mid_epoch(bench, spec, run_id, monkeypatch)
+        else:
+            bench.train(spec, run_id, attempt=attempt)
+    for name in ("train/loss_step", "val/loss"):
+        stopped, whole = (bench.history(each, name) for each in (run_id, trained.run.info.run_id))
+        assert [step for step, _ in stopped] == [step for step, _ in whole]
+        assert dict(stopped) == pytest.approx(dict(whole), rel=1e-6)
+
+
 def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     trained: Trained, bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
