@@ -119,8 +119,9 @@ def test_what_was_left_is_delivered_once_though_its_delivery_is_killed(
     assert not tracker.undelivered.folder.exists()
 
 
+@pytest.mark.parametrize("away", ["mlflow", "postgres"])
 def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_delivers(
-    stack: Stack, name: str, tmp_path: Path
+    away: str, stack: Stack, name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "waiting.py").write_text(MODULE)
     (tmp_path / "run.yaml").write_text(
@@ -129,11 +130,13 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
         f"tracking: {{experiment: {name}}}}}\n"
     )
     runs: list[str] = []
-    train_and_deliver(
-        IMPATIENT, stack, tmp_path, lambda training: runs.append(when_steps_arrive(stack, name, training))
+    words = train_and_deliver(
+        IMPATIENT, stack, tmp_path, lambda training: runs.append(when_steps_arrive(stack, name, training)), away
     )
 
     (run_id,) = runs
+    assert "checkpoint" in words
+    assert f"of run {run_id} could not be delivered" in words
     client = stack.client()
     run = client.get_run(run_id)
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(EPOCHS))
@@ -145,7 +148,7 @@ def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_deli
         assert hashlib.sha256(content).hexdigest() == checkpoint.sha256
 
 
-def test_a_model_whose_server_goes_away_while_it_is_logged_is_delivered_and_registered_later(
+def test_a_model_whose_store_goes_away_while_it_is_logged_is_delivered_and_registered_later(
     stack: Stack, name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "logging_module.py").write_text(LOGGING)
@@ -158,9 +161,9 @@ def test_a_model_whose_server_goes_away_while_it_is_logged_is_delivered_and_regi
     def logging(_: subprocess.Popen[str]) -> None:
         wait_until((tmp_path / "logging").exists, what="the model is about to be logged", timeout_s=TIMEOUT_S)
 
-    words = train_and_deliver(IMPATIENT_FOR_THE_MODEL, stack, tmp_path, logging)
+    words = train_and_deliver(IMPATIENT_FOR_THE_MODEL, stack, tmp_path, logging, "minio")
 
-    assert "1 model, the registration as" in words
+    assert f"1 model and the registration as {name} of run" in words
     client = stack.client()
     version = client.get_model_version_by_alias(name, "candidate")
     run = client.get_run(version.run_id)
@@ -172,14 +175,21 @@ def test_a_model_whose_server_goes_away_while_it_is_logged_is_delivered_and_regi
     assert f"model_id: {model.model_id}\n" in kept
 
 
-def train_and_deliver(program: str, stack: Stack, folder: Path, until: Callable[[subprocess.Popen[str]], None]) -> str:
-    """Train with MLflow gone for good from a moment on, and deliver what is left by the command that is named.
+def train_and_deliver(
+    program: str,
+    stack: Stack,
+    folder: Path,
+    until: Callable[[subprocess.Popen[str]], None],
+    away: str = "mlflow",
+) -> str:
+    """Train with a server gone for good from a moment on, and deliver what is left by the command that is named.
 
     Args:
         program: Starts the training, with little patience for a server that is away.
-        stack: MLflow, which is there again afterwards.
+        stack: The servers, which are all there again afterwards.
         folder: Holds the run's file; a training that waits for it finds `go-on` there.
         until: Waits for the moment.
+        away: Which one is gone.
 
     Returns:
         The training's last words.
@@ -187,7 +197,8 @@ def train_and_deliver(program: str, stack: Stack, folder: Path, until: Callable[
     training = start_training(program, stack, folder)
     try:
         until(training)
-        stack.mlflow.kill()
+        (server,) = stack.servers(away)
+        server.kill()
         (folder / "go-on").touch()
         printed, _ = training.communicate(timeout=TIMEOUT_S)
     finally:
@@ -197,7 +208,7 @@ def train_and_deliver(program: str, stack: Stack, folder: Path, until: Callable[
     (words,) = [line for line in printed.splitlines() if line.startswith("TrackingUnavailable: ")]
     command = shlex.split(words.rpartition("with: ")[2])
     assert command[:2] == ["heimdall-train", "deliver"]
-    stack.mlflow.start()
+    server.start()
     delivery = deliver(stack, command[2])
     told, _ = delivery.communicate(timeout=TIMEOUT_S)
     assert delivery.returncode == 0, told
