@@ -28,7 +28,7 @@ def load_class(path: str, field: str) -> type[Any]:
         sys.path.insert(0, "")  # a module beside the file that one works on
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads a command line of its own ends the process
         raise ConfigurationError(
             f"{field} {path!r} can't be imported: {type(error).__name__}: {error}. "
             "Is it in the image, and are its dependencies?"

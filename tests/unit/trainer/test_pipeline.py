@@ -935,6 +935,14 @@ def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: An
     assert run is None
 
 
+def test_a_script_that_ends_the_process_when_it_is_imported_is_refused(run_locally: Any, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    code, message, run = run_locally({"model": {"module": "script:Net"}}, "script")
+    assert code == ExitCode.CONFIGURATION
+    assert "spec.model.module 'script:Net' can't be imported: SystemExit: 0" in message.message
+    assert run.info.status == "FAILED"
+
+
 def test_an_exception_in_a_user_s_module_exits_1_and_keeps_what_was_logged(run_locally: Any, bench: Bench) -> None:
     code, message, run = run_locally(user_spec("Broken"), "broken")
     assert code == ExitCode.ERROR
