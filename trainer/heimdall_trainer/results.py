@@ -208,5 +208,10 @@ def _single_array(batch: Any) -> Any:
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(first, torch.Tensor):
         return None
-    # bfloat16 is nothing that numpy knows.
-    return (first[:1].float() if first.dtype == torch.bfloat16 else first[:1]).numpy()
+    try:
+        row = first[:1].detach().cpu()
+        # bfloat16 is nothing that numpy knows.
+        return (row.float() if row.dtype == torch.bfloat16 else row).numpy()
+    except Exception as error:  # noqa: BLE001 - an example is no reason to lose what hours have made
+        log.warning("no example is taken from a batch", error=f"{type(error).__name__}: {redact(error)}")
+        return None

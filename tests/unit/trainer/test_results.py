@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,6 +226,27 @@ def test_data_that_were_torn_down_cost_the_example_and_not_the_model(monkeypatch
     assert given[0] is None
     assert {name: each.tolist() for name, each in given[1].items()} == {"spectrograms": [[1.0]], "receivers": [[0.0]]}
     assert len([line for line in logs if "can't be read after it" in line["event"]]) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "example"),
+    [
+        (torch.ones(2, 1, requires_grad=True), [[1.0]]),
+        (torch.ones(2, 1, dtype=torch.bfloat16), [[1.0]]),
+        (torch.ones(()), None),
+        (torch.ones(2, 2).to_sparse(), None),
+        ({"image": torch.ones(2, 1)}, None),
+    ],
+    ids=["needs a gradient", "bfloat16", "no axis", "sparse", "named"],
+)
+def test_a_batch_of_any_kind_costs_no_model(first: Any, example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(modelling, "log_module", lambda tracker, module, example, **_: given.append(example))
+    data = SimpleNamespace(train_dataloader=lambda: [(first, torch.ones(2))])
+
+    results(Tracker(), model={"module": "a:B"}, registration={"model": "m"}).publish(Module(), data, no_fence)
+
+    assert [each if each is None else each.tolist() for each in given] == [example]
 
 
 def test_a_module_of_one_s_own_is_rehearsed_too(monkeypatch: pytest.MonkeyPatch) -> None:
