@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import tempfile
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ import structlog
 
 from heimdall_api.contract import ONNX_FILE
 from heimdall_tracking.redact import redact
+from heimdall_trainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
@@ -115,6 +117,28 @@ def log_module(tracker: MLflowTracker, module: Any, example: Any, *, folder: Pat
         )
 
     return _log(tracker, save, folder, onnx, {})
+
+
+def check_saveable(module: Any) -> None:
+    """Make sure that a module can be kept as a model: its weights are written, to nowhere.
+
+    Args:
+        module: The module, as `log_module` is given it.
+
+    Raises:
+        ConfigurationError: It can't be; the message says why.
+    """
+    import torch
+    from mlflow.pytorch import pickle_module
+
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            torch.save(module, nowhere, pickle_module=pickle_module)
+    except Exception as error:
+        raise ConfigurationError(
+            f"spec.registration: {type(module).__name__} can't be kept as a model ({type(error).__name__}: {error}); "
+            "have its __getstate__ leave out what can't be pickled, or remove the field"
+        ) from error
 
 
 def _log(tracker: MLflowTracker, save: Any, folder: Path, onnx: Path | None, known: dict[str, Any]) -> Future[None]:

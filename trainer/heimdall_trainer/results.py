@@ -53,11 +53,15 @@ class Results:
 
         Args:
             module: The module, untrained.
-            rehearse: Export it once as it is: seconds now, instead of an error after hours.
+            rehearse: Save and export it once as it is: seconds now, instead of an error after hours.
 
         Raises:
-            ConfigurationError: The module can't be exported.
+            ConfigurationError: The module can't be saved as a model, or can't be exported.
         """
+        if rehearse and self._spec.registration is not None and not self._localizer:
+            from heimdall_trainer.modelling import check_saveable
+
+            check_saveable(module)
         if not self._spec.export.onnx:
             return
         if not self._localizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,6 +255,19 @@ def test_a_module_of_one_s_own_is_rehearsed_too(monkeypatch: pytest.MonkeyPatch)
     results(Tracker(), **OWN).check(LineWithExample(), rehearse=False)
     with pytest.raises(ConfigurationError, match=r"^spec\.export\.onnx: its output y differs"):
         results(Tracker(), **OWN).check(LineWithExample(), rehearse=True)
+
+
+def test_a_module_that_can_not_be_kept_as_a_model_is_told_before_it_is_trained() -> None:
+    asked = {"model": OWN["model"], "registration": {"model": "m"}}
+    module = LineWithExample()
+    results(Tracker(), **asked).check(module, rehearse=True)
+    module.guard = threading.Lock()
+    with pytest.raises(
+        ConfigurationError, match=r"^spec\.registration: LineWithExample can't be kept .*'_thread\.lock'"
+    ):
+        results(Tracker(), **asked).check(module, rehearse=True)
+    results(Tracker(), **asked).check(module, rehearse=False)
+    results(Tracker(), model=OWN["model"]).check(module, rehearse=True)
 
 
 @pytest.mark.parametrize("module", [Late, Lazy])
