@@ -6,14 +6,18 @@ The variables are MLflow's own where it has one, so that what works with `mlflow
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_tracking.redact import redact
+
+_HOST_AND_PORT: Final = re.compile(r"[\w.-]+:\d+(/.*)?")
 
 
 class SettingsError(Exception):
@@ -72,6 +76,24 @@ class TrackingSettings(BaseSettings):
     """Folder for what could not be delivered when a process had to end: one folder in it for each run.
 
     By default the trainer's output folder, elsewhere the working directory."""
+
+    @field_validator("tracking_uri", "registry_uri")
+    @classmethod
+    def _leads_somewhere(cls, value: str) -> str:
+        if _HOST_AND_PORT.fullmatch(value):
+            raise ValueError("has no scheme: write http:// or https:// before it")
+        if value.startswith(("http://", "https://")):
+            # An error of its own may show a part of the password.
+            try:
+                address = urlsplit(value)
+                host, _ = address.hostname, address.port
+            except ValueError:
+                raise ValueError(
+                    "has no number for a port; write / : @ ? # in a password as %2F %3A %40 %3F %23"
+                ) from None
+            if not host:
+                raise ValueError("names no host")
+        return value
 
     @field_validator("ca_bundle", "s3_ca_bundle")
     @classmethod

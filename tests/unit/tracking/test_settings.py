@@ -132,6 +132,32 @@ def test_an_error_names_the_variable_and_not_the_value(field: str, value: object
     assert caught.value.__suppress_context__, "the cause would show the value in a traceback"
 
 
+@pytest.mark.parametrize("field", ["tracking_uri", "registry_uri"])
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("mlflow.example:5000", "has no scheme"),
+        ("127.0.0.1:5000/team", "has no scheme"),
+        ("http://", "names no host"),
+        ("https://:5000", "names no host"),
+        ("http://mlflow:port", "has no number for a port"),
+        ("http://alice:a/b@mlflow:5000", "has no number for a port"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_told_at_once(field: str, address: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=f"{VARIABLES[field]}: Value error, {words}") as caught:
+        load_settings(**{field: address})
+    assert "a/b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["sqlite:///mlflow.db", "sqlite:////data/mlflow.db", "./mlruns", "file:///mlruns", "http://mlflow", "databricks"],
+)
+def test_every_other_address_is_left_to_mlflow(address: str) -> None:
+    assert load_settings(tracking_uri=address).tracking_uri == address
+
+
 def test_one_error_names_every_wrong_variable() -> None:
     with pytest.raises(SettingsError, match=r"MLFLOW_TRACKING_URI.*MLFLOW_EXPERIMENT_NAME"):
         load_settings(tracking_uri="", experiment_name="")
