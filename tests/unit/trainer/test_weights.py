@@ -71,6 +71,15 @@ def test_weights_that_were_replaced_are_read_anew(settings: DataSettings) -> Non
     assert contents == [b"first", b"second"]
 
 
+def test_weights_that_were_spoiled_in_the_cache_are_kept_anew(settings: DataSettings) -> None:
+    (FOLDER / f"{SMALL}.pth").write_bytes(b"whole")
+    for _ in range(2):
+        file = find_weights(settings, SMALL)
+        assert file is not None
+        assert file.read_bytes() == b"whole"
+        file.write_bytes(b"half")
+
+
 def test_a_name_with_a_slash_is_a_file_of_the_folder(settings: DataSettings) -> None:
     (FOLDER / "hub_model.pth").write_bytes(b"x")
     assert find_weights(settings, "hub/model") is not None

@@ -39,7 +39,7 @@ def find_weights(settings: DataSettings, backbone: str) -> Path | None:
             content = objects.get(f"{name}{suffix}")
             digest = hashlib.sha256(content).hexdigest()
             file = settings.cache_dir / "weights" / digest[:16] / f"{name}{suffix}"
-            if not file.exists():
+            if not file.is_file() or file.read_bytes() != content:
                 write_whole(file, content)
             return file
     raise ConfigurationError(
