@@ -97,6 +97,13 @@ def test_a_session_has_its_name_whatever_its_status(store: SessionStore) -> None
     assert store.session_name("x") is None
 
 
+@pytest.mark.parametrize("url", ["postgresql://u:canary@host:port/db", "sqlite://:"])
+def test_a_url_that_can_not_be_read_names_its_variable_and_no_password(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="HEIMDALL_DATABASE_URL can't be read: its port must") as caught:
+        SessionStore.open(data_settings(tmp_path, database_url=url))
+    assert "canary" not in str(caught.value)
+
+
 def test_without_tables_the_error_says_what_to_check(empty: SessionStore) -> None:
     with pytest.raises(DataError, match=r"no such table.*HEIMDALL_DATABASE_URL.*heimdall-train data generate"):
         empty.approved()

@@ -157,8 +157,19 @@ class SessionStore:
 
     @classmethod
     def open(cls, settings: DataSettings) -> SessionStore:
-        """Open the settings' database with a small pool of connections that are checked before use."""
-        url = sa.make_url(settings.database_url.get_secret_value())
+        """Open the settings' database with a small pool of connections that are checked before use.
+
+        Raises:
+            ConfigurationError: Its URL can't be read.
+        """
+        try:
+            url = sa.make_url(settings.database_url.get_secret_value())
+        except (sa.exc.ArgumentError, ValueError):
+            # Its own words may show a part of the password.
+            raise ConfigurationError(
+                "HEIMDALL_DATABASE_URL can't be read: its port must be a number; write / : @ ? # in a password as "
+                "%2F %3A %40 %3F %23"
+            ) from None
         options: dict[str, Any] = {"pool_pre_ping": True}
         if url.get_backend_name() == "postgresql":
             connection = {name: value for name, value in CONNECTION.items() if name not in url.query}
