@@ -127,6 +127,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         change_metadata(lambda about: about.update({"core:datatype": "cu8"})),
         "datatype is cu8",
     ),
+    "its metadata says two channels": (
+        change_metadata(lambda about: about.update({"core:num_channels": 2})),
+        r"shape \(300, 2\), not 600 of one channel",
+    ),
+    "its metadata says no channel": (
+        change_metadata(lambda about: about.update({"core:num_channels": 0})),
+        "does not fit",
+    ),
     "its metadata says another scale": (
         change_metadata(lambda about: about.update({"heimdall:full_scale_dbm": -30.0})),
         r"full scale is -30\.0 dBm, the database -60\.0 dBm",

@@ -318,11 +318,15 @@ class RecordingStore:
             meta = SigMFFile(metadata=about.decode())
             _check(meta, recording, len(content))
             meta.set_data_file(data_buffer=io.BytesIO(content))  # compares core:sha512
-        except (SigMFError, ValueError, KeyError, TypeError, AttributeError) as error:
+            samples: NDArray[np.complex64] = meta.read_samples()
+        except (SigMFError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
             raise UnreadableError(f"its metadata does not fit its data: {error}") from None
         if hashlib.sha256(content).hexdigest() != recording.sha256:
             raise UnreadableError("its checksum is not the one in the database")
-        samples: NDArray[np.complex64] = meta.read_samples()
+        if samples.shape != (recording.sample_count,):
+            raise UnreadableError(
+                f"it holds samples of the shape {samples.shape}, not {recording.sample_count} of one channel"
+            )
         if not np.isfinite(samples).all():
             raise UnreadableError("it holds samples that are no numbers")
         return samples * np.float32(10 ** (recording.full_scale_dbm / 20))
