@@ -43,7 +43,7 @@ demo: needs ## The whole way once: cluster, chart, recordings, a TrainingRun, it
 test: needs-test venv ## Lint, types, and the tests: unit, integration, e2e on a real cluster
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@$(PYTHON) hack/cluster parts helm prometheus gitops-health minio
+	@$(PYTHON) hack/cluster parts helm kubeconform prometheus gitops-health minio
 	@PYTHON="$(PYTHON)" hack/e2e --beside
 
 .PHONY: e2e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import os
 import shlex
@@ -37,6 +38,10 @@ def main() -> None:
             arguments.call(arguments)
     except ClusterError as error:
         sys.exit(f"hack/cluster: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"hack/cluster: no room is left on the disk ({error.filename or CACHE}): make some, then call again")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,8 +78,9 @@ def _up(_: argparse.Namespace) -> None:
         kind.settle()
     else:
         kind.create()
-        parts.ensure(["minio", "kubeconform"])
-        parts.drop_go_caches()
+    # Also where the cluster was up: a call that was killed may not have come so far.
+    parts.ensure(["minio", "kubeconform"])
+    parts.drop_go_caches()
     say(f'cluster {kind.NAME}: up after {time.monotonic() - began:.0f} s; eval "$(python3 hack/cluster env)"')
 
 
@@ -114,6 +120,7 @@ def _size(folder: Path) -> int:
 
 
 def _down(arguments: argparse.Namespace) -> None:
+    engine.refuse_another_cache()
     there = engine.answers() or not engine.is_ours()
     if not there and kind.MARKER.exists() and not BEFORE.exists():
         raise ClusterError("the cluster is in a Docker engine that does not answer: start Docker first")
@@ -186,7 +193,7 @@ def locked() -> Iterator[None]:
                 steps.held.append(lock.fileno())
                 try:
                     for leftover in CACHE.glob("tmp*"):
-                        shutil.rmtree(leftover, ignore_errors=True)
+                        parts.remove_tree(leftover)
                     yield
                 finally:
                     steps.held.clear()

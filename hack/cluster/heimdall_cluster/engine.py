@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -40,6 +41,7 @@ HAIRPIN: Final = re.compile(r"-A POSTROUTING -s (\S+)/32 -d \1/32 -p \w+ .*-j MA
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 POLICY: Final = Path("/usr/sbin/policy-rc.d")
 """Asked by Debian's packages whether they may start their services."""
+NO_SERVICES: Final = "#!/bin/sh\n# hack/cluster, while it installs packages: they start no services\nexit 101\n"
 UNITS: Final = ("docker.service", "docker.socket", "containerd.service")
 BRIDGE: Final = re.compile(r"docker0|br-[0-9a-f]{12}")
 """Links that Docker's engine makes."""
@@ -111,8 +113,11 @@ def ensure() -> dict[str, str]:
         The environment that reaches it.
 
     Raises:
-        ClusterError: There is none, and none can be started here.
+        ClusterError: There is none, and none can be started here; or the one that runs belongs to another cache.
     """
+    refuse_another_cache()
+    if not BEFORE.exists() and _pid() is not None:
+        stop()  # its cache, and with it all that it had, was removed while it ran
     if not BEFORE.exists() and _foreign_answers():
         return {}
     if not answers():
@@ -131,15 +136,32 @@ def _require_debian_root() -> None:
         raise ClusterError("no Docker engine answers, and starting one needs root: start Docker, or call this as root")
 
 
+def refuse_another_cache() -> None:
+    """Leave an engine of another cache, and what it runs, to whoever works with that one.
+
+    Raises:
+        ClusterError: One runs.
+    """
+    pid = _pid()
+    if pid is not None and not _is_of_this_cache(pid):
+        raise ClusterError(
+            f"the Docker engine at {SOCKET} is of another cache than {ENGINE.parent}: set HEIMDALL_CACHE as it was "
+            "when that one was started, or take it down with that first"
+        )
+
+
 def _install() -> None:
+    if POLICY.exists() and POLICY.read_text(errors="replace") == NO_SERVICES:
+        POLICY.unlink()  # left by a call that was killed as it installed something
     packages = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap"}
     missing = [package for program, package in packages.items() if not _is_installed(program)]
-    if not missing:
+    if not missing and _is_installed("docker"):
         return
     of_others = {unit for unit in UNITS if read(["systemctl", "cat", unit]) is not None}
-    with step(f"installing {', '.join(missing)} from Debian"), _no_services():
+    with step(f"installing {', '.join(missing or ['docker-cli'])} from Debian"), _no_services():
         _apt("update", "-qq")
-        _apt("install", "-y", "-qq", "--no-install-recommends", *missing)
+        if missing:
+            _apt("install", "-y", "-qq", "--no-install-recommends", *missing)
         if not _is_installed("docker"):
             # Since Debian 13 the client is a package of its own.
             _apt("install", "-y", "-qq", "--no-install-recommends", "docker-cli")
@@ -164,7 +186,7 @@ def _no_services() -> Iterator[None]:
     if POLICY.exists():
         yield  # whoever put it there has decided
         return
-    POLICY.write_text("#!/bin/sh\nexit 101\n")
+    POLICY.write_text(NO_SERVICES)
     POLICY.chmod(0o755)
     try:
         yield
@@ -187,10 +209,17 @@ def require_builder() -> None:
 
 
 def _start() -> None:
+    pid = _pid()
+    if pid is not None:
+        # An interrupted call may just have started it; one that hangs is ended.
+        with contextlib.suppress(ClusterError):
+            wait_until(answers, what="an answer of the Docker engine", timeout_s=START_TIMEOUT_S)
+            return
+        _end(pid)
     _clean_after_kill()
     ENGINE.mkdir(parents=True, exist_ok=True)
     RUN.mkdir(parents=True, exist_ok=True)
-    if not BEFORE.exists():
+    if not BEFORE.exists() or not _is_of_this_boot(json.loads(BEFORE.read_text())):
         fresh = BEFORE.with_suffix(".new")
         fresh.write_text(json.dumps(_host_state()))
         fresh.replace(BEFORE)
@@ -249,25 +278,42 @@ def _ensure_buildx() -> None:
 
 def stop() -> None:
     """End the own engine and take back what it did to the host; an engine that is not ours is left alone."""
-    if not BEFORE.exists():
+    pid = _pid()
+    if not BEFORE.exists() and (pid is None or not _is_of_this_cache(pid)):
         return
     with step("ending our Docker engine"):
-        pid = _pid()
         if pid is not None:
-            os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: not _alive(pid), what="the end of the Docker engine", timeout_s=STOP_TIMEOUT_S)
+            _end(pid)
         _clean_after_kill()
-        _restore_host(json.loads(BEFORE.read_text()))
-        BEFORE.unlink()
+        if BEFORE.exists():  # it is not where the cache was removed while the engine ran
+            _restore_host(json.loads(BEFORE.read_text()))
+            BEFORE.unlink()
         shutil.rmtree(RUN, ignore_errors=True)
 
 
 def _pid() -> int | None:
+    """The engine that wrote our pid file; its number may be another process's since, even another engine's."""
     try:
         pid = int(PID_FILE.read_text())
     except (OSError, ValueError):
         return None
-    return pid if _alive(pid) and "dockerd" in _command(pid) else None
+    words = _command(pid)
+    return pid if _alive(pid) and "dockerd" in words and str(PID_FILE) in words else None
+
+
+def _is_of_this_cache(pid: int) -> bool:
+    return BEFORE.exists() or str(DATA_ROOT) in _command(pid)
+
+
+def _end(pid: int) -> None:
+    """End an engine in good order, or by force where it does not come to an end."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, how)
+        with contextlib.suppress(ClusterError):
+            wait_until(lambda: not _alive(pid), what="the end of the Docker engine", timeout_s=STOP_TIMEOUT_S)
+            return
+    raise ClusterError(f"the Docker engine (process {pid}) does not end")
 
 
 def _alive(pid: int) -> bool:
@@ -343,7 +389,7 @@ def mounts_under(*folders: Path) -> list[str]:
 
 def _restore_host(before: dict[str, Any]) -> None:
     """Take back what our engine did to links and firewall, unless somebody else's may have done the same since."""
-    if before.get("boot") != BOOT_ID.read_text().strip():
+    if not _is_of_this_boot(before):
         return  # links and rules went with the machine's restart (or an earlier version did not say when it was)
     if _foreign_answers():
         say("  another Docker engine answers: links and firewall rules are left to it")
@@ -356,6 +402,10 @@ def _restore_host(before: dict[str, Any]) -> None:
     if not before["chains"]:
         remove_firewall_rules(policies=before["forward"])
     Path("/proc/sys/net/ipv4/ip_forward").write_text(before["ip_forward"])
+
+
+def _is_of_this_boot(state: Mapping[str, Any]) -> bool:
+    return bool(state.get("boot") == BOOT_ID.read_text().strip())
 
 
 def _bridges() -> set[str]:

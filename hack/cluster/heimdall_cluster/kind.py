@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from heimdall_cluster import engine, images, parts, stores
 from heimdall_cluster.paths import HERE, KUBECONFIG, LOGS
-from heimdall_cluster.steps import ClusterError, read, run, say, step, wait_until
+from heimdall_cluster.steps import ClusterError, held, read, run, say, step, wait_until
 
 NAME: Final = "heimdall"
 PLATFORM: Final = f"linux/{images.ARCHITECTURE}"
@@ -30,6 +30,7 @@ RECOVERY_TIMEOUT_S: Final = 30
 """How long a cluster whose nodes all run may take to be Ready again, before it is made anew."""
 NODES_TIMEOUT_S: Final = 180
 LOAD_TIMEOUT_S: Final = 900
+CREATE_TIMEOUT_S: Final = 600
 DELETE_TIMEOUT_S: Final = 120
 KUBE_ROUTER_MANIFEST: Final = HERE / "kube-router.yaml"
 
@@ -169,15 +170,21 @@ def _create(node_image: str | None) -> None:
     cgroup_v1 = not Path("/sys/fs/cgroup/cgroup.controllers").exists()
     MARKER.write_text(json.dumps(config(own_cni=own_cni, cgroup_v1=cgroup_v1, kept=kept)))
     with step("creating the cluster with kind"):
-        command = [parts.path_of("kind"), "create", "cluster", "--config", MARKER, "--kubeconfig", KUBECONFIG]
         image = ["--image", node_image] if node_image else []
-        run([*command, *image], log=LOGS / "kind.log", env=images.client_environment(), timeout_s=600)
+        _kind("create", "cluster", "--config", MARKER, *image, timeout_s=CREATE_TIMEOUT_S)
     if own_cni:
         with step("installing kube-router (pod network and NetworkPolicies)"):
             _apply(KUBE_ROUTER_MANIFEST)
     with step("waiting for the nodes"):
         wait_until(is_healthy, what="that all nodes are Ready", timeout_s=NODES_TIMEOUT_S)
     settle()
+
+
+def _kind(*arguments: str | Path, timeout_s: float) -> None:
+    # One that was killed as it wrote the kubeconfig left its lock, which the next would fail at for ever.
+    KUBECONFIG.with_name(f"{KUBECONFIG.name}.lock").unlink(missing_ok=True)
+    command = [parts.path_of("kind"), *arguments, "--kubeconfig", KUBECONFIG]
+    run(command, log=LOGS / "kind.log", env=images.client_environment(), timeout_s=timeout_s)
 
 
 def _apply(manifest: Path) -> None:
@@ -229,8 +236,7 @@ def simulate_gpus() -> None:
 def delete() -> None:
     """Take the cluster down."""
     parts.ensure(["kind"])
-    command = [parts.path_of("kind"), "delete", "cluster", "--name", NAME, "--kubeconfig", KUBECONFIG]
-    run(command, log=LOGS / "kind.log", env=images.client_environment(), timeout_s=DELETE_TIMEOUT_S)
+    _kind("delete", "cluster", "--name", NAME, timeout_s=DELETE_TIMEOUT_S)
     KUBECONFIG.unlink(missing_ok=True)
     MARKER.unlink(missing_ok=True)
     if engine.environment():
@@ -264,18 +270,27 @@ def _stream(names: Sequence[str], node: str) -> None:
     env = {**os.environ, **engine.environment()}
     # An image that was pulled names platforms of which only the machine's own is there.
     importing = ["ctr", "--namespace", "k8s.io", "images", "import", "--platform", PLATFORM, "--digests"]
-    with (LOGS / "kind.log").open("ab") as log:
-        save = subprocess.Popen([engine.docker(), "save", *names], env=env, stdout=subprocess.PIPE, stderr=log)
-        command = [engine.docker(), "exec", "-i", node, *importing, "--snapshotter=overlayfs", "-"]
+    saving = [engine.docker(), "save", *names]
+    command = [engine.docker(), "exec", "-i", node, *importing, "--snapshotter=overlayfs", "-"]
+    with (
+        (LOGS / "kind.log").open("ab") as log,
+        subprocess.Popen(saving, env=env, stdout=subprocess.PIPE, stderr=log, pass_fds=held) as save,
+    ):
         try:
             done = subprocess.run(
-                command, env=env, stdin=save.stdout, stdout=log, stderr=log, timeout=LOAD_TIMEOUT_S, check=False
+                command,
+                env=env,
+                stdin=save.stdout,
+                stdout=log,
+                stderr=log,
+                timeout=LOAD_TIMEOUT_S,
+                check=False,
+                pass_fds=held,
             )
         except subprocess.TimeoutExpired as error:
             raise ClusterError(f"loading into {node} took longer than {LOAD_TIMEOUT_S} s") from error
         finally:
             save.kill()
-            save.wait()
     if done.returncode != 0:
         raise ClusterError(f"{', '.join(names)} could not be loaded into {node}: see {LOGS / 'kind.log'}")
 

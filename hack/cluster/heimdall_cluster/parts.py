@@ -6,10 +6,12 @@ our own program beside the go.mod. A stamp beside the binaries tells what they w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -183,13 +185,21 @@ def drop_go_caches() -> None:
     if not GO.exists():
         return
     with step("removing Go's caches"):
-        # The module cache is read-only.
-        for folder, names, _ in os.walk(GO):
-            for name in names:
-                path = Path(folder) / name
-                if not path.is_symlink():
+        # First out of Go's sight: it would take for whole what a call that is killed leaves of a module.
+        doomed = Path(tempfile.mkdtemp(dir=GO.parent))
+        GO.rename(doomed / GO.name)
+        remove_tree(doomed)
+
+
+def remove_tree(tree: Path) -> None:
+    """Remove a folder, also one with Go's module cache, which is read-only."""
+    for folder, names, _ in os.walk(tree):
+        for name in names:
+            path = Path(folder) / name
+            if not path.is_symlink():
+                with contextlib.suppress(OSError):
                     path.chmod(0o755)
-        shutil.rmtree(GO, ignore_errors=True)
+    shutil.rmtree(tree, ignore_errors=True)
 
 
 def module_dir(module: str, part: str) -> Path:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +104,124 @@ def test_links_and_firewall_are_put_back_only_where_nobody_else_used_them_since(
     assert bool(did) is restored
 
 
+@dataclass
+class Host:
+    """What the engine's code finds and does, without an engine."""
+
+    pid: int | None = None
+    command: str = ""
+    is_answering: bool = False
+    did: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+    """A host of the test's own, on which nothing runs."""
+    made = Host()
+    for name in ("ENGINE", "RUN", "LOGS", "EXEC_ROOT"):
+        monkeypatch.setattr(engine, name, tmp_path / name.lower())
+    monkeypatch.setattr(engine, "BEFORE", tmp_path / "engine/before.json")
+    monkeypatch.setattr(engine, "DATA_ROOT", tmp_path / "engine/data")
+    monkeypatch.setattr(engine, "BOOT_ID", tmp_path / "boot")
+    (tmp_path / "boot").write_text(f"{BOOT}\n")
+    (tmp_path / "engine").mkdir()
+    monkeypatch.setattr(engine, "START_TIMEOUT_S", 0)
+    monkeypatch.setattr(engine, "_pid", lambda: made.pid)
+    monkeypatch.setattr(engine, "_command", lambda _: made.command)
+    monkeypatch.setattr(engine, "answers", lambda: made.is_answering)
+    monkeypatch.setattr(engine, "_host_state", lambda: {"boot": BOOT})
+    monkeypatch.setattr(engine, "_clean_after_kill", lambda: made.did.append("cleaned"))
+    monkeypatch.setattr(engine, "_restore_host", lambda _: made.did.append("restored"))
+    monkeypatch.setattr(engine, "_runtime_options", list)
+
+    def end(_: int) -> None:
+        made.did.append("ended")
+        made.pid, made.is_answering = None, False
+
+    def start(command: list[str], **_: object) -> None:
+        made.did.append(f"started {command[0]}")
+        made.is_answering = True
+
+    monkeypatch.setattr(engine, "_end", end)
+    monkeypatch.setattr(engine.subprocess, "Popen", start)
+    return made
+
+
+def test_an_engine_that_an_interrupted_call_has_started_is_taken_up(host: Host) -> None:
+    host.pid, host.is_answering = 7, True
+    engine._start()
+    assert host.did == []
+
+
+def test_an_engine_that_hangs_is_replaced(host: Host) -> None:
+    host.pid = 7
+    engine._start()
+    assert host.did == ["ended", "cleaned", "started dockerd"]
+
+
+@pytest.mark.parametrize(("boot", "is_kept"), [(BOOT, True), ("another", False)])
+def test_what_the_host_was_like_is_noted_once_a_boot(host: Host, boot: str, is_kept: bool) -> None:
+    """A killed engine's traces are none of the host's; after a restart of the machine there are none."""
+    engine.BEFORE.write_text(json.dumps({"boot": boot, "links": ["of then"]}))
+    engine._start()
+    noted = json.loads(engine.BEFORE.read_text())
+    assert noted == ({"boot": BOOT, "links": ["of then"]} if is_kept else {"boot": BOOT})
+
+
+def test_an_engine_of_another_cache_is_left_alone(host: Host) -> None:
+    host.pid, host.command, host.is_answering = 7, "dockerd --data-root /elsewhere/engine/data", True
+    for call in (engine.ensure, lambda: cli._down(Namespace(all=True))):
+        with pytest.raises(steps.ClusterError, match=r"of another cache than .*: set HEIMDALL_CACHE as it was"):
+            call()
+    engine.stop()
+    assert host.did == []
+
+
+def test_an_engine_whose_cache_was_removed_is_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next `up`, or by `down`. What the host was like before is not known any more."""
+    monkeypatch.setattr(engine, "_foreign_answers", lambda: False)
+    for name in ("_require_debian_root", "_install", "_ensure_buildx"):
+        monkeypatch.setattr(engine, name, lambda: None)
+    host.pid, host.command, host.is_answering = 7, f"dockerd --data-root {engine.DATA_ROOT}", True
+    engine.ensure()
+    assert host.did == ["ended", "cleaned", "cleaned", "started dockerd"]
+
+    host.did.clear()
+    engine.BEFORE.unlink()
+    host.pid = 7
+    engine.stop()
+    assert host.did == ["ended", "cleaned"]
+
+
+def test_a_process_that_has_the_number_of_our_engine_is_not_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engine, "PID_FILE", tmp_path / "docker.pid")
+    idle = [sys.executable, "-c", "import time; time.sleep(300)", "dockerd", "--pidfile"]
+    for file, is_ours in (("/run/docker.pid", False), (str(engine.PID_FILE), True)):
+        process = subprocess.Popen([*idle, file])
+        try:
+            engine.PID_FILE.write_text(str(process.pid))
+            steps.wait_until(lambda file=file, pid=process.pid: file in engine._command(pid), what=file, timeout_s=20)
+            assert engine._pid() == (process.pid if is_ours else None)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_an_engine_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(300)"
+    monkeypatch.setattr(engine, "STOP_TIMEOUT_S", 0.2)
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            engine._end(process.pid)
+            assert process.wait(timeout=20) == -signal.SIGKILL
+        finally:
+            process.kill()
+
+
 def test_a_lock_whose_file_was_removed_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
     with (tmp_path / "lock").open("w") as old:
@@ -137,6 +259,99 @@ def test_no_package_starts_a_service_while_it_is_installed(tmp_path: Path, monke
     with engine._no_services():
         assert policy.read_text() == "somebody's own"
     assert policy.exists()
+
+
+@pytest.mark.parametrize(("text", "stays"), [(engine.NO_SERVICES, False), ("somebody's own", True)])
+def test_a_call_that_was_killed_in_an_installation_leaves_services_startable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, stays: bool
+) -> None:
+    monkeypatch.setattr(engine, "POLICY", tmp_path / "policy-rc.d")
+    monkeypatch.setattr(engine, "_is_installed", lambda _: True)
+    engine.POLICY.write_text(text)
+    engine._install()
+    assert engine.POLICY.exists() is stays
+
+
+def test_a_client_that_a_killed_call_did_not_come_to_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[tuple[str, ...]] = []
+    monkeypatch.setattr(engine, "POLICY", tmp_path / "policy-rc.d")
+    monkeypatch.setattr(engine, "_is_installed", lambda program: program != "docker")
+    monkeypatch.setattr(engine, "_apt", lambda *words: did.append((words[0], words[-1])))
+    engine._install()
+    assert did == [("update", "-qq"), ("install", "docker-cli")]
+
+
+def test_what_a_killed_call_did_not_come_to_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster is up; what comes after it is not done."""
+    did: list[str] = []
+    monkeypatch.setattr(cli, "check_machine", lambda: None)
+    monkeypatch.setattr(engine, "ensure", dict)
+    monkeypatch.setattr(parts, "ensure", did.extend)
+    monkeypatch.setattr(parts, "drop_go_caches", lambda: did.append("no caches"))
+    monkeypatch.setattr(kind, "recovers", lambda: True)
+    monkeypatch.setattr(kind, "settle", lambda: did.append("settled"))
+    cli._up(Namespace())
+    assert did == ["kind", "helm", "settled", "minio", "kubeconform", "no caches"]
+
+
+def test_modules_half_removed_are_out_of_gos_sight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = tmp_path / "go/mod/example.com"
+    module.mkdir(parents=True)
+    (module / "go.mod").touch()
+    module.chmod(0o555)
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    for name, value in {"GO": tmp_path / "go", "remove_tree": killed}.items():
+        monkeypatch.setattr(parts, name, value)
+    with pytest.raises(KeyboardInterrupt):
+        parts.drop_go_caches()
+    assert not parts.GO.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    with cli.locked():
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"], "the next call removes the rest"
+
+
+def test_the_lock_that_a_killed_kind_left_on_the_kubeconfig_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    left = tmp_path / "kubeconfig.lock"
+    found: list[bool] = []
+    monkeypatch.setattr(kind, "KUBECONFIG", tmp_path / "kubeconfig")
+    monkeypatch.setattr(images, "client_environment", dict)
+    monkeypatch.setattr(kind, "run", lambda *_, **__: found.append(left.exists()))
+    left.touch()
+    kind._kind("delete", "cluster", timeout_s=1)
+    assert found == [False]
+
+
+def test_images_on_their_way_hold_the_lock_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    client = tmp_path / "docker"
+    client.write_text('#!/bin/sh\n[ -e "/proc/self/fd/$HELD" ] && case $1 in save) echo held ;; *) grep held ;; esac\n')
+    client.chmod(0o755)
+    with (tmp_path / "lock").open("w") as lock:
+        monkeypatch.setattr(kind, "held", [lock.fileno()])
+        monkeypatch.setattr(kind, "LOGS", tmp_path)
+        monkeypatch.setattr(engine, "docker", lambda: str(client))
+        monkeypatch.setattr(engine, "environment", lambda: {"HELD": str(lock.fileno())})
+        kind._stream(["heimdall/operator:dev"], "heimdall-worker")
+
+
+def test_a_disk_that_is_full_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(_: Namespace) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "logs/kind.log"))
+
+    monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    monkeypatch.setattr(cli, "_up", full)
+    monkeypatch.setattr(sys, "argv", ["hack/cluster", "up"])
+    with pytest.raises(SystemExit, match=r"no room is left on the disk \(.*kind.log\): make some, then call again"):
+        cli.main()
 
 
 def test_images_are_built_only_where_that_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
