@@ -55,7 +55,7 @@ def main() -> None:
     refuse_another_operator(cluster)
     with servers(artifacts=False) as started, namespace(cluster):
         figures = asyncio.run(measure(cluster, started.mlflow.url, arguments))
-    publish("operator", figures)
+        publish("operator", figures)  # before anything that may fail is removed
 
 
 def refuse_another_operator(cluster: Cluster) -> None:
@@ -78,9 +78,15 @@ def namespace(cluster: Cluster) -> Iterator[None]:
             if item["metadata"].get("finalizers"):
                 patch = '{"metadata": {"finalizers": null}}'
                 cluster.kubectl("patch", "trainingrun", item["metadata"]["name"], "--type=merge", "-p", patch)
-        cluster.run("kubectl", "delete", "namespace", NAMESPACE, "--wait=false")
+        delete(cluster, "namespace", NAMESPACE)
         if not had_crd:
-            cluster.run("kubectl", "delete", "crd", f"{PLURAL}.{GROUP}", "--wait=false")
+            delete(cluster, "crd", f"{PLURAL}.{GROUP}")
+
+
+def delete(cluster: Cluster, *what: str) -> None:
+    """Delete something and wait until it is gone: a definition on its way out would be in the way of a next release."""
+    print(f"removing {' '.join(what)}", flush=True)
+    cluster.run("kubectl", "delete", *what, f"--timeout={STEP_TIMEOUT_S}s", timeout_s=STEP_TIMEOUT_S + 30)
 
 
 # --- the parts ---------------------------------------------------------------------------------------------------
