@@ -1,0 +1,123 @@
+"""What the README shows of `make demo` is what hack/demo prints, with the operator's words and the CRD's columns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import yaml
+
+from heimdall_api import crd
+from heimdall_api.types import TrainingRunSpec
+from heimdall_operator import decide
+from heimdall_tracking import registry
+from heimdall_tracking.runs import RunFacts
+from tests.unit.documents.documents import ROOT
+from tests.unit.operator.builders import NOW, observed
+
+LINE = re.compile(r"(\w+) · epoch (\d+)/(\d+), step (\d+), (\d+) % · best (\S+) (\S+)")
+ROW = re.compile(r"^localizer .* (?P<run_id>[0-9a-f]{32}) +(?P<version>\d+) +(?P<age>[\dms]+)$", re.MULTILINE)
+METRIC = re.compile(r"test/position_error_median_m (\S+)\)\.")
+
+Resource = dict[str, Any]
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """hack/demo: a program, not a package."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("hack_demo", ROOT / "hack/demo/__main__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "POLL_S", 0)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shown() -> str:
+    """The block of the README."""
+    (found,) = re.findall(
+        r"^```\n(→ kubectl apply .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    return str(found)
+
+
+def resources(shown: str, example: Resource) -> list[Resource]:
+    """The TrainingRun at each line that is shown."""
+    found = []
+    for phase, epoch, epochs, step, percent, name, value in LINE.findall(shown):
+        progress = {"epoch": int(epoch), "epochs": int(epochs), "step": int(step), "percent": int(percent)}
+        status = {"phase": phase, "attempt": 1, "progress": progress, "bestMetric": {"name": name, "value": value}}
+        found.append({**example, "status": status})
+    row, value = ROW.search(shown), METRIC.search(shown)
+    assert row is not None
+    assert value is not None
+    complete = {"type": "Complete", "message": said_at_the_end(example, row["version"], float(value[1]))}
+    found[-1]["status"] |= {"runID": row["run_id"], "modelVersion": row["version"], "conditions": [complete]}
+    return found
+
+
+def said_at_the_end(example: Resource, version: str, value: float) -> str:
+    """What the operator says of a run whose version was the first to be champion."""
+    spec = TrainingRunSpec.model_validate(example["spec"])
+    assert spec.registration is not None
+    assert spec.registration.promotion is not None
+    metrics = {spec.registration.promotion.metric: value}
+    run = RunFacts(run_id="r1", experiment_id="1", status="FINISHED", attempt=1, metrics=metrics)
+    client = MagicMock()
+    client.search_model_versions.return_value = [MagicMock(version=version)]
+    client.search_model_versions.return_value[0].name = spec.registration.model
+    client.get_registered_model.return_value.aliases = {}
+    done = registry.register(client, run, spec.registration)
+    decision = decide._succeed(observed(spec=spec, run=run, registration=done), spec, NOW)
+    assert decision.status is not None
+    return next(item.message for item in decision.status.conditions if item.type == "Complete")
+
+
+def table(resource: Resource, age: str) -> str:
+    """What `kubectl get` prints: the columns that are not for `-o wide` alone."""
+    cells = {"NAME": resource["metadata"]["name"]}
+    for column in crd.COLUMNS:
+        if not column.get("priority"):
+            at: Any = resource | {"metadata": {"creationTimestamp": age}}
+            for part in column["jsonPath"].strip(".").split("."):
+                at = at[part]
+            cells[column["name"].upper()] = str(at)
+    return "\n".join("   ".join(row) for row in (cells, cells.values())) + "\n"
+
+
+def test_the_readme_shows_what_the_demonstration_prints(
+    demo: Any, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = resources(shown, yaml.safe_load((ROOT / demo.EXAMPLE).read_text()))
+    row = ROW.search(shown)
+    assert row is not None
+    last = table(left[-1], row["age"])
+
+    def kubectl(*arguments: str) -> str:
+        if arguments == ("get", "trainingrun", demo.RUN, "-o", "json"):
+            return json.dumps(left.pop(0))
+        return last if arguments == ("get", "trainingrun", demo.RUN) else ""
+
+    monkeypatch.setattr(demo, "_kubectl", kubectl)
+    demo._train()
+    demo._show()
+
+    said = capsys.readouterr()
+    assert (said.err + said.out).split() == shown.split(), "only where a line is broken is the README's own affair"
+
+
+def test_the_steps_that_are_shown_are_those_of_one_training(shown: str) -> None:
+    lines = LINE.findall(shown)
+    steps = [int(line[3]) for line in lines]
+
+    assert steps == sorted(steps)
+    assert [int(line[4]) for line in lines] == [100 * step // steps[-1] for step in steps]
+    assert lines[-1][0] == "Succeeded"
