@@ -84,6 +84,10 @@ docs: venv ## The documents as a site, in build/site; a link that leads nowhere 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
+.PHONY: diagrams
+diagrams: ## Draw the documents' diagrams for the site, after a change of their text (needs npm and Chromium)
+	@$(PYTHON) hack/diagrams.py
+
 .PHONY: bench-science
 bench-science: venv ## What the localizer learns, next to classical estimators and the bound of the physics
 	$(BIN)/python -m tests.bench.science

@@ -1,4 +1,4 @@
-"""What the site needs beyond mkdocs: links that leave docs/, and lists as GitHub reads them.
+"""What the site needs beyond mkdocs: links that leave docs/, lists as GitHub reads them, and diagrams as pictures.
 
 Pages link to files of the repository, so that they work where Markdown alone is shown. Each file that is linked to
 becomes a part of the site, under `repository/`; a link to what is not there the strict build refuses.
@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, Final
 
 from markdown import Extension
 from markdown.blockprocessors import build_block_parser
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from diagrams import BLOCK, picture_of
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 DOCS: Final = ROOT / "docs"
@@ -21,6 +27,7 @@ SHELF: Final = "repository"
 """Folder of the site that holds what lies outside docs/."""
 LINK: Final = re.compile(r"(?P<before>\]\()(?P<target>(?![a-z]+:|#|/)[^)#\s]+)")
 FENCE: Final = re.compile(r"^(?P<indent> *)(?P<ticks>```+).*?^(?P=indent)(?P=ticks) *$", re.MULTILINE | re.DOTALL)
+HEADING: Final = re.compile(r"^#+ (.*)$", re.MULTILINE)
 INDENT: Final = 2
 
 
@@ -56,7 +63,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point links at where their targets are on the site."""
+    """Point links at where their targets are on the site, and put pictures in the place of diagrams."""
     source = Path(str(page.file.abs_src_path))
     here = Path(page.file.src_uri).parent
 
@@ -66,9 +73,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     parts, end = [], 0
     for fence in FENCE.finditer(markdown):
-        parts += [LINK.sub(moved, markdown[end : fence.start()]), fence.group()]
+        before = LINK.sub(moved, markdown[end : fence.start()])
+        parts += [before, _drawn(fence.group(), markdown[: fence.start()], here)]
         end = fence.end()
     return "".join([*parts, LINK.sub(moved, markdown[end:])])
+
+
+def _drawn(fence: str, before: str, here: Path) -> str:
+    """A fence; if it is a diagram, its picture, which leads to itself where it can be made larger."""
+    diagram = BLOCK.fullmatch(fence.rstrip())
+    if diagram is None:
+        return fence
+    (*_, heading) = HEADING.findall(before)
+    picture = picture_of(diagram["text"])
+    if not picture.exists():
+        raise PluginError(f"the diagram under {heading!r} was not drawn: make diagrams")
+    place = os.path.relpath(picture.relative_to(DOCS), here)
+    return f"{diagram['indent']}[![{heading}, as a diagram]({place}){{ .diagram }}]({place})"
 
 
 def _uri(path: Path) -> str:

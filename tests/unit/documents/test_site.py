@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -30,6 +32,17 @@ def build(folder: Path, to: Path) -> subprocess.CompletedProcess[str]:
         timeout=TIMEOUT_S,
         check=False,
     )
+
+
+ALONE = ("mkdocs.yml", "docs", "hack/site.py", "hack/diagrams.py", "charts/heimdall/README.md", "CONTRIBUTING.md")
+"""What the pages are made of, without what they link to."""
+
+
+def copy(to: Path, *names: str) -> None:
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        source = ROOT / name
+        shutil.copytree(source, to / name) if source.is_dir() else shutil.copy(source, to / name)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +103,33 @@ def test_nothing_is_asked_of_other_servers_when_a_page_is_opened(site: Path) -> 
     assert styles == []
 
 
-def test_every_diagram_is_given_to_mermaid(site: Path) -> None:
-    for document in (ROOT / "docs").rglob("*.md"):
-        wanted = document.read_text().count("```mermaid")
-        if not wanted:
-            continue
-        text = (site / document.relative_to(ROOT / "docs")).with_suffix(".html").read_text()
-        assert text.count('<pre class="mermaid">') == wanted, document.name
+def test_every_diagram_is_a_picture(site: Path) -> None:
+    """Of a diagram's text the theme would have the browser fetch what draws it."""
+    shown = set()
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert "mermaid" not in re.findall(r'class="([^"]*)"', text), page.name
+        pictures = re.findall(r'<img alt="[^"]+, as a diagram" class="diagram" src="([^"]+)"', text)
+        source = ROOT / "docs" / page.relative_to(site).with_suffix(".md")
+        wanted = source.read_text().count("```mermaid") if source.exists() else 0
+        assert len(pictures) == wanted, page.name
+        shown |= {(page.parent / picture).resolve().name for picture in pictures}
+
+    assert len(shown) > 3
+    assert shown == {file.name for file in (ROOT / "docs/diagrams").iterdir()}, "make diagrams"
+
+
+def test_a_diagram_that_was_not_drawn_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("hack_site", ROOT / "hack/site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=str(ROOT / "docs/page.md"), src_uri="page.md"))
+
+    with pytest.raises(hook.PluginError, match="the diagram under 'Flows' was not drawn: make diagrams"):
+        hook.on_page_markdown("## Flows\n\n```mermaid\nflowchart XX\n```\n", page)
 
 
 def test_no_page_shows_markdown_that_was_not_understood(site: Path) -> None:
@@ -120,10 +153,7 @@ def test_what_belongs_to_an_item_of_a_list_stays_in_it(site: Path) -> None:
 
 def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
     """Also one that leaves docs/."""
-    for name in ("mkdocs.yml", "docs", "hack/site.py", "charts/heimdall/README.md", "CONTRIBUTING.md"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        source = ROOT / name
-        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
+    copy(tmp_path, *ALONE)
 
     done = build(tmp_path, tmp_path / "site")
 
