@@ -53,12 +53,14 @@ STRING: Final = {"type": "string"}
 OPEN: Final = {"type": "object"}
 """Kubernetes' own deep structures, checked by the API server."""
 _NAME: Final = "[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
+_OF_THE_CHART: Final = r"app\.kubernetes\.io/(name|instance|component|managed-by)|helm\.sh/chart"
+"""Labels that the chart sets, and finds its own by."""
 
 TYPES: Final[dict[str, Type]] = {
     "name": Type("name", _text(f"^{_NAME}$", 253)),
     "optionalName": Type("name or empty", _text(f"^({_NAME})?$", 253)),
     "key": Type("key", _text("^[-._a-zA-Z0-9]+$", 253)),
-    "pullSecrets": Type("list of {name}", _list(_closed({"name": _ref("name")}, "name"))),
+    "pullSecrets": Type("list of `{name}`", _list(_closed({"name": _ref("name")}, "name"))),
     "namespaces": Type("list of namespaces", _list(_text("^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", 63), uniqueItems=True)),
     "repository": Type("image name", _text(r"^[a-z0-9]([a-zA-Z0-9./_:-]*[a-z0-9])?$")),
     "tag": Type("image tag", _text(r"^[\w][\w.-]{0,127}$")),
@@ -80,6 +82,19 @@ TYPES: Final[dict[str, Type]] = {
         _closed({"requests": _ref("quantities"), "limits": _ref("quantities"), "claims": _list(OPEN)}),
     ),
     "labels": Type("labels", {"type": "object", "additionalProperties": STRING}),
+    "ownLabels": Type(
+        "labels",
+        {
+            "type": "object",
+            "additionalProperties": STRING,
+            "propertyNames": {"not": {"pattern": rf"^({_OF_THE_CHART})$"}},
+        },
+    ),
+    "annotations": Type("annotations", {"type": "object", "additionalProperties": STRING}),
+    "envVars": Type(
+        "list of EnvVar",
+        _list(_closed({"name": _text("^[-._a-zA-Z][-._a-zA-Z0-9]*$"), "value": STRING, "valueFrom": OPEN}, "name")),
+    ),
     "nodeSelector": Type("labels", {"type": "object", "additionalProperties": STRING}),
     "labelSelector": Type(
         "LabelSelector",

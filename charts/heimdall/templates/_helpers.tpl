@@ -16,6 +16,22 @@
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{ include "heimdall.selector" . }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* Labels and annotations of a role's pods: include "heimdall.podMetadata" (dict "root" $ "role" "operator" "values"
+.Values.operator). With "annotations", the chart's own. */}}
+{{- define "heimdall.podMetadata" -}}
+labels:
+  {{- include "heimdall.selector" . | nindent 2 }}
+  {{- with merge (dict) .values.podLabels .root.Values.commonLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with merge (dict) (.annotations | default dict) .values.podAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "heimdall.selector" -}}

@@ -27,6 +27,9 @@ securityContext:
 {{ include "heimdall.noTelemetry" . }}
 - {name: MLFLOW_SERVER_ENABLE_JOB_EXECUTION, value: "false"}
 - {name: HOME, value: /tmp}
+{{- with .Values.tracking.extraEnv }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "heimdall.noTelemetry" -}}

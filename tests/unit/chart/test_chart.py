@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from heimdall_api.contract import GROUP, PLURAL
-from tests.unit.chart.helm import CHART, NAMESPACE, Manifest, Rendered, helm, render
+from tests.unit.chart.helm import CHART, NAMESPACE, Manifest, Rendered, flags, helm, refused, render
 
 SPREAD = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
 
@@ -104,6 +104,63 @@ def test_scheduling_and_pull_secrets_reach_the_pods() -> None:
         assert "podAntiAffinity" in spec["affinity"], name
         assert spec["topologySpreadConstraints"] == [SPREAD], name
         assert spec["priorityClassName"] == f"{spec['nodeSelector']['pool'].lower()}-priority", name
+
+
+def metadata_of_pods(rendered: Rendered) -> dict[str, Manifest]:
+    """Labels and annotations of the pods of everything that makes pods."""
+    found: dict[str, Manifest] = {}
+    for kind in ("Deployment", "StatefulSet", "Job"):
+        for item in rendered.of_kind(kind):
+            found[item["metadata"]["name"]] = item["spec"]["template"]["metadata"]
+    return found
+
+
+def test_common_labels_are_on_everything_but_the_definition() -> None:
+    rendered = render({"commonLabels": {"cost-center": "rf"}, "operator.podLabels": {"cost-center": "platform"}})
+    for item in rendered.manifests:
+        if item["kind"] != "CustomResourceDefinition":
+            assert item["metadata"]["labels"]["cost-center"] == "rf", item["metadata"]["name"]
+    for name, metadata in metadata_of_pods(rendered).items():
+        assert metadata["labels"]["cost-center"] == ("platform" if "operator" in name else "rf"), name
+    for kind in ("Deployment", "StatefulSet"):
+        for item in rendered.of_kind(kind):
+            chosen = item["spec"]["selector"]["matchLabels"]
+            assert "cost-center" not in chosen, "a selector can't be changed"
+            assert chosen.items() <= item["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_labels_and_annotations_of_a_role_are_on_its_pods_alone() -> None:
+    values = {
+        f"{role}.{name}": {"example.com/role": role}
+        for role in ("operator", "tracking", "database", "objectStore")
+        for name in ("podLabels", "podAnnotations")
+    }
+    for name, metadata in metadata_of_pods(render(values)).items():
+        role = metadata["labels"]["example.com/role"]
+        assert metadata["annotations"]["example.com/role"] == role
+        assert role in name.replace("object-store", "objectStore")
+
+
+def test_without_labels_and_annotations_pods_are_what_they_were(rendered: Rendered) -> None:
+    """An upgrade starts no database anew for something that nobody asked for."""
+    for name, metadata in metadata_of_pods(rendered).items():
+        assert set(metadata["labels"]) == {f"app.kubernetes.io/{label}" for label in ("name", "instance", "component")}
+        assert set(metadata.get("annotations", {})) <= {"checksum/files"}, name
+
+
+@pytest.mark.parametrize("value", ["commonLabels", "database.podLabels"])
+def test_labels_that_the_chart_finds_its_own_by_are_refused(value: str) -> None:
+    said = refused(*flags({value: {"app.kubernetes.io/component": "mine"}}))
+    assert value.replace(".", "/") in said
+
+
+def test_further_variables_reach_operator_and_mlflow() -> None:
+    extra = [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]
+    rendered = render({"operator.extraEnv": extra, "tracking.extraEnv": extra})
+    for name, spec in rendered.pods().items():
+        for container in containers(spec):
+            wanted = any(part in name for part in ("heimdall-operator", "tracking"))
+            assert (extra[0] in container.get("env", [])) is wanted, f"{name}: {container['name']}"
 
 
 # --- CRD and rights ----------------------------------------------------------------------------------------------

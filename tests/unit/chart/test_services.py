@@ -61,6 +61,39 @@ def test_mlflow_answers_under_its_public_address() -> None:
     assert said["cors-allowed-origins"] == "https://mlflow.example.com"
 
 
+@pytest.mark.parametrize(
+    ("url", "tls"),
+    [
+        ("https://mlflow.example.com:8443", [{"hosts": ["mlflow.example.com"], "secretName": "mlflow-tls"}]),
+        ("http://mlflow.example.com/", None),
+    ],
+)
+def test_an_ingress_leads_from_the_public_host_to_mlflow(url: str, tls: Any) -> None:
+    ingress = {"enabled": True, "className": "nginx", "annotations": {"a/b": "0"}, "tlsSecretName": "mlflow-tls"}
+    made = render({"tracking.publicUrl": url, "tracking.ingress": ingress})
+    found = made.one("Ingress", "heimdall-tracking")
+    assert found["metadata"]["annotations"] == {"a/b": "0"}
+    assert found["spec"].get("tls") == tls
+    assert found["spec"]["ingressClassName"] == "nginx"
+    (rule,) = found["spec"]["rules"]
+    assert rule["host"] == "mlflow.example.com"
+    (path,) = rule["http"]["paths"]
+    service = made.one("Service", path["backend"]["service"]["name"])
+    assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    assert not render({"tracking.publicUrl": url}).of_kind("Ingress")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "tracking.publicUrl is needed with tracking.ingress.enabled"),
+        ({"tracking.publicUrl": "https://example.com/mlflow"}, "give it a host of its own"),
+    ],
+)
+def test_an_ingress_that_could_not_work_is_refused(values: dict[str, Any], words: str) -> None:
+    assert words in refused(*flags({"tracking.ingress.enabled": True, **values}))
+
+
 def test_everything_of_mlflow_is_quiet(rendered: Rendered) -> None:
     pods = [spec for name, spec in rendered.pods().items() if "tracking" in name]
     assert len(pods) == 2

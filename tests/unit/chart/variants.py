@@ -20,6 +20,8 @@ EVERYWHERE: dict[str, Any] = {
     ],
     "priorityClassName": "system-cluster-critical",
     "image.digest": DIGEST,
+    "podLabels": {"tier": "ml"},
+    "podAnnotations": {"example.com/scrape": "true"},
 }
 PEER = {"ipBlock": {"cidr": "192.0.2.7/32"}}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -27,7 +29,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {
         **{f"{role}.{name}": value for role in ROLES for name, value in EVERYWHERE.items()},
         "tracking.replicas": 3,
+        "commonLabels": {"cost-center": "rf"},
+        **{f"{role}.extraEnv": [{"name": "NO_PROXY", "value": ".svc"}] for role in ("operator", "tracking")},
         "tracking.publicUrl": "https://mlflow.example.com",
+        "tracking.ingress": {
+            "enabled": True,
+            "className": "nginx",
+            "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "0"},
+            "tlsSecretName": "mlflow-tls",
+        },
         "database.storageClassName": "fast",
         "objectStore.storageClassName": "large",
         "caBundle.certificates": PEM,
