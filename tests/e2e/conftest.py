@@ -142,7 +142,7 @@ def canaries(cluster: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: dict[str, str]) -> Iterator[Cluster]:
-    """The chart, installed once, with canaries as passwords; removed whole afterwards."""
+    """The chart, installed once, on Secrets that were there, with canaries as passwords; removed whole afterwards."""
     installed = Cluster(cluster, NAMESPACE)
     if OF_SEVERAL_CALLS in ("go-on", "end"):
         yield installed
@@ -158,7 +158,7 @@ def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: di
     has_crd = installed.run("kubectl", "get", "crd", CRD, check=False).returncode == 0
     if has_crd:
         installed.run("kubectl", "apply", "--server-side", "--force-conflicts", "-f", "charts/heimdall/files/crd.yaml")
-    options = (*INSTALL_OPTIONS, "--set", f"crd.install={str(not has_crd).lower()}")
+    options = (*INSTALL_OPTIONS, *EXISTING_SECRETS, "--set", f"crd.install={str(not has_crd).lower()}")
     try:
         installed.helm(
             "install", "heimdall", "charts/heimdall", *options, "--wait", "--timeout", f"{INSTALL_TIMEOUT_S}s"
@@ -190,8 +190,15 @@ INSTALL_OPTIONS = (
 )
 
 
+EXISTING_SECRETS = (
+    *("--set", "database.existingSecret=heimdall-database,objectStore.existingSecret=heimdall-object-store"),
+    *("--set", "tracking.auth.existingSecret=heimdall-tracking"),
+)
+"""Under the names that the chart would give them: the documents' commands look for those."""
+
+
 def canary_secret(role: str, canaries: dict[str, str]) -> dict[str, Any]:
-    """A Secret that the chart finds and keeps; Helm may take it over."""
+    """A Secret of somebody who installs the chart."""
     data = {key: canaries[f"{role}/{key}"] for key in CANARY_KEYS[role]}
     if role == "object-store":
         data |= {f"{who}-access-key": f"heimdall-{who}" for who in ("mlflow", "writer", "reader")}
@@ -199,11 +206,7 @@ def canary_secret(role: str, canaries: dict[str, str]) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {
-            "name": f"heimdall-{role}",
-            "labels": {"app.kubernetes.io/managed-by": "Helm"},
-            "annotations": {"meta.helm.sh/release-name": "heimdall", "meta.helm.sh/release-namespace": NAMESPACE},
-        },
+        "metadata": {"name": f"heimdall-{role}"},
         "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
     }
 

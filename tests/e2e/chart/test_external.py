@@ -103,7 +103,8 @@ def guest(release: Cluster, services: Services, stores: Cluster, tracking: Mlflo
     services.cluster.kubectl("wait", "--for=condition=Ready", "pod/mlflow", "--timeout=60s")
     with namespace(release, "guest") as made:
         login = {"MLFLOW_TRACKING_USERNAME": "guest", "MLFLOW_TRACKING_PASSWORD": services.passwords["mlflow"]}
-        for manifest in (*services.secrets(), secret("my-mlflow", login)):
+        # As where the chart is rendered without a cluster: every Secret is somebody's own.
+        for manifest in (*services.secrets(), secret("my-mlflow", login), secret("heimdall-trainer", login)):
             made.apply(manifest)
         authority = {"ca.crt": services.authority.read_text()}
         made.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "company-ca"}, "data": authority})
@@ -115,6 +116,7 @@ def guest(release: Cluster, services: Services, stores: Cluster, tracking: Mlflo
             "publicUrl": services.tracking_url,
             "existingSecret": "my-mlflow",
         }
+        values["trainer"] = {"createSecrets": False}
         install(made, values)
         yield made
 
@@ -179,5 +181,6 @@ def test_a_release_trains_with_an_external_mlflow(services: Services, guest: Clu
     train(guest, as_admin, "with-external-mlflow")
 
     assert {item["metadata"]["name"] for item in guest.list("deployments")} == {"heimdall-operator"}
+    assert guest.list("secrets", "app.kubernetes.io/managed-by=Helm") == []
     assert guest.list("statefulsets") == []
     assert "Succeeded" in guest.helm("test", "heimdall", "--timeout", INSTALL_TIMEOUT)

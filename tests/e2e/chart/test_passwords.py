@@ -1,4 +1,4 @@
-"""Generated passwords outlive upgrades, and each of them opens no more than it should."""
+"""Passwords of Secrets that were there are used and left alone, and each of them opens no more than it should."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def s3(endpoint: str, access: dict[str, str]) -> Any:
         aws_secret_access_key=access["HEIMDALL_S3_SECRET_KEY"],
         region_name="us-east-1",
     )
+
+
+def test_no_secret_is_made_where_one_was_there(release: Cluster) -> None:
+    """What others are made of is theirs: the release holds the two that it made of them."""
+    made = {item["metadata"]["name"] for item in release.list("secrets", "app.kubernetes.io/managed-by=Helm")}
+    assert made == {"heimdall-trainer", "heimdall-recordings-writer"}
 
 
 def test_an_upgrade_keeps_passwords_and_restarts_no_database(release: Cluster) -> None:
