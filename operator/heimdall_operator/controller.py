@@ -291,11 +291,10 @@ class Controller:
         told: set[tuple[str, str]] = set()
         for namespace in self._namespaces:
             try:
-                events = await self._kube.list_events(namespace, KIND)
+                told |= await self._kube.event_names(namespace, KIND)
             except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
                 log.warning("Events could not be listed; what is missing stays so", error=_describe(error))
                 return
-            told |= {(event["metadata"]["namespace"], event["metadata"]["name"]) for event in events}
         now = self._clock()
         for resource in filter(None, map(self.store.get, self.store.known())):
             for manifest in _recent_events(resource, now):

@@ -11,6 +11,7 @@ from urllib.request import getproxies
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, LABEL_UID, MANAGED_BY, PLURAL, VERSION
 from heimdall_operator import metrics
 
+EVENTS_PAGE: Final = 500
 LOG_LINES: Final = 10_000
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
@@ -120,14 +121,25 @@ class Kube:
                 break
         return text[-limit:].decode(errors="replace")
 
-    async def list_events(self, namespace: str | None, kind: str, name: str | None = None) -> list[dict[str, Any]]:
-        """Events about an object, or about all objects of a kind, in a namespace or in all."""
-        selector = f"involvedObject.kind={kind}" + (f",involvedObject.name={name}" if name is not None else "")
-        query = [("fieldSelector", selector)]
+    async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
+        """Events about an object."""
+        query = [("fieldSelector", f"involvedObject.kind={kind},involvedObject.name={name}")]
         items: list[dict[str, Any]] = (await self._call("GET", _path("/api/v1", namespace, "events"), query=query))[
             "items"
         ]
         return items
+
+    async def event_names(self, namespace: str | None, kind: str) -> set[tuple[str, str]]:
+        """Namespace and name of every Event about objects of a kind; page by page, there may be tens of thousands."""
+        names: set[tuple[str, str]] = set()
+        query = [("fieldSelector", f"involvedObject.kind={kind}"), ("limit", str(EVENTS_PAGE))]
+        onward: list[tuple[str, str]] = []
+        while True:
+            page = await self._call("GET", _path("/api/v1", namespace, "events"), query=[*query, *onward])
+            names |= {(item["metadata"]["namespace"], item["metadata"]["name"]) for item in page["items"]}
+            if not (token := page["metadata"].get("continue")):
+                return names
+            onward = [("continue", token)]
 
     async def delete_job(self, namespace: str, name: str) -> None:
         """Delete a Job and its pods, which get their grace period."""

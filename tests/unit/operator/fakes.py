@@ -194,9 +194,10 @@ class FakeKube:
     async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
         return f"log of {pod}\n"
 
-    async def list_events(self, namespace: str, kind: str, name: str | None = None) -> list[dict[str, Any]]:
-        if name is None:
-            return [{"metadata": {"name": each, "namespace": "team"}} for each in self.world.event_names]
+    async def event_names(self, namespace: str | None, kind: str) -> set[tuple[str, str]]:
+        return {("team", name) for name in self.world.event_names}
+
+    async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
         return [{"metadata": {"name": f"{name}.1"}, "reason": "Seen"}]
 
     async def create_event(self, namespace: str, event: dict[str, Any]) -> None:
