@@ -101,7 +101,7 @@ def mel_spectrogram(iq: Tensor, parameters: SpectrogramParameters = DEFAULT_PARA
         return _mel_spectrograms(iq, parameters)
     recordings = iq.reshape(-1, iq.shape[-1])
     together = max(1, SAMPLES_TOGETHER // iq.shape[-1])
-    made = [_mel_spectrograms(piece, parameters) for piece in recordings.split(together)]
+    made = [_mel_spectrograms(piece, parameters) for piece in torch.split(recordings, together)]
     return torch.cat(made).reshape(*iq.shape[:-1], *SHAPE)
 
 
