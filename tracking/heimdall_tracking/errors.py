@@ -9,6 +9,9 @@ PERMANENT: Final = frozenset(
 )
 """Error codes of MLflow that say the call itself is wrong. Everything else may be a server that is away."""
 
+OF_A_DELETED_RUN: Final = "must be in the 'active' state"
+"""What MLflow says, with the code of a wrong value, to whoever logs to a run that was deleted."""
+
 
 class TrackingError(Exception):
     """Something can't be tracked; the message says why and what to do."""
@@ -23,8 +26,8 @@ class AwayError(Exception):
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether MLflow refuses what it was given: nothing that happens meanwhile makes it take the same again."""
-    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
+    """Whether MLflow refuses what it was given, not whom it was given for: a part of it may be taken."""
+    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE" and OF_A_DELETED_RUN not in str(error)
 
 
 def is_permanent(error: BaseException) -> bool:

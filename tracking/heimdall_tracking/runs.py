@@ -212,8 +212,10 @@ def check_attempt(run: Run, attempt: int | None) -> None:
         attempt: The attempt's number; None where none takes over.
 
     Raises:
-        OvertakenError: A newer one has taken over.
+        OvertakenError: A newer one has taken over, or somebody has deleted the run.
     """
+    if attempt is not None and run.info.lifecycle_stage == "deleted":
+        raise OvertakenError(f"the run was deleted in MLflow: attempt {attempt} publishes nothing more")
     newest = _number(run.data.tags.get(TAG_ATTEMPT))
     if attempt is not None and newest > attempt:
         raise OvertakenError(f"attempt {newest} has taken over: attempt {attempt} publishes nothing more")

@@ -364,13 +364,18 @@ class MLflowTracker:
         """
         stamp = now_ms()
         points = []
+        try:
+            at = int(step)
+        except (TypeError, ValueError, OverflowError):
+            log.warning("metrics whose step is no number were left out", metrics=sorted(map(str, metrics))[:10])
+            return
         for name, value in metrics.items():
             try:
                 number = float(value)
             except (TypeError, ValueError, RuntimeError, OverflowError):
                 log.warning("a metric is no number and was left out", metric=str(name))
                 continue
-            points.append(Point(clean_name(name), storable(number), int(step), stamp))
+            points.append(Point(clean_name(name), storable(number), at, stamp))
         if self._metrics is None:
             client, run_id, fence = self.client, self.run_id, self._fenced()
             self._metrics = MetricQueue(

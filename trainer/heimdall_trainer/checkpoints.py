@@ -138,10 +138,17 @@ class CheckpointPublisher:
             for file, checkpoint in left
         ]
 
-    def best(self) -> Checkpoint | None:
-        """The listed checkpoint with the best metric; without metrics the last one."""
-        best = ranked(self.listed, self._mode)
-        return best[0] if best else (self.listed[-1] if self.listed else None)
+    def best(self, folder: Path) -> Checkpoint | None:
+        """The listed checkpoint with the best metric, without metrics the last one, of those whose bytes are there.
+
+        Args:
+            folder: Where it is downloaded to, if it is not here.
+
+        Raises:
+            Exception: The server is away.
+        """
+        from_the_best = ranked(self.listed, self._mode) or self.listed[::-1]
+        return next((item for item in from_the_best if self.local_file(item, folder) is not None), None)
 
     def local_file(self, checkpoint: Checkpoint, folder: Path) -> Path | None:
         """A checkpoint's file, downloaded where it is not here; None where it is gone, or not what was uploaded.

@@ -326,8 +326,9 @@ class TrainingPipeline:
             raise self._publisher.fence or UndeliveredError(
                 "the last checkpoint could not be delivered to MLflow in time"
             )
-        best = group.from_first(self._publisher.best())
-        file = self._publisher.local_file(best, self.output_dir / "resumed") if best else None
+        folder = self.output_dir / "resumed"
+        best = group.from_first(self._publisher.best(folder) if group.is_first() else None)
+        file = self._publisher.local_file(best, folder) if best else None
         if file is not None:
             held = torch.load(file, map_location="cpu", weights_only=False)
             self.module.on_load_checkpoint(held)

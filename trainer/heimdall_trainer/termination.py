@@ -37,7 +37,7 @@ def run_to_exit_code(call: Callable[[], None]) -> int:
     try:
         call()
     except BaseException as error:
-        if isinstance(error, SystemExit | KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code):
             raise
         code, reason, message = judge(error)
         if reason == Reason.USER_ERROR:
@@ -75,6 +75,10 @@ def _judge_other(error: BaseException) -> tuple[ExitCode, Reason, str]:
         where = f": {error.filename}" if error.filename else _where(error)
         remedy = "make room there, or use a larger disk (--output-dir; on a cluster, a volume of spec.podTemplate)"
         return ExitCode.ERROR, Reason.STORAGE_EXCEEDED, f"{error.strerror}{where}; {remedy}."
+    if isinstance(error, SystemExit):
+        # Exit code 0 is for a training that is done: nothing would tell that this one is not.
+        message = f"sys.exit() was called before training was done{_where(error)}; let training end, or raise an error."
+        return ExitCode.ERROR, Reason.USER_ERROR, message
     if _is_named(error, "torch", "OutOfMemoryError"):
         text = "The GPU's memory does not suffice: lower spec.training.batchSize, or use a larger GPU."
         return ExitCode.CUDA_OUT_OF_MEMORY, Reason.CUDA_OUT_OF_MEMORY, f"{text} {str(error)[:300]}"

@@ -19,8 +19,8 @@ class AwayError(Exception):
 class RefusedError(Exception):
     """The server says the call is wrong."""
 
-    def __init__(self, error_code: str = "INVALID_PARAMETER_VALUE") -> None:
-        super().__init__(error_code)
+    def __init__(self, error_code: str = "INVALID_PARAMETER_VALUE", message: str = "") -> None:
+        super().__init__(message or error_code)
         self.error_code = error_code
 
 

@@ -118,9 +118,17 @@ def test_a_refused_point_does_not_take_its_batch_along() -> None:
     assert not queue.close(PATIENCE_S), "something was not delivered"
 
 
-@pytest.mark.parametrize("code", ["RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"])
-def test_a_run_that_is_gone_is_not_asked_point_by_point(code: str) -> None:
-    server = Server(errors=[RefusedError(code)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RefusedError("RESOURCE_DOES_NOT_EXIST"),
+        RefusedError("INVALID_STATE"),
+        RefusedError("INVALID_PARAMETER_VALUE", "The run 1 must be in the 'active' state. Current state is deleted."),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_gone_is_not_asked_point_by_point(error: Exception) -> None:
+    server = Server(errors=[error])
     queue = queue_to(server.send, linger_s=ENDLESS_S)
     queue.put(points(range(100)))
 

@@ -220,6 +220,29 @@ def test_an_attempt_that_was_given_up_says_nothing_more(
     assert (started.overtaken is None) is arrives
 
 
+def test_to_a_run_that_was_deleted_nothing_more_is_said(
+    started: MLflowTracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "LOOK_EVERY_S", 0.0)
+    started.keep_undelivered_in(tmp_path / "kept", attempt=1)
+    client.delete_run(started.run_id)
+
+    started.log_metrics({"loss": 1.0}, step=7)
+    started.flush(PATIENCE_S)
+
+    assert started.overtaken is not None
+    assert "the run was deleted in MLflow" in str(started.overtaken)
+
+
+@pytest.mark.parametrize("step", [None, float("nan"), float("inf"), "first"])
+def test_a_step_that_is_no_number_raises_nothing(started: MLflowTracker, client: MlflowClient, step: Any) -> None:
+    started.log_metrics({"loss": 1.0}, step=step)
+    started.log_metrics({"loss": 2.0}, step=3)
+
+    assert started.flush(PATIENCE_S)
+    assert [(item.step, item.value) for item in client.get_metric_history(started.run_id, "loss")] == [(3, 2.0)]
+
+
 def test_files_and_folders_become_artifacts(started: MLflowTracker, client: MlflowClient, tmp_path: Path) -> None:
     folder = tmp_path / "plots"
     folder.mkdir()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints, parse_checkpoints
 from heimdall_tracking import MLflowTracker, load_settings
-from heimdall_tracking.checkpoints import retained
+from heimdall_tracking.checkpoints import Mode, retained
 from heimdall_tracking.errors import OvertakenError
 from heimdall_trainer import checkpoints
 from heimdall_trainer.checkpoints import CheckpointPublisher
@@ -82,7 +82,8 @@ class FakeTracker:
 
     def get_run(self, run_id: str) -> Any:
         return SimpleNamespace(
-            data=SimpleNamespace(tags=dict(self.tags)), info=SimpleNamespace(artifact_uri="file:///nowhere")
+            data=SimpleNamespace(tags=dict(self.tags)),
+            info=SimpleNamespace(artifact_uri="file:///nowhere", lifecycle_stage="active"),
         )
 
     def log_artifact(self, run_id: str, file: str, folder: str) -> None:
@@ -108,8 +109,10 @@ def publish() -> Iterator[Publish]:
     """Makes publishers, which are closed at the end."""
     made: list[CheckpointPublisher] = []
 
-    def make(tracker: Any, *, attempt: int = 1, keep: int = 3, fenced: bool = True) -> CheckpointPublisher:
-        made.append(CheckpointPublisher(tracker, attempt=attempt, keep=keep, mode="min", fenced=fenced))
+    def make(
+        tracker: Any, *, attempt: int = 1, keep: int = 3, mode: Mode = "min", fenced: bool = True
+    ) -> CheckpointPublisher:
+        made.append(CheckpointPublisher(tracker, attempt=attempt, keep=keep, mode=mode, fenced=fenced))
         return made[-1]
 
     yield make
@@ -321,7 +324,7 @@ def test_a_metric_that_is_no_number_counts_as_none(publish: Publish, tmp_path: P
     submit(publisher, tmp_path, 2, metric=float("nan"))
     assert publisher.flush(TIMEOUT_S)
     assert [item.metric for item in publisher.listed] == [0.5, None]
-    best = publisher.best()
+    best = publisher.best(tmp_path)
     assert best is not None
     assert best.step == 1
 
@@ -416,6 +419,9 @@ def test_a_checkpoint_that_is_not_what_was_uploaded_is_left_out_for_an_older_one
     file = publish(tracker, attempt=2).newest_file(tmp_path / "resumed")
     assert file is not None
     assert file.read_bytes() == b"step-1.ckpt" * 100
+    best = publish(tracker, attempt=2, mode="max").best(tmp_path / "resumed")
+    assert best is not None
+    assert best.step == 1
     shutil.rmtree(where)
 
 
@@ -439,7 +445,7 @@ def test_without_checkpoints_there_is_nothing_to_go_on_from(
 ) -> None:
     publisher = publish(tracker)
     assert publisher.newest_file(tmp_path) is None
-    assert publisher.best() is None
+    assert publisher.best(tmp_path) is None
 
 
 def test_a_list_of_checkpoints_comes_back_from_its_tag() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from heimdall_trainer.data import sessions
 from heimdall_trainer.data.sessions import SessionStore, receivers
 from heimdall_trainer.errors import ConfigurationError, DataError
 from tests.unit.trainer.builders import data_settings, session
@@ -74,6 +75,13 @@ def test_transmissions_come_in_a_fixed_order(store: SessionStore) -> None:
     found = store.transmissions(["b", "a"])
     assert [item.id for item in found] == ["a-0000", "a-0001", "b-0000", "b-0001"]
     assert [each.receiver.receiver_id for each in found[0].recordings] == ["rx0", "rx1", "rx2"]
+
+
+def test_more_sessions_than_a_query_takes_are_read_by_several(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "SESSIONS_ASKED", 1)
+    assert [item.id for item in store.transmissions(["a", "b"])] == ["a-0000", "a-0001", "b-0000", "b-0001"]
 
 
 def test_a_session_that_is_there_is_not_added_again(store: SessionStore) -> None:

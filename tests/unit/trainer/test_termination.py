@@ -58,6 +58,7 @@ ENDS = {
         ExitCode.ERROR,
         Reason.USER_ERROR,
     ),
+    "an exit that claims success": (SystemExit(), ExitCode.ERROR, Reason.USER_ERROR),
     "an exception in training": (KeyError("x"), ExitCode.ERROR, Reason.USER_ERROR),
 }
 

@@ -31,6 +31,8 @@ READ_TRIES: Final = 5
 """Tries at reading from a database that does not answer; the waits between them double from 1 s."""
 SCHEMA_LOCK: Final = 0x4845494D
 """Advisory lock of PostgreSQL that two processes making the tables at once wait for."""
+SESSIONS_ASKED: Final = 10_000
+"""Sessions that one query asks for: PostgreSQL takes 65,535 values."""
 NAMED_IDS: Final = 10
 """How many sessions an error names."""
 
@@ -262,7 +264,7 @@ class SessionStore:
         return wanted or found
 
     def transmissions(self, session_ids: Sequence[str]) -> list[Transmission]:
-        """Transmissions of sessions with their recordings, in a fixed order: one query.
+        """Transmissions of sessions with their recordings, in a fixed order: one query for thousands of sessions.
 
         Args:
             session_ids: Sessions, whatever their status.
@@ -271,8 +273,9 @@ class SessionStore:
             ConnectionError: The database does not answer.
         """
         grouped: dict[str, list[Any]] = {}
-        for row in self._read(_transmissions_query(session_ids)):
-            grouped.setdefault(row.id, []).append(row)
+        for start in range(0, len(session_ids), SESSIONS_ASKED):
+            for row in self._read(_transmissions_query(session_ids[start : start + SESSIONS_ASKED])):
+                grouped.setdefault(row.id, []).append(row)
         return [_transmission(rows) for rows in grouped.values()]
 
     def _read(self, query: sa.Executable) -> Sequence[Any]:
