@@ -24,6 +24,7 @@ _BLOCK = re.compile(r"^(?P<indent> *)```(?P<kind>\w+)\n(?P<text>.*?)^(?P=indent)
 _HERE_DOCUMENT = re.compile(r"<<'(\w+)'\n.*?^\1$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+_SHOWN = re.compile(r"^```\n\$ ([^\n]+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 
 
@@ -78,6 +79,23 @@ def commands() -> list[Command]:
             where = f"{block.where}: {line.strip()}"
             found.extend(Command(where, line, words, block.is_marked) for words in split(line))
     return found
+
+
+def typed_under(page: str, heading: str, program: str) -> list[list[str]]:
+    """Commands of a program in the blocks under a heading of a page."""
+    found = [block for block in blocks("sh") if (block.where, block.heading) == (page, heading)]
+    lines = [line for block in found for line in block.text.splitlines()]
+    return [words for line in lines for words in split(line.partition(" #")[0]) if words[0] == program]
+
+
+def shown(page: str) -> dict[str, str]:
+    """Commands that a page shows with what they print."""
+    return dict(_SHOWN.findall((ROOT / page).read_text()))
+
+
+def looks_like(text: str) -> re.Pattern[str]:
+    """What differs from a text in numbers alone."""
+    return re.compile(re.sub(r"\d+(\\\.\d+)?", r"[\\d.]+", re.escape(text)))
 
 
 def commands_in_text(*programs: str) -> list[Command]:

@@ -62,8 +62,9 @@ RUN_BY = {
     # What a command begins with: where a test runs it, and words by which it is found there.
     "make test": (".ci/run", "make test"),  # by continuous integration
     "make venv": ("Makefile", "test: needs-test venv"),  # by `make test`
-    "heimdall-train data generate": ("tests/integration/test_data.py", 'data("generate"'),
-    "heimdall-train run": ("tests/unit/documents/test_own_model.py", '["run", "-f"'),
+    "heimdall-train data generate": ("tests/integration/test_export.py", "heimdall_train(*generate"),
+    "heimdall-train run": ("tests/integration/test_export.py", "heimdall_train(*run_it"),
+    "heimdall-train plot": ("tests/integration/test_export.py", "looks = {"),
     "heimdall-train deliver": ("tests/integration/test_undelivered.py", '"deliver", str(folder)'),
     "heimdall-train validate": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
     "python3 hack/cluster env": ("tests/e2e/cluster.py", '"hack/cluster", "env"'),
