@@ -34,7 +34,7 @@ PLACE = re.compile(r"^(?:\./)?(?:manifests|charts|hack|images|tests|docs)/[\w./-
 PLACEHOLDER = re.compile(r"^[A-Z][A-Z-]*$|^NAME-aN$")
 VERBS = {
     *("get", "describe", "apply", "wait", "create", "label", "delete", "patch", "logs", "exec", "rollout", "explain"),
-    *("port-forward", "scale", "top", "annotate"),
+    *("port-forward", "scale", "top", "annotate", "cordon"),
 }
 KINDS = {
     "configmap": {"configmap", "cm"},
