@@ -11,5 +11,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "hack/cluster"))
 
 
 @pytest.fixture(autouse=True)
+def no_real_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The engine that runs on this machine, with a cluster of somebody's in it, is not what these tests are about."""
+    from heimdall_cluster import engine
+
+    run = tmp_path / "run"
+    for name, path in {"RUN": run, "SOCKET": "docker.sock", "PID_FILE": "docker.pid", "EXEC_ROOT": "exec"}.items():
+        monkeypatch.setattr(engine, name, run / path)
+
+
+@pytest.fixture(autouse=True)
 def quiet(capsys: pytest.CaptureFixture[str]) -> None:
     del capsys
