@@ -25,7 +25,7 @@ class Docker:
     """The client of the cluster's engine."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = environment
+        self._environment = environment | {"DOCKER_BUILDKIT": "1"}
 
     def __call__(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -66,13 +66,14 @@ def test_a_change_of_code_moves_kilobytes(docker: Docker, changed: Path, name: s
     file = changed / ROOMS[name]
     file.write_text(f"{file.read_text()}\nCHANGED = True\n")
     tag = f"heimdall/{name}:changed"
+    docker("build", "--quiet", "--tag", tag, "--file", str(changed / f"Dockerfile.{name}"), str(changed))
     try:
-        docker("build", "--quiet", "--tag", tag, "--file", str(changed / f"Dockerfile.{name}"), str(changed))
         before, after = docker.layers(f"heimdall/{name}:dev"), docker.layers(tag)
 
-        same = [one for one, other in zip(before, after, strict=True) if one == other]
-        assert same == before[: len(same)]
-        assert len(same) == len(before) - 1, "the code is in the last layer, alone"
-        assert 0 < docker.sizes(tag)[-1] < MOST_BYTES
+        differ = [index for index, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+        # Above the code there is the empty folder to work in, where it is made for that.
+        assert 1 <= len(before) - differ[0] <= 2
+        dependencies, code = docker.sizes(tag)[-2:]
+        assert 0 < code < MOST_BYTES < dependencies
     finally:
         docker("image", "rm", tag)
