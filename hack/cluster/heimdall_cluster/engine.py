@@ -383,7 +383,8 @@ def _our_mounts() -> list[str]:
 def mounts_under(*folders: Path) -> list[str]:
     """What is mounted in folders, in the order in which it was mounted."""
     ours = tuple(f"{folder}/" for folder in folders)
-    points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    points = [line.split()[1].replace("\\040", " ") for line in lines]
     return [point for point in points if f"{point}/".startswith(ours)]
 
 

@@ -39,7 +39,7 @@ def ensure(node_image: str, nodes: tuple[str, ...]) -> dict[str, Path]:
         with step(f"beginning the image store of {node}"):
             seed.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # a copy that goes on after its call was killed makes it anew
             # The mount hides what the node image brings along: the store begins with it.
             copy = ("--entrypoint", "cp", node_image, "-a", f"{CONTAINERD}/.", "/store/")
             command = [engine.docker(), "run", "--rm", "--network", "none", "--volume", f"{folder}:/store", *copy]
