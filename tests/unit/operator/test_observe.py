@@ -241,3 +241,24 @@ def test_a_pod_of_an_older_run_of_the_same_name_is_not_ours() -> None:
 
     assert [pod.name for pod in observe(resource, pods=pods[:1]).pods] == []
     assert len(observe(resource, pods=pods).pods) == 1
+
+
+def test_what_a_queue_reads_goes_to_the_jobs_and_nothing_else() -> None:
+    wanted = {
+        "kueue.x-k8s.io/queue-name": "team",
+        "kueue.x-k8s.io/priority-class": "high",
+        "kueue.x-k8s.io/max-exec-time-seconds": "3600",
+    }
+    metadata = {
+        "name": "run",
+        "namespace": "team",
+        "uid": "1",
+        "resourceVersion": "1",
+        "generation": 1,
+        "creationTimestamp": STAMP,
+        "labels": {**wanted, "kueue.x-k8s.io/managed": "true", "team": "radio"},
+    }
+
+    seen = observe({"metadata": metadata, "spec": {}})
+
+    assert dict(seen.queue_labels) == wanted
