@@ -279,7 +279,9 @@ def _ensure_buildx() -> None:
 def stop() -> None:
     """End the own engine and take back what it did to the host; an engine that is not ours is left alone."""
     pid = _pid()
-    if not BEFORE.exists() and (pid is None or not _is_of_this_cache(pid)):
+    if pid is not None and not _is_of_this_cache(pid):
+        return
+    if pid is None and not BEFORE.exists():
         return
     with step("ending our Docker engine"):
         if pid is not None:
@@ -302,7 +304,7 @@ def _pid() -> int | None:
 
 
 def _is_of_this_cache(pid: int) -> bool:
-    return BEFORE.exists() or str(DATA_ROOT) in _command(pid)
+    return str(DATA_ROOT) in _command(pid)
 
 
 def _end(pid: int) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,19 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.chart.helm import CHART, ROOT, flags, helm, refused, render
+from tests.programs import hack
+from tests.unit.chart.helm import CHART, flags, helm, refused, render
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """hack/chart, imported under a name of its own."""
-    spec = importlib.util.spec_from_file_location("hack_chart", ROOT / "hack/chart/__main__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hack_chart"] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return hack("chart/__main__.py", monkeypatch)
 
 
 def test_lint_has_nothing_to_say() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -17,6 +15,7 @@ from heimdall_api.types import TrainingRunSpec
 from heimdall_operator import decide
 from heimdall_tracking import registry
 from heimdall_tracking.runs import RunFacts
+from tests.programs import hack
 from tests.unit.documents.documents import ROOT
 from tests.unit.operator.builders import NOW, observed
 
@@ -29,13 +28,8 @@ Resource = dict[str, Any]
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """hack/demo: a program, not a package."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("hack_demo", ROOT / "hack/demo/__main__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """hack/demo, which waits for nothing."""
+    module = hack("demo/__main__.py", monkeypatch)
     monkeypatch.setattr(module, "POLL_S", 0)
     return module
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
+
+from tests.programs import hack
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 300
@@ -120,12 +121,7 @@ def test_every_diagram_is_a_picture(site: Path) -> None:
 
 
 def test_a_diagram_that_was_not_drawn_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("hack_site", ROOT / "hack/site.py")
-    assert spec is not None
-    assert spec.loader is not None
-    hook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hook)
+    hook = hack("site.py", monkeypatch)
     page = SimpleNamespace(file=SimpleNamespace(abs_src_path=str(ROOT / "docs/page.md"), src_uri="page.md"))
 
     with pytest.raises(hook.PluginError, match="the diagram under 'Flows' was not drawn: make diagrams"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.programs import hack
+
 ROOT = Path(__file__).resolve().parents[3]
 ENGINE = ["docker", "version", "--format", "{{.Server.Version}}"]
 BUILDX = ["docker", "buildx", "version"]
@@ -18,13 +19,8 @@ GO = ["go", "version"]
 
 
 @pytest.fixture
-def needs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("needs", ROOT / "hack/needs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def needs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return hack("needs.py", monkeypatch)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from heimdall_cluster import cli, engine, images, kind, parts, steps
+from tests.programs import hack
 
 ROOT = Path(__file__).resolve().parents[3]
 BOOT = "one"
@@ -168,8 +168,12 @@ def test_what_the_host_was_like_is_noted_once_a_boot(host: Host, boot: str, is_k
     assert noted == ({"boot": BOOT, "links": ["of then"]} if is_kept else {"boot": BOOT})
 
 
-def test_an_engine_of_another_cache_is_left_alone(host: Host) -> None:
+@pytest.mark.parametrize("was_killed", [False, True])
+def test_an_engine_of_another_cache_is_left_alone(host: Host, was_killed: bool) -> None:
+    """Also where an engine of this cache was killed once, and left the note of what the host was like before."""
     host.pid, host.command, host.is_answering = 7, "dockerd --data-root /elsewhere/engine/data", True
+    if was_killed:
+        engine.BEFORE.write_text("{}")
     for call in (engine.ensure, lambda: cli._down(Namespace(all=True))):
         with pytest.raises(steps.ClusterError, match=r"of another cache than .*: set HEIMDALL_CACHE as it was"):
             call()
@@ -362,14 +366,7 @@ def test_images_are_built_only_where_that_can_be_done(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def image_tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("hack_images", ROOT / "hack/images/__main__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "hack_images", module)
-    spec.loader.exec_module(module)
-    return module
+    return hack("images/__main__.py", monkeypatch)
 
 
 @pytest.mark.parametrize(
