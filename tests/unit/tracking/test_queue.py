@@ -82,6 +82,25 @@ def test_a_full_batch_waits_for_nobody() -> None:
     assert [len(batch) for batch in server.batches] == [BATCH]
 
 
+def test_points_that_are_waited_with_go_when_the_batch_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, waits_with_it = Server(), threading.Event()
+    queue = queue_to(server.send, linger_s=ENDLESS_S)
+    in_a_hurry = queue._in_a_hurry
+
+    def look() -> bool:
+        waits_with_it.set()  # what is put from here on finds the thread waiting: it looks with the lock held
+        return in_a_hurry()
+
+    monkeypatch.setattr(queue, "_in_a_hurry", look)
+    queue.put(points([0]))
+    assert waits_with_it.wait(PATIENCE_S)
+    queue.put(points(range(1, BATCH)))
+
+    server.wait_for_call()
+    queue.close(PATIENCE_S)
+    assert [len(batch) for batch in server.batches] == [BATCH]
+
+
 def test_put_returns_while_the_server_hangs() -> None:
     server = Server()
     server.open.clear()

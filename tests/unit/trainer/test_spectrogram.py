@@ -14,6 +14,7 @@ from heimdall_trainer.data.spectrogram import (
     BANDS,
     DEFAULT_PARAMETERS,
     FRAMES,
+    SAMPLES_TOGETHER,
     SHAPE,
     SpectrogramParameters,
     hz_from_mel,
@@ -203,3 +204,14 @@ def test_other_parameters_move_reference_and_scale() -> None:
     iq = torch.from_numpy(noise(1024))
     usual, other = mel_spectrogram(iq), mel_spectrogram(iq, SpectrogramParameters(reference_dbm=-100.0, scale_db=10.0))
     assert torch.allclose(other * 10.0 - 100.0, usual * 20.0 - 120.0, atol=1e-3)
+
+
+def test_a_batch_of_any_shape_is_its_recordings_one_by_one() -> None:
+    """More of them than are made at once."""
+    samples = SAMPLES_TOGETHER // 2
+    iq = torch.stack([torch.from_numpy(noise(samples, seed=seed)) for seed in range(6)])
+
+    batch = mel_spectrogram(iq.reshape(2, 3, samples))
+
+    assert batch.shape == (2, 3, *SHAPE)
+    torch.testing.assert_close(batch.reshape(6, *SHAPE), torch.stack([mel_spectrogram(each) for each in iq]))
