@@ -23,8 +23,9 @@ from heimdall_operator.events import Event, events_between, events_of
 from heimdall_operator.failures import shorten
 from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
 from heimdall_operator.mlflow_gateway import MlflowGateway
-from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe
-from heimdall_operator.store import Key, Store
+from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe, read_status
+from heimdall_operator.statuses import age_s
+from heimdall_operator.store import Key, Manifest, Store
 from heimdall_operator.workqueue import WorkQueue
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import FinalStatus, RunFacts
@@ -43,7 +44,23 @@ REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UN
 STUCK_AFTER_S: Final = 300
 """A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
 
+REFUSED_PAUSE_S: Final = 300.0
+"""After how long something is tried again that the API server called invalid: its definition may be upgraded."""
+
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class _Unwritten:
+    """A status that the API server refused: looks go on from it, as if it had been written."""
+
+    uid: str
+    version: str
+    """The TrainingRun's resourceVersion when it was refused."""
+    held: Any
+    """The status that the API server holds in its place."""
+    status: TrainingRunStatus
+    refused: datetime
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,9 @@ class Controller:
         self._followed_since: datetime | None = None
         self._troubles: dict[Key, Trouble] = {}
         """Why Jobs could not be created at the last try: only to be told, and to bound the wait."""
+        self._unwritten: dict[Key, _Unwritten] = {}
+        self._refusals: dict[Key, tuple[str, tuple[str, ...]]] = {}
+        """Of which TrainingRun it was said last that which fields are refused: it is said once."""
         self._clock = clock
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
@@ -153,7 +173,9 @@ class Controller:
 
     async def read_progress(self) -> None:
         """Read the progress of all active runs and look at those that moved."""
-        active = {key: item for key in self.store.known() if _is_active(item := self.store.get(key))}
+        # Of one whose status is refused, the phase is not known here: a hang must not be read out of not looking.
+        known = {key: self.store.get(key) for key in self.store.known()}
+        active = {key: item for key, item in known.items() if _is_active(item, key in self._unwritten)}
         experiments = {_experiment(item) for item in active.values() if item is not None}
         facts = await self._mlflow.active_facts(experiments) if experiments else {}
         self._followed_since = self._followed_since or self._clock()
@@ -189,6 +211,10 @@ class Controller:
                 # Something changed since it was observed: read it and look again.
                 log.debug("observed state was out of date", error=str(error))
                 await self._read_again(key, known)
+            except RefusedError as error:
+                if known is not None:
+                    self._say_refused(observe(known), error)
+                self.queue.add_later(key, REFUSED_PAUSE_S)
             except Exception as error:  # noqa: BLE001 - one run failing never stops another
                 delay = self.queue.add_after_failure(key)
                 metrics.ERRORS.labels(type(error).__name__).inc()
@@ -213,8 +239,22 @@ class Controller:
         """
         resource = self.store.get(key)
         if resource is None:
-            self._troubles.pop(key, None)
+            for known in (self._troubles, self._unwritten, self._refusals):
+                known.pop(key, None)
             return None
+        observed = self._observe(key, resource)
+        for _ in range(STEP_LIMIT):
+            decision = decide(observed, self._clock())
+            if decision.actions:
+                observed = await self._act(decision, observed)
+            elif decision.status != observed.status or self._refused_s_left(observed) == 0:
+                observed = await self._write(decision.status, observed)
+            else:
+                return _sooner(decision.look_again_s, self._refused_s_left(observed))
+        log.error("a look did not settle", steps=STEP_LIMIT)
+        return STEP_LIMIT
+
+    def _observe(self, key: Key, resource: Manifest) -> Observed:
         run_id = (resource.get("status") or {}).get("runID", "")
         observed = observe(
             resource,
@@ -226,16 +266,13 @@ class Controller:
             moved=self._moved.get(run_id),
             trouble=self._troubles.get(key),
         )
-        for _ in range(STEP_LIMIT):
-            decision = decide(observed, self._clock())
-            if decision.actions:
-                observed = await self._act(decision, observed)
-            elif decision.status != observed.status:
-                observed = await self._write(decision.status, observed)
-            else:
-                return decision.look_again_s
-        log.error("a look did not settle", steps=STEP_LIMIT)
-        return STEP_LIMIT
+        unwritten = self._unwritten.get(key)
+        if unwritten is None:
+            return observed
+        if (unwritten.uid, unwritten.held) != (observed.uid, resource.get("status")):
+            del self._unwritten[key]  # somebody else has written one
+            return observed
+        return replace(observed, status=unwritten.status, is_unwritten=True)
 
     async def _act(self, decision: Decision, observed: Observed) -> Observed:
         for action in decision.actions:
@@ -270,14 +307,61 @@ class Controller:
         if status.run_id is not None and status.run_url is None and observed.run is not None:
             status = status.model_copy(update={"run_url": self._run_url(observed.run)})
         patch = merge_patch(resource.get("status") or {}, dump(status))
+        if patch and self._refused_s_left(observed):
+            self._unwritten[key] = replace(self._unwritten[key], status=status)
+            return replace(observed, status=status)
         if patch:
-            written = await self._kube.patch_status(observed.namespace, observed.name, patch, observed.version)
+            try:
+                written = await self._kube.patch_status(observed.namespace, observed.name, patch, observed.version)
+            except RefusedError as error:
+                return self._go_on_unwritten(status, observed, resource, error)
             self.store.put(written)
-            metrics.record_status(observed.created, observed.status, status)
-            for event in events_between(observed.status, status):
+            before = read_status(resource) if observed.is_unwritten else observed.status
+            metrics.record_status(observed.created, before, status)
+            for event in events_between(before, status):
                 self._tell(event_manifest(event, observed, self._clock()))
             observed = replace(observed, version=written["metadata"]["resourceVersion"])
-        return replace(observed, status=status)
+        self._unwritten.pop(key, None)
+        return replace(observed, status=status, is_unwritten=False)
+
+    def _go_on_unwritten(
+        self, status: TrainingRunStatus, observed: Observed, resource: Manifest, error: RefusedError
+    ) -> Observed:
+        """Have looks go on from a status that can't be written: what has to be ended is ended all the same."""
+        self._say_refused(observed, error)
+        self._unwritten[Key(observed.namespace, observed.name)] = _Unwritten(
+            uid=observed.uid,
+            version=observed.version,
+            held=resource.get("status"),
+            status=status,
+            refused=self._clock(),
+        )
+        return replace(observed, status=status, is_unwritten=True)
+
+    def _refused_s_left(self, observed: Observed) -> float | None:
+        """For how long a status that was refused is not tried again; None where none was."""
+        if not observed.is_unwritten:
+            return None
+        unwritten = self._unwritten[Key(observed.namespace, observed.name)]
+        if unwritten.version != observed.version:
+            return 0.0  # somebody has changed the TrainingRun
+        return max(0.0, REFUSED_PAUSE_S - age_s(unwritten.refused, self._clock()))
+
+    def _say_refused(self, observed: Observed, error: RefusedError) -> None:
+        """Say once that the API server calls something of a run invalid, and what."""
+        metrics.ERRORS.labels(type(error).__name__).inc()
+        key, said = Key(observed.namespace, observed.name), (observed.uid, error.fields)
+        if self._refusals.get(key) == said:
+            return
+        self._refusals[key] = said
+        log.error(
+            "the API server refuses what the operator writes; trying again when the run changes, and now and then",
+            fields=error.fields,
+            error=str(error),
+            again_in_s=REFUSED_PAUSE_S,
+        )
+        event = Event("Warning", "WriteRefused", str(error), f"refused-{','.join(error.fields)}")
+        self._tell(event_manifest(event, observed, self._clock()))
 
     def _tell(self, event: dict[str, Any]) -> None:
         self._events.append(_WaitingEvent(event))
@@ -429,6 +513,11 @@ def _place(facts: RunFacts) -> tuple[int, int] | None:
     return (facts.progress.epoch, facts.progress.step) if facts.progress is not None else None
 
 
+def _sooner(*delays_s: float | None) -> float | None:
+    """The shortest of some delays, where there is one."""
+    return min((delay for delay in delays_s if delay is not None), default=None)
+
+
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -441,10 +530,10 @@ def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:
     return finals.get((fresh.get("status") or {}).get("phase", ""))
 
 
-def _is_active(resource: Any) -> bool:
+def _is_active(resource: Any, is_unwritten: bool) -> bool:
     """Whether what MLflow says of a run may change: what a suspended one made last is delivered while it ends."""
     status = (resource or {}).get("status") or {}
-    return status.get("phase") == "Running" or (status.get("phase") == "Suspended" and "runID" in status)
+    return "runID" in status and (is_unwritten or status.get("phase") in ("Running", "Suspended"))
 
 
 def _experiment(resource: Any) -> str:

@@ -162,6 +162,9 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
     if observed.job_trouble is not None:
         message = f"The attempt's Job could not be created yet: {observed.job_trouble.message}"
     status = waiting(observed.status, observed, "Pending", message, now)
+    if observed.is_unwritten:
+        # Who looks next without this memory would make it a second time, or under a number that is not its own.
+        return Decision((), status)
     if _living(observed, now):
         # Two attempts never overlap, not even two Jobs of one attempt.
         return Decision((), status, POLL_S)
@@ -584,7 +587,7 @@ def _stay_finished(observed: Observed, now: datetime) -> Decision:
         alive = job.finished is None and any(pod.attempt == job.attempt for pod in _living(observed, now))
         if not job.deleting and (alive or _lingers(observed, job, now) or (left is not None and left <= 0)):
             actions.append(DeleteJob(job.name))
-    if observed.has_finalizer:
+    if observed.has_finalizer and not observed.is_unwritten:
         actions.append(RemoveFinalizer())
     due = [left] if left is not None and left > 0 else []
     due += [POLL_S] if any(job.finished is None for job in observed.jobs) else []
@@ -595,13 +598,15 @@ def _stay_finished(observed: Observed, now: datetime) -> Decision:
 
 def _lingers(observed: Observed, job: JobFacts, now: datetime) -> bool:
     """Whether a Job is not over although its trainer is: it still holds its GPUs."""
+    if observed.is_unwritten:
+        return False  # its pod alone tells how it ended
     return job.finished is None and age_s(observed.status.completion_time, now) > LINGER_S
 
 
 def _until_expiry(observed: Observed, now: datetime) -> float | None:
     """Seconds until Jobs and pods of a finished run may go; None where there are none."""
     ttl = observed.spec.ttl_seconds_after_finished if observed.spec is not None else None
-    if ttl is None or not observed.jobs or observed.status.completion_time is None:
+    if ttl is None or observed.is_unwritten or not observed.jobs or observed.status.completion_time is None:
         return None
     return ttl - age_s(observed.status.completion_time, now)
 

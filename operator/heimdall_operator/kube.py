@@ -34,6 +34,16 @@ class ForbiddenError(Exception):
 class RefusedError(Exception):
     """The API server will never take this object; the message says why."""
 
+    def __init__(self, message: str, fields: tuple[str, ...] = ()) -> None:
+        """What was refused.
+
+        Args:
+            message: The API server's own words.
+            fields: Paths of the fields that it names.
+        """
+        super().__init__(message)
+        self.fields = fields
+
 
 class Kube:
     """Calls to the API server, each bounded in time."""
@@ -225,7 +235,7 @@ class Kube:
         if response.status == HTTP_CONFLICT or (response.status == HTTP_NOT_FOUND and method == "PATCH"):
             raise ConflictError(message)  # changed, or gone
         if response.status in HTTP_REFUSED:
-            raise RefusedError(message)
+            raise RefusedError(message, _fields(text))
         if response.status == HTTP_FORBIDDEN:
             raise ForbiddenError(message)
         raise ApiException(status=response.status, reason=message)
@@ -248,3 +258,12 @@ def _message(text: bytes) -> str:
         return str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
         return text[:200].decode(errors="replace")
+
+
+def _fields(text: bytes) -> tuple[str, ...]:
+    """The fields that the API server finds fault with; none where it names none."""
+    try:
+        causes = json.loads(text)["details"]["causes"]
+        return tuple(dict.fromkeys(str(cause["field"]) for cause in causes))
+    except (ValueError, KeyError, TypeError):
+        return ()

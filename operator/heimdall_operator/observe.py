@@ -137,6 +137,8 @@ class Observed:
     """None where it can't be read; then spec_error says why."""
     spec_error: str = ""
     status: TrainingRunStatus
+    is_unwritten: bool = False
+    """Whether the API server has refused this status: it is in the operator's memory alone."""
     attempt_seen: int = 0
     """Number of the newest attempt when this was observed: of a later one nobody else can have made the Job yet."""
     jobs: tuple[JobFacts, ...] = ()
@@ -218,7 +220,7 @@ def observe(
     """
     metadata = resource["metadata"]
     spec, error = _spec(resource.get("spec") or {})
-    status = TrainingRunStatus.model_validate(resource.get("status") or {}, extra="ignore")
+    status = read_status(resource)
     return Observed(
         name=metadata["name"],
         namespace=metadata["namespace"],
@@ -243,6 +245,11 @@ def observe(
         pods=tuple(pod_facts(pod) for pod in pods if _label(pod, LABEL_UID) == metadata["uid"]),
         run=run if run is not None and run.run_id == status.run_id else None,
     )
+
+
+def read_status(resource: Manifest) -> TrainingRunStatus:
+    """The status that a TrainingRun holds."""
+    return TrainingRunStatus.model_validate(resource.get("status") or {}, extra="ignore")
 
 
 def job_facts(job: Manifest) -> JobFacts:

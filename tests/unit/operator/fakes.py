@@ -10,7 +10,7 @@ from typing import Any
 from heimdall_api.contract import LABEL_ATTEMPT
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
-from heimdall_operator.kube import ConflictError, ForbiddenError
+from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
 from heimdall_operator.manifests import TrainerDefaults
 from heimdall_operator.observe import LOST_POD_S
 from heimdall_operator.store import JOB_NAME, Key, Store
@@ -49,8 +49,11 @@ class World:
         """Jobs that were made before older attempts were kept from publishing."""
         self.refused: dict[str, datetime] = {}
         """Since when there was no room in the namespace's quota for a Job."""
+        self.refuses_status = False
+        """Whether the API server calls every status invalid, as one with an older definition may."""
         self.is_full = False
         """Whether the namespace's quota is used up."""
+        self.refusals = 0
         self.crash_after: int | None = None
         self.mlflow_away = False
         self._version = 1
@@ -183,6 +186,9 @@ class FakeKube:
 
     async def patch_status(self, namespace: str, name: str, status: dict[str, Any], version: str) -> dict[str, Any]:
         run = self._checked(version)
+        if self.world.refuses_status:
+            self.world.refusals += 1
+            raise RefusedError('TrainingRun "run" is invalid: status.phase: Unsupported value', ("status.phase",))
         run["status"] = _merged(run.get("status", {}), status)
         self.world.stamp(run)
         self.world.wrote("patch status")

@@ -196,9 +196,9 @@ class Life(RuleBasedStateMachine):
             run["metadata"]["deletionTimestamp"] = self.world.time()
             self.world.stamp(run)
 
-    @rule(mlflow=st.booleans(), quota=st.booleans())
-    def there_is(self, mlflow: bool, quota: bool) -> None:
-        self.world.mlflow_away, self.world.is_full = not mlflow, not quota
+    @rule(mlflow=st.booleans(), quota=st.booleans(), refused=SELDOM)
+    def there_is(self, mlflow: bool, quota: bool, refused: bool) -> None:
+        self.world.mlflow_away, self.world.is_full, self.world.refuses_status = not mlflow, not quota, refused
 
     # --- the operator looks -------------------------------------------------------------------------------------
 
@@ -288,7 +288,7 @@ class Life(RuleBasedStateMachine):
 
     def _settle(self) -> None:
         world = self.world
-        world.mlflow_away = world.is_full = False
+        world.mlflow_away = world.is_full = world.refuses_status = False
         self.behind = None
         world.nodes_come_back(rebooted=False)
         world.cordoned.clear()
