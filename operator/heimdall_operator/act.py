@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import Awaitable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Final
 
 import structlog
 
-from heimdall_api.contract import ATTEMPTS_DIR, FINALIZER, KIND
+from heimdall_api.contract import FINALIZER
+from heimdall_operator.accounts import Keeper
 from heimdall_operator.actions import (
     Action,
     AddFinalizer,
@@ -25,23 +22,17 @@ from heimdall_operator.actions import (
     RemoveFinalizer,
 )
 from heimdall_operator.decide import job_name
-from heimdall_operator.kube import LOG_BYTES, ConflictError, Kube, RefusedError
+from heimdall_operator.kube import ConflictError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
 from heimdall_operator.mlflow_gateway import MlflowGateway, RunGoneError
-from heimdall_operator.observe import CONTAINER, Observed, job_facts, owner_uid, pod_facts
+from heimdall_operator.observe import Observed, job_facts, owner_uid, pod_facts
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store
-from heimdall_tracking.errors import is_permanent, is_refusal
+from heimdall_tracking.errors import is_refusal
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import ModelMissingError
 
 FINALIZERS: Final = "finalizers"
-LOGS_BYTES: Final = 32 * 2**20
-"""Most that is kept of the logs of one attempt's pods in all."""
-ACCOUNTS_AT_ONCE: Final = 4
-"""Attempts whose logs are in memory at one time: many may end together."""
-PIECE: Final = 2**16
-"""Characters of a log between two of which everything else goes on."""
 
 log = structlog.get_logger()
 
@@ -53,12 +44,14 @@ class NameTakenError(Exception):
 class Actor:
     """Carries out actions; what each one learned is in the observation that it returns."""
 
-    def __init__(self, kube: Kube, mlflow: MlflowGateway, store: Store, defaults: TrainerDefaults) -> None:
+    def __init__(
+        self, kube: Kube, mlflow: MlflowGateway, store: Store, defaults: TrainerDefaults, keeper: Keeper
+    ) -> None:
         self._kube = kube
         self._mlflow = mlflow
         self._store = store
         self._defaults = defaults
-        self._accounts = asyncio.Semaphore(ACCOUNTS_AT_ONCE)
+        self.keeper = keeper
 
     async def act(self, action: Action, observed: Observed) -> Observed:
         """Carry out one action.
@@ -85,8 +78,8 @@ class Actor:
                 return await self._open_attempt(observed, number)
             case CreateJob(number):
                 return await self._create_job(observed, number)
-            case KeepLogs(number, insist):
-                return await self._keep_logs(observed, number, insist=insist)
+            case KeepLogs(number, pods_go):
+                return await self._keep_logs(observed, number, pods_go=pods_go)
             case DeleteJob(name):
                 return await self._delete_job(observed, name)
             case RegisterModel():
@@ -187,41 +180,9 @@ class Actor:
             raise NameTakenError(f"the name {name} is taken by a Job of another owner")
         return job
 
-    async def _keep_logs(self, observed: Observed, number: int, *, insist: bool) -> Observed:
-        assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
-        async with self._accounts:
-            files = await self._account_of(observed, number)
-            try:
-                uri = await self._mlflow.keep_files(observed.status.run_id, f"{ATTEMPTS_DIR}/{number}", files)
-            except Exception as error:
-                if insist and not is_permanent(error):
-                    raise
-                log.warning("the attempt's log was not kept", attempt=number, error=f"{type(error).__name__}: {error}")
-                return replace(observed, logs="")
-        return replace(observed, logs=uri)
-
-    async def _account_of(self, observed: Observed, number: int) -> dict[str, str]:
-        """Logs of an attempt's pods and events about them, by file name; what can't be read says so in its file."""
-        namespace, pods = observed.namespace, [pod.name for pod in observed.attempt_pods]
-        about = [("Pod", name) for name in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
-        limit = min(LOG_BYTES, LOGS_BYTES // max(len(pods), 1))
-        files: dict[str, str] = {}
-        for name in pods:
-            # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
-            text = await self._read_or_say(self._kube.read_log(namespace, name, CONTAINER, limit))
-            files[f"{name}.log"] = await _redacted(text)
-        events = [await self._read_or_say(self._events(namespace, *each)) for each in about]
-        return {**files, "events.jsonl": await _redacted("".join(events))}
-
-    async def _events(self, namespace: str, kind: str, name: str) -> str:
-        events = await self._kube.list_events(namespace, kind, name)
-        return "".join(f"{json.dumps(without_bookkeeping(event), sort_keys=True)}\n" for event in events)
-
-    async def _read_or_say(self, reading: Awaitable[str]) -> str:
-        try:
-            return await reading
-        except Exception as error:  # noqa: BLE001 - a node that is gone keeps its log, and nothing can be done
-            return f"could not be read: {type(error).__name__}: {error}\n"
+    async def _keep_logs(self, observed: Observed, number: int, *, pods_go: bool) -> Observed:
+        kept = await self.keeper.keep(observed, number, pods_go=pods_go)
+        return replace(observed, logs={**observed.logs, number: kept})
 
     async def _delete_job(self, observed: Observed, name: str) -> Observed:
         await self._kube.delete_job(observed.namespace, name)
@@ -254,25 +215,8 @@ class Actor:
         return replace(observed, run=facts)
 
 
-def without_bookkeeping(event: dict[str, Any]) -> dict[str, Any]:
-    """An event without the API server's notes about who wrote which field."""
-    metadata = {name: value for name, value in event["metadata"].items() if name != "managedFields"}
-    return {**event, "metadata": metadata}
-
-
 def _gone(observed: Observed, status: str) -> Any:
     """A run that does not exist, or no longer: nothing of it is left to end."""
     from heimdall_tracking.runs import RunFacts
 
     return RunFacts(run_id=observed.status.run_id or "", experiment_id="", status=status)
-
-
-async def _redacted(text: str) -> str:
-    """A long text without secrets, a piece at a time: everything else goes on between two."""
-    # Cut between lines: what a cut divides would be recognised in neither half.
-    cuts = {text.rfind("\n", 0, about) + 1 for about in range(PIECE, len(text), PIECE)}
-    redacted = []
-    for begin, end in pairwise(sorted({0, *cuts, len(text)})):
-        redacted.append(redact(text[begin:end]))
-        await asyncio.sleep(0)
-    return "".join(redacted)

@@ -38,11 +38,11 @@ class CreateJob:
 
 @dataclass(frozen=True)
 class KeepLogs:
-    """Keep the newest attempt's log and events with the MLflow run."""
+    """Keep an attempt's log and events with the MLflow run, or begin to: nothing waits for more than a moment."""
 
     number: int
-    insist: bool = True
-    """Whether it is tried again while MLflow is away: not where a GPU waits to be freed."""
+    pods_go: bool = False
+    """Whether its pods are ended next: their logs have to be read before."""
 
 
 @dataclass(frozen=True)

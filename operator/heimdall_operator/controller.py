@@ -241,6 +241,7 @@ class Controller:
         if resource is None:
             for known in (self._troubles, self._unwritten, self._refusals):
                 known.pop(key, None)
+            self._actor.keeper.forget(key)
             return None
         observed = self._observe(key, resource)
         for _ in range(STEP_LIMIT):
@@ -266,6 +267,7 @@ class Controller:
             moved=self._moved.get(run_id),
             trouble=self._troubles.get(key),
         )
+        observed = replace(observed, logs=self._actor.keeper.known(key, observed.uid, observed.status))
         unwritten = self._unwritten.get(key)
         if unwritten is None:
             return observed

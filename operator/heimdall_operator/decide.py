@@ -55,7 +55,9 @@ PENDING_REPORT_S: Final = 10
 POD_VANISHED_S: Final = 20
 """How long a Job may have ended before its pod's own account is given up."""
 KEEP_LOGS_LIMIT_S: Final = 600
-"""How long an attempt's end waits for MLflow to keep its log."""
+"""How long the expiry of pods waits for MLflow to keep their logs."""
+KEPT_POLL_S: Final = 30
+"""How soon to look whether a log was kept, or to try it again."""
 HELD_S: Final = 10
 """How long a pod may go on without its trainer before what it holds is needed by the next attempt."""
 LINGER_S: Final = 60
@@ -88,6 +90,17 @@ def decide(observed: Observed, now: datetime) -> Decision:
     """
     if observed.deleted is not None:
         return _delete(observed, observed.deleted, now)
+    observed = replace(observed, status=_with_logs(observed))
+    if unkept := [attempt.number for attempt in observed.status.attempts if _is_unkept(observed, attempt)]:
+        # What was learned of an attempt is kept before what keeps it may go.
+        return Decision(tuple(map(KeepLogs, unkept)), observed.status)
+    decision = _live(observed, now)
+    if not _keeps_logs(observed):
+        return decision
+    return replace(decision, look_again_s=min(decision.look_again_s or KEPT_POLL_S, KEPT_POLL_S))
+
+
+def _live(observed: Observed, now: datetime) -> Decision:
     if observed.status.phase in ("Succeeded", "Failed"):
         return _stay_finished(observed, now)
     if observed.spec is None:
@@ -423,11 +436,10 @@ def _record(observed: Observed, outcome: Outcome, now: datetime) -> TrainingRunS
 def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
     """The attempt must end: its Job is deleted, and its pods get their grace period."""
     message = f"Attempt {attempt.number} is being ended: {attempt.message}"
-    observed = replace(observed, status=_with_logs(observed))
     status = with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
     if observed.job is not None and not observed.job.deleting:
-        if _has_logs_to_keep(observed):
-            return Decision((KeepLogs(attempt.number, insist=False),), status)
+        if _has_account(observed, attempt) and attempt.number not in observed.logs:
+            return Decision((KeepLogs(attempt.number, pods_go=True),), status)
         return Decision((DeleteJob(observed.job.name),), status)
     if _living(observed, now):
         return Decision((), status, POLL_S)
@@ -449,12 +461,6 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
 
 
 def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
-    if _has_logs_to_keep(observed):
-        # What was learned of the attempt is kept before what keeps it may go.
-        insist = age_s(attempt.end_time, now) < KEEP_LOGS_LIMIT_S
-        return Decision((KeepLogs(attempt.number, insist=insist),), _keeping(observed, now))
-    observed = replace(observed, status=_with_logs(observed))
-    attempt = observed.status.attempts[-1]
     reason = Reason(attempt.reason or Reason.UNKNOWN)
     message = attempt.message or ""
     if reason == Reason.COMPLETED:
@@ -472,25 +478,32 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
     return _retry(observed, attempt, memory, now)
 
 
-def _keeping(observed: Observed, now: datetime) -> TrainingRunStatus:
-    message = "The attempt has ended; waiting for MLflow to keep its log."
-    return waiting(observed.status, observed, "KeepingLogs", message, now)
-
-
-def _has_logs_to_keep(observed: Observed) -> bool:
-    """Whether a pod of the newest attempt has run, or failed before it could, and nobody has kept its account yet."""
-    if observed.logs is not None or observed.status.attempts[-1].logs is not None:
+def _has_account(observed: Observed, attempt: Attempt) -> bool:
+    """Whether a pod of an attempt has run, or failed before it could, and its log is not known to be kept."""
+    if attempt.logs is not None:
         return False
-    return any(pod.running_since is not None or pod.phase == "Failed" for pod in observed.attempt_pods)
+    return any(pod.running_since is not None or pod.phase == "Failed" for pod in observed.pods_of(attempt.number))
+
+
+def _is_unkept(observed: Observed, attempt: Attempt) -> bool:
+    """Whether an attempt has ended whose account is to be kept now."""
+    return attempt.end_time is not None and attempt.number not in observed.logs and _has_account(observed, attempt)
+
+
+def _keeps_logs(observed: Observed) -> bool:
+    """Whether an account is being kept, or is to be tried again."""
+    return any(item.logs is None and observed.logs.get(item.number, "") is None for item in observed.status.attempts)
 
 
 def _with_logs(observed: Observed) -> TrainingRunStatus:
-    """The status with what was learned of where the newest attempt's log is kept."""
-    if not observed.logs:
+    """The status with what was learned of where attempts' logs are kept."""
+    if not any(observed.logs.values()):
         return observed.status
-    attempts = observed.status.attempts
-    kept = attempts[-1].model_copy(update={"logs": observed.logs})
-    return observed.status.model_copy(update={"attempts": [*attempts[:-1], kept]})
+    attempts = [
+        item.model_copy(update={"logs": observed.logs[item.number]}) if observed.logs.get(item.number) else item
+        for item in observed.status.attempts
+    ]
+    return observed.status.model_copy(update={"attempts": attempts})
 
 
 def _next_memory(spec: TrainingRunSpec, attempt: Attempt) -> str | None:
@@ -517,7 +530,6 @@ def _retry(observed: Observed, attempt: Attempt, memory: str | None, now: dateti
     if left > 0:
         return Decision((), waiting(observed.status, observed, "Retrying", message, now), left)
     status = _next_attempt(observed.status, observed.name, now, memory)
-    # Kept with the attempt that has ended; the next one has nothing to keep yet.
     return Decision((), waiting(status, observed, "Retrying", message, now))
 
 
@@ -608,7 +620,8 @@ def _until_expiry(observed: Observed, now: datetime) -> float | None:
     ttl = observed.spec.ttl_seconds_after_finished if observed.spec is not None else None
     if ttl is None or observed.is_unwritten or not observed.jobs or observed.status.completion_time is None:
         return None
-    return ttl - age_s(observed.status.completion_time, now)
+    left = ttl - age_s(observed.status.completion_time, now)
+    return left + KEEP_LOGS_LIMIT_S if _keeps_logs(observed) else left
 
 
 # --- suspension and deletion -------------------------------------------------------------------------------------

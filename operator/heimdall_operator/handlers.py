@@ -16,6 +16,7 @@ import kopf
 
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
 from heimdall_operator import metrics
+from heimdall_operator.accounts import Keeper
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
 from heimdall_operator.kube import Kube
@@ -159,11 +160,13 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         grace_period_s=settings.grace_period_seconds,
         ca=settings.ca_bundle,
     )
+    keeper = Keeper(kube, mlflow)
+    stack.callback(keeper.close)
     controller = Controller(
         kube=kube,
         mlflow=mlflow,
         store=store,
-        actor=Actor(kube, mlflow, store, defaults),
+        actor=Actor(kube, mlflow, store, defaults, keeper),
         public_url=settings.public_url,
         namespaces=settings.namespace_list,
         lost_pod_s=settings.lost_pod_seconds,

@@ -6,8 +6,9 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 HTTP_RETRIES: Final = "0"
 """The queue tries again, and then searches before it creates: a client that repeats by itself could create twice."""
 HTTP_TIMEOUT_S: Final = "10"
+UPLOAD_TIMEOUT_S: Final = 60.0
+"""MLflow answers an upload once the object store has it; nothing waits for that."""
 THREADS: Final = 16
 SILENT_AFTER_S: Final = 5.0
 """A failure that took this long is a server that hangs, rather than one that is away."""
@@ -58,6 +61,29 @@ class MlflowSilentError(Exception):
     """MLflow did not answer a moment ago; it is asked again soon."""
 
 
+class _Way:
+    """The way to a server: one that hangs is asked by one look at a time."""
+
+    def __init__(self) -> None:
+        self._silent_until = 0.0
+
+    async def ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Ask, unless the server did not answer a moment ago."""
+        began = time.monotonic()
+        if began < self._silent_until:
+            raise MlflowSilentError("MLflow did not answer in time a moment ago; it is asked again soon")
+        if self._silent_until:
+            self._silent_until = began + PAUSE_S  # this one finds out; the others wait for what it finds
+        try:
+            result = await question()
+        except Exception as error:
+            is_silent = not is_permanent(error) and time.monotonic() - began >= SILENT_AFTER_S
+            self._silent_until = time.monotonic() + PAUSE_S if is_silent else 0.0
+            raise
+        self._silent_until = 0.0
+        return result
+
+
 class MlflowGateway:
     """What the operator asks of MLflow; every method may raise MlflowException while the server is away."""
 
@@ -67,7 +93,8 @@ class MlflowGateway:
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
         self._registering: dict[str, asyncio.Lock] = {}
-        self._silent_until = 0.0
+        self._tracking, self._artifacts = _Way(), _Way()
+        """Two ways: an object store that hangs behind MLflow is no reason to ask it for nothing else."""
 
     def close(self) -> None:
         """Let the threads go; calls under way end by their own bounds."""
@@ -144,7 +171,7 @@ class MlflowGateway:
             The folder's URI.
         """
         for name, text in files.items():
-            await self._do(_log_text, run_id, text, f"{folder}/{name}")
+            await self._artifacts.ask(partial(self._ask, _log_text, run_id, text, f"{folder}/{name}"))
         return f"runs:/{run_id}/{folder}"
 
     async def active_facts(self, experiments: Iterable[str]) -> dict[str, RunFacts]:
@@ -169,19 +196,7 @@ class MlflowGateway:
         return facts
 
     async def _do(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
-        began = time.monotonic()
-        if began < self._silent_until:
-            raise MlflowSilentError("MLflow did not answer in time a moment ago; it is asked again soon")
-        if self._silent_until:
-            self._silent_until = began + PAUSE_S  # this call finds out; the others wait for what it finds
-        try:
-            result = await self._ask(call, *args, **more)
-        except Exception as error:
-            is_silent = not is_permanent(error) and time.monotonic() - began >= SILENT_AFTER_S
-            self._silent_until = time.monotonic() + PAUSE_S if is_silent else 0.0
-            raise
-        self._silent_until = 0.0
-        return result
+        return await self._tracking.ask(partial(self._ask, call, *args, **more))
 
     async def _ask(self, call: Callable[..., T], *args: Any, **more: Any) -> T:
         def bound() -> T:
@@ -198,11 +213,17 @@ class MlflowGateway:
     def _connect(self) -> MlflowClient:
         if self._client is None:
             from mlflow import MlflowClient
+            from mlflow.store.artifact import http_artifact_repo
+            from mlflow.utils.rest_utils import http_request
 
             for name in FOREIGN:
                 if find_spec(name) is None:
                     # Known to be absent: not looked for along the whole path again.
                     sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+            # MLflow has one setting for all requests, and the calls that looks wait for need the shorter time.
+            http_artifact_repo.http_request = partial(  # type: ignore[attr-defined]
+                http_request, timeout=UPLOAD_TIMEOUT_S
+            )
             self._client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
         return self._client
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
@@ -157,8 +157,9 @@ class Observed:
     """What MLflow says; None while nobody asked."""
     registration: Registration | None = None
     """The version that was registered; None while nobody asked."""
-    logs: str | None = None
-    """Where the newest attempt's log and events were kept; empty where nothing could be kept; None while nobody did."""
+    logs: Mapping[int, str | None] = field(default_factory=dict)
+    """Where attempts' logs and events were kept, by number: empty where they never can be, None while that goes on or
+    is to be tried again later. Those that are to be kept now are not in it."""
     refusal: str = ""
     """Why the attempt's Job or the model's registration can never work, where it was refused for good."""
 
@@ -176,7 +177,11 @@ class Observed:
     @property
     def attempt_pods(self) -> tuple[PodFacts, ...]:
         """The newest pod of each worker of the newest attempt, in the workers' order."""
-        pods = [pod for pod in self.pods if pod.attempt == self.status.attempt]
+        return self.pods_of(self.status.attempt)
+
+    def pods_of(self, number: int) -> tuple[PodFacts, ...]:
+        """The newest pod of each worker of an attempt, in the workers' order."""
+        pods = [pod for pod in self.pods if pod.attempt == number]
         newest = {pod.worker: pod for pod in sorted(pods, key=lambda pod: (pod.created, pod.alive))}
         return tuple(newest[worker] for worker in sorted(newest))
 

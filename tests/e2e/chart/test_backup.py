@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.chart.pages import Typist, section
 from tests.e2e.chart.test_passwords import read, s3
-from tests.e2e.cluster import Cluster, hack, port_forward
+from tests.e2e.cluster import Cluster, hack, port_forward, wait_for
 from tests.e2e.conftest import Mlflow, contract_run
 from tests.e2e.test_options import read_artifact
 
@@ -53,6 +53,7 @@ def test_what_was_backed_up_comes_back(release: Cluster, mlflow: Mlflow, name: s
     hack("hack/cluster", "parts", "minio")
     release.apply(contract_run(name, steps=3))
     status = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    wait_for(lambda: "logs" in release.status(name)["attempts"][0], what="the log being kept", timeout_s=LIFE_S)
     before = account(mlflow, status)
     assert before["metrics"]["val/loss"] > 0
     assert before["versions"]

@@ -86,7 +86,7 @@ def observed(**more: Any) -> Observed:
             "has_finalizer": True,
             "spec": spec(),
             "status": status(),
-            "logs": "",
+            "logs": dict.fromkeys(range(1, 20), ""),
             **more,
         }
     )

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from heimdall_api.contract import LABEL_ATTEMPT
+from heimdall_operator.accounts import Keeper
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
 from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
@@ -56,6 +57,8 @@ class World:
         self.refusals = 0
         self.crash_after: int | None = None
         self.mlflow_away = False
+        self.store_away = False
+        """Whether the object store takes no artifacts; MLflow does all else."""
         self._version = 1
 
     def wrote(self, what: str) -> None:
@@ -282,6 +285,8 @@ class FakeMlflow:
 
     async def keep_files(self, run_id: str, folder: str, files: dict[str, str]) -> str:
         self._check()
+        if self.world.store_away:
+            raise ConnectionError("the object store is away")
         wanted = {f"{folder}/{name}": text for name, text in files.items()}
         if not wanted.items() <= self.world.kept.items():
             self.world.kept |= wanted
@@ -318,7 +323,7 @@ def controller(world: World, clock: Callable[[], datetime] = lambda: NOW) -> Con
         kube=kube,
         mlflow=mlflow,
         store=store,
-        actor=Actor(kube, mlflow, store, DEFAULTS),
+        actor=Actor(kube, mlflow, store, DEFAULTS, Keeper(kube, mlflow, clock)),
         public_url="http://mlflow",
         namespaces=[],
         clock=clock,

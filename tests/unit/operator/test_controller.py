@@ -135,7 +135,7 @@ def test_an_outcome_is_kept_while_mlflow_is_away() -> None:
             await look(world)
         assert world.run is not None
         complete = next(item for item in world.run["status"]["conditions"] if item["type"] == "Complete")
-        assert (complete["status"], complete["reason"]) == ("False", "KeepingLogs")
+        assert (complete["status"], complete["reason"]) == ("False", "Registering")
         # The pod goes, and with it its exit code; then MLflow comes back.
         world.jobs.clear()
         world.pods.clear()

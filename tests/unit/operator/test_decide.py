@@ -11,6 +11,8 @@ from heimdall_api.contract import Checkpoint, Progress, Reason
 from heimdall_api.types import Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
+    KEEP_LOGS_LIMIT_S,
+    KEPT_POLL_S,
     POD_VANISHED_S,
     POLL_S,
     RETRY_DELAY_S,
@@ -532,24 +534,25 @@ GROWTH = {"retries": {"memoryGrowth": {"factor": 2, "max": "40Gi"}}}
 
 
 def test_the_log_of_an_attempt_is_kept_before_anything_else_is_done_about_its_end() -> None:
-    seen = observed(logs=None, jobs=(job(),), pods=(ended_pod(0),))
+    seen = observed(logs={}, jobs=(job(),), pods=(ended_pod(0),))
 
     assert decide(seen, NOW).actions == (KeepLogs(1),)
-    kept = decide(replace(seen, logs="runs:/r1/attempts/1"), NOW)
+    kept = decide(replace(seen, logs={1: "runs:/r1/attempts/1"}), NOW)
     assert kept.actions == (EndRun("FINISHED"),)
     assert kept.status.attempts[-1].logs == "runs:/r1/attempts/1"
 
 
 def test_a_gpu_is_freed_even_if_the_log_can_not_be_kept() -> None:
-    seen = observed(logs=None, status=status(attempt(reason="Stalled")), jobs=(job(),), pods=(pod(),))
+    seen = observed(logs={}, status=status(attempt(reason="Stalled")), jobs=(job(),), pods=(pod(),))
 
-    assert decide(seen, NOW).actions == (KeepLogs(1, insist=False),)
-    assert decide(replace(seen, logs=""), NOW).actions == (DeleteJob("run-a1"),)
+    assert decide(seen, NOW).actions == (KeepLogs(1, pods_go=True),)
+    for kept in ("", None, "runs:/r1/attempts/1"):
+        assert decide(replace(seen, logs={1: kept}), NOW).actions == (DeleteJob("run-a1"),)
 
 
 def test_a_pod_that_never_ran_has_no_log() -> None:
     waiting = pod(phase="Pending", running_since=None)
-    seen = observed(logs=None, status=status(attempt(reason="Unschedulable")), jobs=(job(),), pods=(waiting,))
+    seen = observed(logs={}, status=status(attempt(reason="Unschedulable")), jobs=(job(),), pods=(waiting,))
 
     assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
 
@@ -712,12 +715,39 @@ def test_a_run_that_mlflow_refuses_fails() -> None:
     assert condition(refused, "Failed") == ("True", "InvalidConfiguration")
 
 
-def test_a_log_is_not_waited_for_for_ever() -> None:
-    old = status(attempt(reason="Completed", end_time=ago(601)))
+def test_the_next_attempt_waits_for_no_log() -> None:
+    ended = status(attempt(reason="Preempted", running_time=ago(900), end_time=ago(60)))
+    seen = observed(logs={1: None}, status=ended, jobs=(job(),), pods=(ended_pod(143),))
 
-    assert decide(observed(logs=None, status=old, jobs=(job(),), pods=(ended_pod(0),)), NOW).actions == (
-        KeepLogs(1, insist=False),
-    )
+    assert decide(seen, NOW).status.attempt == 2
+    later = observed(logs={1: "runs:/r1/attempts/1"}, run=run(attempt=2), status=decide(seen, NOW).status)
+    assert [each.logs for each in decide(later, NOW).status.attempts] == ["runs:/r1/attempts/1", None]
+
+
+def test_what_an_operator_left_unkept_is_kept_by_the_next_one() -> None:
+    old = status(*(attempt(number, reason="Preempted", end_time=ago(60)) for number in (1, 2)), attempt(3))
+    pods = (ended_pod(143), ended_pod(143, 2), pod(3))
+    seen = observed(logs={}, run=run(attempt=3), status=old, jobs=(job(1), job(2), job(3)), pods=pods)
+
+    assert decide(seen, NOW).actions == (KeepLogs(1), KeepLogs(2))
+    trains = decide(replace(seen, logs={1: None, 2: ""}), NOW)
+    assert trains.status.phase == "Running"
+    assert trains.look_again_s == KEPT_POLL_S
+    assert decide(replace(seen, logs={1: "", 2: ""}), NOW).look_again_s != KEPT_POLL_S
+
+
+def test_pods_do_not_expire_before_their_log_is_kept_but_not_never_either() -> None:
+    def expiry(finished_s: float, log: str | None) -> tuple[Any, ...]:
+        ended = attempt(reason="Completed", end_time=ago(finished_s))
+        done = status(ended, phase="Succeeded", completion_time=ago(finished_s))
+        more: dict[str, Any] = {"jobs": (job(finished=ago(finished_s)),), "pods": (ended_pod(0),)}
+        spec_ = spec(ttlSecondsAfterFinished=0)
+        return decide(observed(spec=spec_, status=done, logs={1: log}, has_finalizer=False, **more), NOW).actions
+
+    gone = (DeleteJob("run-a1"),)
+    assert expiry(KEEP_LOGS_LIMIT_S - 1, None) == ()
+    assert expiry(KEEP_LOGS_LIMIT_S, None) == gone
+    assert expiry(1, "") == expiry(1, "runs:/r1/attempts/1") == gone
 
 
 def test_a_sidecar_does_not_keep_the_gpu_of_a_finished_run() -> None:
@@ -748,7 +778,7 @@ def test_what_comes_back_at_once_is_tried_again_ever_later() -> None:
     """A node whose disk is full takes the pod, evicts it, and takes it again."""
 
     def wait(*ends: Any) -> float | None:
-        return decide(observed(run=run(), status=status(*ends), logs=""), NOW).look_again_s
+        return decide(observed(run=run(), status=status(*ends)), NOW).look_again_s
 
     def preempted(number: int, trained_s: float) -> Any:
         return attempt(number, reason="Preempted", running_time=ago(1 + trained_s), end_time=ago(1))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -104,6 +107,90 @@ def test_a_server_that_hangs_is_asked_by_one_look_at_a_time(monkeypatch: pytest.
         hangs = False
         await gateway._read("r1")
         await asyncio.gather(*(gateway._read("r1") for _ in range(5)))
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        gateway.close()
+
+
+class SlowStore(BaseHTTPRequestHandler):
+    """An MLflow server whose object store takes its time, and whose search never answers."""
+
+    uploading, released = threading.Event(), threading.Event()
+    kept: ClassVar[list[bytes]] = []
+
+    def do_GET(self) -> None:
+        if "get-by-name" in self.path:
+            self.released.wait()
+        run = {"run_id": "r1", "artifact_uri": "mlflow-artifacts:/1/r1/artifacts", "status": "RUNNING"}
+        self._answer(json.dumps({"run": {"info": run, "data": {}}}).encode())
+
+    def do_PUT(self) -> None:
+        text = self.rfile.read(int(self.headers["Content-Length"]))
+        self.uploading.set()
+        self.released.wait()
+        self.kept.append(text)
+        self._answer(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # who asked may have given up
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+
+def test_an_upload_may_take_longer_than_what_looks_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    async def scenario(uri: str) -> str:
+        gateway = MlflowGateway(uri)
+        try:
+            upload = asyncio.create_task(gateway.keep_files("r1", "attempts/1", {"x.log": "last words"}))
+            await asyncio.to_thread(SlowStore.uploading.wait)
+            with pytest.raises(MlflowException, match="timeout"):
+                await gateway.active_facts(["lab"])
+            SlowStore.released.set()
+            return await upload
+        finally:
+            SlowStore.released.set()
+            gateway.close()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowStore) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert asyncio.run(scenario(f"http://127.0.0.1:{server.server_port}")) == "runs:/r1/attempts/1"
+        finally:
+            server.shutdown()
+    assert SlowStore.kept == [b"last words"]
+
+
+def test_a_store_that_hangs_does_not_keep_mlflow_from_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, uploads = 100.0, 0
+    monkeypatch.setattr(mlflow_gateway, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(runs, "read_facts", lambda client, run_id: run())
+
+    def hang(*_: object) -> None:
+        nonlocal now, uploads
+        uploads += 1
+        now += mlflow_gateway.SILENT_AFTER_S
+        raise ConnectionError("timed out")
+
+    monkeypatch.setattr(mlflow_gateway, "_log_text", hang)
+    gateway = MlflowGateway("http://127.0.0.1:9")
+
+    async def scenario() -> None:
+        with pytest.raises(ConnectionError):
+            await gateway.keep_files("r1", "attempts/1", {"x.log": ""})
+        with pytest.raises(MlflowSilentError):
+            await gateway.keep_files("r2", "attempts/1", {"x.log": ""})
+        assert uploads == 1
+        assert (await gateway._read("r1")).run_id == "r1"
 
     try:
         asyncio.run(scenario())

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from heimdall_operator import act, kube
+from heimdall_operator import accounts, kube
 
 LINE = "GET http://alice:hunter2@store/x?token=abc done\n"
 
 
 def test_no_secret_is_left_where_a_long_log_is_cut_into_pieces() -> None:
-    text = LINE * (5 * act.PIECE // len(LINE)) + "x" * (2 * act.PIECE) + LINE
+    text = LINE * (5 * accounts.PIECE // len(LINE)) + "x" * (2 * accounts.PIECE) + LINE
 
-    redacted = asyncio.run(act._redacted(text))
+    redacted = asyncio.run(accounts._redacted(text))
 
     assert "hunter2" not in redacted
     assert "abc" not in redacted
