@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from heimdall_api.contract import LABEL_ATTEMPT, Checkpoint, Progress
+from heimdall_operator.observe import COMPLETION_INDEX
 from heimdall_operator.store import ENDED, JOB_NAME
 from tests.unit.operator.builders import NOW, UID
 from tests.unit.operator.fakes import World, is_living
@@ -59,51 +60,74 @@ class Cluster(World):
         """Let the Job controller and the scheduler do what is to be done."""
         for job in self.jobs.values():
             if not is_over(job):
+                job.setdefault("status", {})
                 self._sync(job)
         for pod in self.pods.values():
             if pod["status"]["phase"] == "Pending" and "deletionTimestamp" not in pod["metadata"]:
                 self._schedule(pod)
 
     def _sync(self, job: dict[str, Any]) -> None:
-        status = job.setdefault("status", {})
         pods = self.pods_of(job)
         counted = [pod for name, pod in pods.items() if name not in self.released]
-        ended = next((pod["status"]["phase"] for pod in counted if pod["status"]["phase"] in ENDED), None)
-        if ended is not None:
-            kind = "Complete" if ended == "Succeeded" else "Failed"
-            status["conditions"] = [{"type": kind, "status": "True", "lastTransitionTime": self.time()}]
+        done = {worker_of(pod) for pod in counted if pod["status"]["phase"] == "Succeeded"}
+        if any(pod["status"]["phase"] == "Failed" for pod in counted):
+            self._fail(job)
+        elif len(done) == workers_of(job):
+            self._finish(job, "Complete")
+        elif job["spec"].get("suspend"):
+            self._hold(job)
+        else:
+            self._let_go(job)
+            there = {worker_of(pod) for pod in pods.values() if is_living(pod)}  # podReplacementPolicy: Failed
+            for worker in sorted({*range(workers_of(job))} - there - done):
+                self._make_pod(job, worker)
+
+    def _fail(self, job: dict[str, Any]) -> None:
+        """One pod that fails ends the others; the Job has failed when all have ended."""
+        living = [pod for pod in self.pods_of(job).values() if is_living(pod)]
+        for pod in living:
+            self.could_be[attempt_of(pod)].add("Preempted")
+            self.delete_pod(pod["metadata"]["name"])
+        if not any(map(is_living, living)):
+            self._finish(job, "Failed")
+
+    def _hold(self, job: dict[str, Any]) -> None:
+        if job["status"].pop("startTime", None) is not None:
             self.stamp(job)
-            return
-        if job["spec"].get("suspend"):
-            if status.pop("startTime", None) is not None:
-                self.stamp(job)
-            for name, pod in pods.items():
-                if is_living(pod):
-                    self.released.add(name)
-                    self.delete_pod(name)
-            return
-        if "startTime" not in status:
-            status["startTime"] = self.time()
+        for name, pod in self.pods_of(job).items():
+            if is_living(pod):
+                self.released.add(name)
+                self.delete_pod(name)
+
+    def _let_go(self, job: dict[str, Any]) -> None:
+        if "startTime" not in job["status"]:
+            job["status"]["startTime"] = self.time()
             self.let_go[int(job["metadata"]["labels"][LABEL_ATTEMPT])] = self.now
             self.stamp(job)
-        if not any(is_living(pod) for pod in pods.values()):
-            self._make_pod(job)  # podReplacementPolicy: Failed
 
-    def _make_pod(self, job: dict[str, Any]) -> None:
+    def _finish(self, job: dict[str, Any], kind: str) -> None:
+        job["status"]["conditions"] = [{"type": kind, "status": "True", "lastTransitionTime": self.time()}]
+        self.stamp(job)
+
+    def _make_pod(self, job: dict[str, Any], worker: int) -> None:
         self._pods_made += 1
         name = f"{job['metadata']['name']}-{self._pods_made}"
         metadata = {
             "name": name,
             "namespace": "team",
             "labels": {**job["metadata"]["labels"], JOB_NAME: job["metadata"]["name"]},
+            "annotations": {COMPLETION_INDEX: str(worker)},
             "creationTimestamp": self.time(),
         }
-        self.pods[name] = self.stamp({"metadata": metadata, "spec": {}, "status": {"phase": "Pending"}})
+        spec = {"workers": workers_of(job)}
+        self.pods[name] = self.stamp({"metadata": metadata, "spec": spec, "status": {"phase": "Pending"}})
 
     def _schedule(self, pod: dict[str, Any]) -> None:
         if "nodeName" in pod["spec"]:
             return
-        node = next((node for node in NODES if node not in self.away | self.cordoned), None)
+        # Each has room for one worker of a group.
+        taken = {other["spec"].get("nodeName") for other in self._group_of(pod) if is_living(other)}
+        node = next((node for node in NODES if node not in self.away | self.cordoned | taken), None)
         if node is not None:
             pod["spec"]["nodeName"] = node
             self.set_condition(pod, "PodScheduled", "True")
@@ -122,10 +146,10 @@ class Cluster(World):
 
     # --- kubelets -----------------------------------------------------------------------------------------------
 
-    def start_pods(self) -> None:
+    def start_pods(self, *, only: int | None = None) -> None:
         """Start what waits on nodes that can be heard of."""
         self.sync()
-        for pod in self.pods.values():
+        for pod in self._each(only):
             if pod["status"]["phase"] == "Pending" and self._is_heard(pod):
                 pod["status"] |= {
                     "phase": "Running",
@@ -142,9 +166,9 @@ class Cluster(World):
                 pod["status"]["containerStatuses"] = [_container(waiting=waiting)]
                 self.stamp(pod)
 
-    def end_pods(self, how: dict[str, Any]) -> None:
+    def end_pods(self, how: dict[str, Any], *, only: int | None = None) -> None:
         """End what runs on nodes that can be heard of."""
-        for pod in self.pods.values():
+        for pod in self._each(only):
             if pod["status"]["phase"] == "Running" and self._is_heard(pod):
                 self._end(pod, how)
         self.sync()
@@ -198,24 +222,26 @@ class Cluster(World):
                 if pod["status"]["phase"] in ENDED:
                     del self.pods[name]
 
-    def evict(self, disruption: str) -> None:
-        """Take the pods' place for something else."""
-        for name, pod in self.pods.items():
+    def evict(self, disruption: str, *, only: int | None = None, node: str | None = None) -> None:
+        """Take the pods' place for something else: of all, of one worker, or of those on a node."""
+        for pod in self._each(only):
+            if node not in (None, pod["spec"].get("nodeName")):
+                continue
             if is_living(pod) and self._is_heard(pod, unless_placed=True):
                 self.could_be[attempt_of(pod)].add("Preempted")
-                self.delete_pod(name, disruption)
+                self.delete_pod(pod["metadata"]["name"], disruption)
         self.sync()
 
-    def delete_pods(self) -> None:
+    def delete_pods(self, *, only: int | None = None) -> None:
         """What somebody does with `kubectl delete pod`."""
-        for name, pod in self.pods.items():
+        for pod in self._each(only):
             self.could_be[attempt_of(pod)].add("Preempted")
-            self.delete_pod(name)
+            self.delete_pod(pod["metadata"]["name"])
         self.sync()
 
-    def evict_for_disk(self, *, own: bool) -> None:
+    def evict_for_disk(self, *, own: bool, only: int | None = None) -> None:
         """A kubelet ends pods because the disk is full: by what they wrote, or by anybody's doing."""
-        for pod in self.pods.values():
+        for pod in self._each(only):
             if pod["status"]["phase"] != "Running" or not self._is_heard(pod):
                 continue
             message = "The node was low on resource: ephemeral-storage."
@@ -270,7 +296,8 @@ class Cluster(World):
         if run is None or self.mlflow_away:
             return
         for pod in self.pods.values():
-            if pod["status"]["phase"] != "Running":
+            # The first worker speaks for a group, of which none makes a step alone.
+            if worker_of(pod) > 0 or not self._trains(pod):
                 continue
             number = attempt_of(pod)
             if number < run["attempt"]:
@@ -286,6 +313,20 @@ class Cluster(World):
         self.sync()
 
     # --- helpers ------------------------------------------------------------------------------------------------
+
+    def _each(self, only: int | None) -> list[dict[str, Any]]:
+        """Every pod, or those of one worker."""
+        return [pod for pod in self.pods.values() if only is None or worker_of(pod) == only]
+
+    def _group_of(self, pod: dict[str, Any]) -> list[dict[str, Any]]:
+        """The pods of a pod's Job."""
+        job = pod["metadata"]["labels"][JOB_NAME]
+        return [other for other in self.pods.values() if other["metadata"]["labels"][JOB_NAME] == job]
+
+    def _trains(self, pod: dict[str, Any]) -> bool:
+        """Whether a pod runs, and every other worker of its group does."""
+        running = [other for other in self._group_of(pod) if other["status"]["phase"] == "Running"]
+        return pod in running and len({*map(worker_of, running)}) == pod["spec"]["workers"]
 
     def time(self, later: timedelta = timedelta()) -> str:
         """The time as the API server writes it."""
@@ -316,6 +357,16 @@ def is_over(job: dict[str, Any]) -> bool:
 def attempt_of(pod: dict[str, Any]) -> int:
     """Number of the attempt that a pod was made for."""
     return int(pod["metadata"]["labels"][LABEL_ATTEMPT])
+
+
+def worker_of(pod: dict[str, Any]) -> int:
+    """A pod's place in its group."""
+    return int(pod["metadata"]["annotations"][COMPLETION_INDEX])
+
+
+def workers_of(job: dict[str, Any]) -> int:
+    """How many pods a Job has at one time."""
+    return int(job["spec"].get("completions", 1))
 
 
 def _container(**state: Any) -> dict[str, Any]:

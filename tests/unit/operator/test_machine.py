@@ -24,7 +24,7 @@ from heimdall_operator.controller import Controller
 from heimdall_operator.decide import DELETION_LIMIT_S
 from heimdall_operator.failures import FREE
 from tests.unit.operator.builders import UID
-from tests.unit.operator.cluster import NODES, Cluster, attempt_of, is_over
+from tests.unit.operator.cluster import NODES, Cluster, attempt_of, is_over, worker_of
 from tests.unit.operator.fakes import KEY, CrashError, controller, is_given_up
 
 RETRIES: Final = 3
@@ -47,6 +47,8 @@ OFTEN: Final = ("success", "success", "sigterm", "sigterm", "crash", "crash", "k
 """What is followed by something comes more often than what is not."""
 HELD: Final = ("ImagePullBackOff", "CreateContainerConfigError")
 TAKEN: Final = ("EvictionByEvictionAPI", "PreemptionByScheduler", "for the disk", "for their own disk", "by hand")
+WORKERS: Final = st.sampled_from((None, None, 0, 1))
+"""Whom something happens to: all, or one worker of a group; of a run without a group, nobody is the second."""
 SELDOM: Final = st.sampled_from((False, False, False, False, True))
 PAUSES_S: Final = (0, 0, 1, 30, 400, 1000, 5000)
 ENOUGH: Final = 80
@@ -87,6 +89,7 @@ class Life(RuleBasedStateMachine):
         stalls=st.booleans(),
         ends=st.booleans(),
         waits=SELDOM,
+        group=st.sampled_from((False, False, True)),
     )
     def apply(self, **flags: bool) -> None:
         spec: dict[str, Any] = {
@@ -98,6 +101,8 @@ class Life(RuleBasedStateMachine):
         }
         if flags["growth"]:
             spec["retries"]["memoryGrowth"] = {"max": "20Gi"}
+        if flags["group"]:
+            spec["resources"] = {"workers": 2}
         if flags["registered"]:
             spec["registration"] = {"model": "localizer"}
         if flags["stalls"]:
@@ -114,27 +119,27 @@ class Life(RuleBasedStateMachine):
             self.world.start_pods()
             self.operator_looks(0)
 
-    @rule()
-    def pods_start(self) -> None:
-        self.world.start_pods()
+    @rule(only=WORKERS)
+    def pods_start(self, only: int | None) -> None:
+        self.world.start_pods(only=only)
 
-    @rule(end=st.sampled_from(OFTEN))
-    def pods_end(self, end: str) -> None:
-        self.world.end_pods(ENDS[end])
+    @rule(end=st.sampled_from(OFTEN), only=WORKERS)
+    def pods_end(self, end: str, only: int | None) -> None:
+        self.world.end_pods(ENDS[end], only=only)
 
     @rule(reason=st.sampled_from(HELD))
     def pods_are_held(self, reason: str) -> None:
         self.world.hold_pods(reason)
 
-    @rule(how=st.sampled_from(TAKEN))
-    def pods_are_taken_away(self, how: str) -> None:
+    @rule(how=st.sampled_from(TAKEN), only=WORKERS)
+    def pods_are_taken_away(self, how: str, only: int | None) -> None:
         match how:
             case "for the disk" | "for their own disk":
-                self.world.evict_for_disk(own=how == "for their own disk")
+                self.world.evict_for_disk(own=how == "for their own disk", only=only)
             case "by hand":
-                self.world.delete_pods()
+                self.world.delete_pods(only=only)
             case _:
-                self.world.evict(how)
+                self.world.evict(how, only=only)
 
     @rule()
     def ended_pods_go(self) -> None:
@@ -149,7 +154,7 @@ class Life(RuleBasedStateMachine):
         match what:
             case "drained":
                 self.world.cordoned.add(node)
-                self.world.evict("EvictionByEvictionAPI")
+                self.world.evict("EvictionByEvictionAPI", node=node)
             case "uncordoned":
                 self.world.cordoned.discard(node)
                 self.world.sync()
@@ -237,7 +242,9 @@ class Life(RuleBasedStateMachine):
     def there_is_one_run_one_version_and_one_living_job(self) -> None:
         assert len(self.world.mlflow_runs) <= 1
         assert len(self.world.versions) <= 1
-        assert len(self.world.living(self.world.now)) <= 1
+        living = [self.world.pods[name] for name in self.world.living(self.world.now)]
+        assert len({attempt_of(pod) for pod in living}) <= 1
+        assert len({worker_of(pod) for pod in living}) == len(living)
         assert self.world.overlaps == []
 
     @invariant()
@@ -391,11 +398,14 @@ TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=500, stateful_step_count=40, deadline=None)
 
 
+FLAGS: Final = ("suspended", "growth", "registered", "queued", "stalls", "ends", "waits", "group")
+
+
 @pytest.fixture
-def life() -> Iterator[Life]:
-    """A life whose first attempt trains."""
+def life(request: pytest.FixtureRequest) -> Iterator[Life]:
+    """A life whose first attempt trains, with the flags that a test asks for."""
     life = Life()
-    life.apply(**dict.fromkeys(("suspended", "growth", "registered", "queued", "stalls", "ends", "waits"), False))
+    life.apply(**{flag: flag == getattr(request, "param", None) for flag in FLAGS})
     yield life
     life.teardown()
 
@@ -434,7 +444,7 @@ def test_a_job_that_is_deleted_before_its_pod_was_seen_is_not_made_again_beside_
 
 def test_a_job_that_somebody_suspended_goes_on_as_the_same_attempt(life: Life) -> None:
     life.jobs_are_suspended(suspend=True)
-    life.pods_end("sigterm")
+    life.pods_end("sigterm", only=None)
     life.operator_looks(0)
     life.jobs_are_suspended(suspend=False)
     life.operator_looks(0)
@@ -444,9 +454,25 @@ def test_a_job_that_somebody_suspended_goes_on_as_the_same_attempt(life: Life) -
 
 
 def test_a_pod_that_is_deleted_before_it_starts_costs_no_retry(life: Life) -> None:
-    life.pods_end("sigterm")
+    life.pods_end("sigterm", only=None)
     life.operator_looks(30)
-    life.pods_are_taken_away("by hand")
+    life.pods_are_taken_away("by hand", only=None)
     life.operator_looks(0)
 
     assert (life._status()["attempts"][1]["reason"], life._status()["failures"]) == ("Preempted", 0)
+
+
+@pytest.mark.parametrize("life", ["group"], indirect=True)
+def test_the_other_workers_of_a_lost_node_end_with_it(life: Life) -> None:
+    life.a_node_is("node2", "lost")
+    life.lost_nodes("are not heard of for long")
+    life.operator_looks(400)
+    life.pods_end("sigterm", only=0)
+    life.operator_looks(0)
+    life.lost_nodes("come back")
+    life.operator_looks(0)
+
+    attempts = life._status()["attempts"]
+    assert [attempt.get("reason") for attempt in attempts] == ["NodeLost", None]
+    assert len(life.world.living(life.world.now)) == 2
+    assert life._status()["failures"] == 0
