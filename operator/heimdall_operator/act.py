@@ -84,8 +84,8 @@ class Actor:
                 return await self._delete_job(observed, name)
             case RegisterModel():
                 return await self._register(observed)
-            case EndRun(status, insist):
-                return await self._end_run(observed, status, insist=insist)
+            case EndRun(status, insist, fence):
+                return await self._end_run(observed, status, insist=insist, fence=fence)
 
     async def _set_finalizer(self, observed: Observed, *, present: bool) -> Observed:
         key = Key(observed.namespace, observed.name)
@@ -198,9 +198,9 @@ class Actor:
             return replace(observed, refusal=redact(error))
         return replace(observed, registration=registration, run=facts)
 
-    async def _end_run(self, observed: Observed, status: Any, *, insist: bool) -> Observed:
+    async def _end_run(self, observed: Observed, status: Any, *, insist: bool, fence: bool) -> Observed:
         try:
-            facts = await self._mlflow.end_run(observed, status)
+            facts = await self._mlflow.end_run(observed, status, fence=fence)
         except Exception as error:
             if insist:
                 raise

@@ -64,6 +64,8 @@ class EndRun:
     status: FinalStatus
     insist: bool = True
     """Whether it is tried again while MLflow is away: not where a deletion has waited for long enough."""
+    fence: bool = False
+    """Whether the newest attempt must be kept from publishing: nobody has seen its trainer end."""
 
 
 Action = (

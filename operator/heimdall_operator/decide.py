@@ -577,7 +577,9 @@ def _fail(observed: Observed, reason: Reason, message: str, now: datetime) -> De
     status = observed.status
     if status.run_id is not None and (observed.run is None or observed.run.status != "FAILED"):
         words = f"{message.rstrip('.')}. Waiting for MLflow to end the run."
-        return Decision((EndRun("FAILED"),), waiting(status, observed, str(reason), words, now))
+        return Decision(
+            (EndRun("FAILED", fence=_may_go_on(observed)),), waiting(status, observed, str(reason), words, now)
+        )
     status = _finish(with_facts(status, observed.run), "Failed", now)
     return Decision(
         (),
@@ -585,6 +587,17 @@ def _fail(observed: Observed, reason: Reason, message: str, now: datetime) -> De
             status, observed, now, Failed=(True, str(reason), message), Complete=(False, str(reason), message)
         ),
     )
+
+
+def _may_go_on(observed: Observed) -> bool:
+    """Whether a trainer of the newest attempt may still write to the run, cut off with its node: nobody saw it end."""
+    if any(pod.alive for pod in observed.pods):
+        return True
+    attempt = next(reversed(observed.status.attempts), None)
+    if attempt is None or attempt.running_time is None or attempt.exit_code is not None:
+        return False
+    workers = observed.spec.resources.workers if observed.spec is not None else 1
+    return sum(pod.exit_code is not None for pod in observed.attempt_pods) < workers
 
 
 def _finish(status: TrainingRunStatus, phase: Literal["Succeeded", "Failed"], now: datetime) -> TrainingRunStatus:
@@ -649,7 +662,7 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
     if observed.status.phase in ("Succeeded", "Failed") or ended:
         return Decision((RemoveFinalizer(),), observed.status)
     # An operator that was away all that time has not even tried: it does so once before it lets go.
-    return Decision((EndRun("KILLED", insist=not overdue),), observed.status)
+    return Decision((EndRun("KILLED", insist=not overdue, fence=_may_go_on(observed)),), observed.status)
 
 
 def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) -> float | None:

@@ -130,8 +130,8 @@ class MlflowGateway:
         await self._do(runs.open_attempt, await self._read(run_id), attempt)
         return await self._read(run_id)
 
-    async def end_run(self, observed: Observed, status: FinalStatus) -> RunFacts | None:
-        """End the run of a TrainingRun; None where it has none."""
+    async def end_run(self, observed: Observed, status: FinalStatus, *, fence: bool) -> RunFacts | None:
+        """End the run of a TrainingRun, and where asked for keep its newest attempt from it; None where it has none."""
         run_id = observed.status.run_id
         if run_id is None:
             # The operator may have died between creating the run and writing its ID down.
@@ -139,7 +139,7 @@ class MlflowGateway:
             if found is None:
                 return None
             run_id = found.run_id
-        await self._do(runs.end_run, run_id, status)
+        await self._do(runs.end_run, run_id, status, observed.status.attempt if fence else None)
         return await self._do(runs.read_facts, run_id)
 
     async def end_running(self, observed: Observed, status: FinalStatus) -> None:

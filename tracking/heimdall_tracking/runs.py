@@ -264,8 +264,15 @@ class Fence:
             call()
 
 
-def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:
+def end_run(client: MlflowClient, run_id: str, status: FinalStatus, past: int | None = None) -> None:
     """End a run, once: a run that has ended this way, or was deleted, is left as it is.
+
+    Args:
+        client: Client of the tracking server.
+        run_id: ID of the run.
+        status: How it has ended.
+        past: Number of an attempt that may not know of its end: from here on it publishes nothing. None where there
+            is none.
 
     Raises:
         MlflowException: The server is away or refuses.
@@ -278,7 +285,11 @@ def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return
         raise
-    if run.info.lifecycle_stage != "deleted" and run.info.status != status:
+    if run.info.lifecycle_stage == "deleted":
+        return
+    if past is not None and _number(run.data.tags.get(TAG_ATTEMPT)) <= past:
+        client.set_tag(run_id, TAG_ATTEMPT, str(past + 1), synchronous=True)
+    if run.info.status != status:
         client.set_terminated(run_id, status)
 
 

@@ -49,6 +49,8 @@ class Cluster(World):
         """When an attempt started, or was last seen to make a step, by number."""
         self.published: list[int] = []
         """Attempts whose trainers wrote to the MLflow run, in order."""
+        self.late: list[int] = []
+        """Attempts whose trainers did so after it was ended."""
         self._pods_made = 0
 
     # --- Job controller and scheduler ---------------------------------------------------------------------------
@@ -304,6 +306,7 @@ class Cluster(World):
                 if self._is_heard(pod):
                     self._end(pod, FENCED)
                 continue
+            self.late += [number] * (run["status"] in ("FINISHED", "FAILED", "KILLED"))
             step = len(self.published) + 1
             self.published.append(number)
             self.moved[number] = self.now

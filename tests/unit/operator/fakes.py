@@ -261,10 +261,14 @@ class FakeMlflow:
             self.world.wrote(f"open attempt {attempt}")
         return self._facts(UID)
 
-    async def end_run(self, observed: Any, status: str) -> RunFacts | None:
+    async def end_run(self, observed: Any, status: str, *, fence: bool) -> RunFacts | None:
         self._check()
         if observed.uid not in self.world.mlflow_runs:
             return None
+        past = observed.status.attempt + 1
+        if fence and self.world.mlflow_runs[observed.uid]["attempt"] < past:
+            self.world.mlflow_runs[observed.uid]["attempt"] = past
+            self.world.wrote(f"fence attempt {observed.status.attempt}")
         if self.world.mlflow_runs[observed.uid]["status"] != status:
             self.world.mlflow_runs[observed.uid]["status"] = status
             self.world.wrote(f"end run {status}")

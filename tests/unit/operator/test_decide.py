@@ -715,6 +715,18 @@ def test_a_run_that_mlflow_refuses_fails() -> None:
     assert condition(refused, "Failed") == ("True", "InvalidConfiguration")
 
 
+def test_a_trainer_that_nobody_saw_end_is_kept_from_the_run_that_is_ended() -> None:
+    def end(*pods: PodFacts, **more: Any) -> tuple[Any, ...]:
+        late = attempt(reason="DeadlineExceeded", running_time=ago(900), end_time=ago(1), **more)
+        return decide(observed(run=run(), status=status(late), pods=pods), NOW).actions
+
+    assert end(pod(deleting=ago(LOST_POD_S + 1))) == (EndRun("FAILED", fence=True),), "its node was lost"
+    assert end() == (EndRun("FAILED", fence=True),), "its pod was removed by force"
+    assert end(ended_pod(143)) == end(exit_code=143) == (EndRun("FAILED"),)
+    deleted = observed(deleted=ago(LOST_POD_S + 10), run=run(), pods=(pod(deleting=ago(LOST_POD_S + 1)),))
+    assert decide(deleted, NOW).actions == (EndRun("KILLED", fence=True),)
+
+
 def test_the_next_attempt_waits_for_no_log() -> None:
     ended = status(attempt(reason="Preempted", running_time=ago(900), end_time=ago(60)))
     seen = observed(logs={1: None}, status=ended, jobs=(job(),), pods=(ended_pod(143),))

@@ -250,6 +250,7 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def nothing_older_publishes_beside_a_newer_attempt(self) -> None:
         assert self.world.unfenced == []
+        assert self.world.late == []
         assert self.world.published == sorted(self.world.published)
 
     @invariant()
@@ -460,6 +461,18 @@ def test_a_pod_that_is_deleted_before_it_starts_costs_no_retry(life: Life) -> No
     life.operator_looks(0)
 
     assert (life._status()["attempts"][1]["reason"], life._status()["failures"]) == ("Preempted", 0)
+
+
+@pytest.mark.parametrize("life", ["ends"], indirect=True)
+def test_a_trainer_that_is_cut_off_says_nothing_to_a_run_that_was_ended(life: Life) -> None:
+    life.a_node_is("node1", "lost")
+    life.operator_looks(ACTIVE_S)
+    life.trainers_make_a_step()
+    life.operator_looks(400)
+    life.trainers_make_a_step()
+
+    assert life.world.mlflow_runs[UID]["status"] == "FAILED"
+    assert (life.world.published, life.world.late) == ([1], []), "until its run was ended, nobody knew"
 
 
 @pytest.mark.parametrize("life", ["group"], indirect=True)

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_BEST, TAG_CHECKPOINTS, TAG_PROGRESS, TAG_UID
 from heimdall_tracking import runs
+from heimdall_tracking.errors import OvertakenError
 from heimdall_tracking.experiments import ensure_experiment
 from tests.unit.tracking.conftest import NewRun
 
@@ -139,6 +140,20 @@ def test_a_run_is_ended_once(client: MlflowClient, new_run: NewRun, status: runs
 
     info = client.get_run(run_id).info
     assert (info.status, info.end_time) == (status, ended)
+
+
+def test_an_attempt_that_nobody_saw_end_says_nothing_to_a_run_that_was_ended(client: MlflowClient, name: str) -> None:
+    run_id = runs.ensure_run(client, uid="u1", experiment=name, name="n", tags={TAG_ATTEMPT: "2"}).run_id
+
+    runs.end_run(client, run_id, "FAILED")
+    runs.check_attempt(client.get_run(run_id), 2)
+    for _ in range(2):
+        runs.end_run(client, run_id, "FAILED", past=2)
+
+    facts = read(client, run_id)
+    assert (facts.attempt, facts.status) == (3, "FAILED")
+    with pytest.raises(OvertakenError):
+        runs.check_attempt(client.get_run(run_id), 2)
 
 
 def test_another_end_replaces_the_first(client: MlflowClient, new_run: NewRun) -> None:
