@@ -244,9 +244,10 @@ def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
         return None
     if job.finished is not None and age_s(job.finished, now) < POD_VANISHED_S:
         return None
-    if job.succeeded:
-        return Outcome(reason=Reason.COMPLETED, message="Training finished.", ended=job.finished)
     message = "The pod or its Job was deleted while it was training."
+    if job.succeeded:
+        # Exit 0 is not enough: a Job counts a pod that was deleted and then exited 0, and nothing else tells of that.
+        message = "Its Job succeeded, but the pod is gone: nobody saw whether it was deleted while it was training."
     return Outcome(reason=Reason.PREEMPTED, message=message, ended=None if _living(observed, now) else now)
 
 

@@ -191,8 +191,8 @@ class Cluster(World):
         if "deletionTimestamp" not in pod["metadata"]:
             could_be.add(reason or BY_CODE[code])
         elif pod["metadata"]["name"] not in self.released:
-            # The Job alone may be there to tell of it, or the pod is the first to.
-            could_be |= {reason or BY_CODE[code], "Preempted"}
+            # The Job alone may be there to tell of it, or the pod is the first to. Exit 0 is then no sign of success.
+            could_be |= {"Preempted"} | ({reason or BY_CODE[code]} if code else set())
         self.stamp(pod)
 
     def delete_pod(self, name: str, disruption: str | None = None) -> None:

@@ -727,6 +727,16 @@ def test_a_trainer_that_nobody_saw_end_is_kept_from_the_run_that_is_ended() -> N
     assert decide(deleted, NOW).actions == (EndRun("KILLED", fence=True),)
 
 
+def test_a_job_that_succeeded_is_no_sign_of_success_once_its_pod_is_gone() -> None:
+    done = job(finished=ago(POD_VANISHED_S), succeeded=True)
+    gone = decide(observed(run=run(), jobs=(done,)), NOW).status
+
+    assert gone.attempts[0].reason == "Preempted"
+    assert gone.failures == 0
+    seen = decide(observed(run=run(), jobs=(done,), pods=(ended_pod(0),)), NOW)
+    assert seen.actions == (EndRun("FINISHED"),)
+
+
 def test_the_next_attempt_waits_for_no_log() -> None:
     ended = status(attempt(reason="Preempted", running_time=ago(900), end_time=ago(60)))
     seen = observed(logs={1: None}, status=ended, jobs=(job(),), pods=(ended_pod(143),))
