@@ -24,6 +24,7 @@ from heimdall_operator.decide import job_name
 from heimdall_operator.kube import LOG_BYTES, Kube
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import CONTAINER, Observed
+from heimdall_operator.pauses import doubled_s
 from heimdall_operator.store import Key
 from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.redact import redact
@@ -149,7 +150,7 @@ class Keeper:
             account.result = ""
             log.warning("the attempt's log was not kept", attempt=number, error=words)
             return
-        delay_s = min(RETRY_S * 2.0**account.failures, RETRY_LIMIT_S)
+        delay_s = doubled_s(RETRY_S, account.failures, RETRY_LIMIT_S)
         account.failures += 1
         account.due = self._clock() + timedelta(seconds=delay_s)
         log.warning("keeping the attempt's log failed; trying again", attempt=number, error=words, again_in_s=delay_s)

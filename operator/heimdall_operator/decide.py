@@ -39,6 +39,7 @@ from heimdall_operator.actions import (
 )
 from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, shorten
 from heimdall_operator.observe import JobFacts, Observed, PodFacts
+from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import ConditionValue, age_s, waiting, with_conditions, with_facts
 
 ATTEMPTS_KEPT: Final = 10
@@ -525,7 +526,7 @@ def _next_memory(spec: TrainingRunSpec, attempt: Attempt) -> str | None:
 def _retry(observed: Observed, attempt: Attempt, memory: str | None, now: datetime) -> Decision:
     reason = Reason(attempt.reason or Reason.UNKNOWN)
     failures = _fruitless(observed.status) - 1 if reason in FREE else observed.status.failures
-    delay = min(RETRY_DELAY_S * 2.0 ** (failures - 1), RETRY_DELAY_LIMIT_S) if failures > 0 else 0.0
+    delay = doubled_s(RETRY_DELAY_S, failures - 1, RETRY_DELAY_LIMIT_S) if failures > 0 else 0.0
     left = delay - age_s(attempt.end_time, now)
     message = f"Attempt {attempt.number} ended ({reason}); the next one goes on from the last checkpoint."
     if left > 0:

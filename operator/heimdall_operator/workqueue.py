@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
+from heimdall_operator.pauses import doubled_s
+
 BACKOFF_S: Final = 1.0
 BACKOFF_LIMIT_S: Final = 60.0
 
@@ -65,7 +67,7 @@ class WorkQueue(Generic[K]):
     def add_after_failure(self, key: K) -> float:
         """Look at a name again after a delay that grows with each failure in a row; the delay, in seconds."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        delay = min(BACKOFF_S * 2.0 ** (failures - 1), BACKOFF_LIMIT_S)
+        delay = doubled_s(BACKOFF_S, failures - 1, BACKOFF_LIMIT_S)
         self.add_later(key, delay)
         return delay
 

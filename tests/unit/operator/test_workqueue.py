@@ -44,6 +44,8 @@ def test_delays_grow_with_failures_and_end_with_success() -> None:
         queue: WorkQueue[str] = WorkQueue()
         delays = [queue.add_after_failure("a") for _ in range(8)]
         assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
+        # A server that is away for a day: a delay that can't be computed would end the worker.
+        assert {queue.add_after_failure("a") for _ in range(2000)} == {60}
         queue.forget_failures("a")
         assert queue.add_after_failure("a") == pytest.approx(1)
         queue.close()

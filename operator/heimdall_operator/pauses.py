@@ -1,0 +1,13 @@
+"""Pauses between tries that double."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_DOUBLINGS: Final = 60
+"""More than any limit needs; of a server that is away for a day, the power would be too large for a number."""
+
+
+def doubled_s(first_s: float, times: int, limit_s: float) -> float:
+    """A pause that was doubled so many times, in seconds, up to a limit."""
+    return min(first_s * 2.0 ** min(times, _DOUBLINGS), limit_s)
