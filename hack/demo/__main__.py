@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "hack/cluster"))
 
 from heimdall_cluster import engine, kind  # noqa: E402
 from heimdall_cluster.paths import BIN, KUBECONFIG, LOGS  # noqa: E402
-from heimdall_cluster.steps import ClusterError, read, run, say, step  # noqa: E402
+from heimdall_cluster.steps import ClusterError, read, run, say, step, told  # noqa: E402
 
 NAMESPACE: Final = "heimdall"
 RUN: Final = "localizer"
@@ -34,7 +34,7 @@ POLL_S: Final = 2.0
 def main() -> None:
     """Go the whole way."""
     began = time.monotonic()
-    try:
+    with told("hack/demo"):
         _hack("cluster", "up")
         _hack("images", "build", *SMALL_IMAGES, "trainer")
         references = _references()
@@ -44,8 +44,6 @@ def main() -> None:
         _record()
         _train()
         _show()
-    except ClusterError as error:
-        sys.exit(f"hack/demo: {error}")
     say(f'the whole way: {time.monotonic() - began:.0f} s. Look around: eval "$(python3 hack/cluster env)"')
 
 

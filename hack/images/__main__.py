@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "hack/cluster"))
 
 from heimdall_cluster import engine, images, parts  # noqa: E402
 from heimdall_cluster.cli import locked  # noqa: E402
-from heimdall_cluster.steps import ClusterError, read, say, step  # noqa: E402
+from heimdall_cluster.steps import read, say, step, told  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,10 @@ def main() -> None:
         for image in CATALOGUE.values():
             print(f"{image.name:12}{image.reference}")
         return
-    try:
+    with told("hack/images"):
         with locked():
             engine.ensure()
         build(CATALOGUE[name] for name in arguments.names or CATALOGUE)
-    except ClusterError as error:
-        sys.exit(f"hack/images: {error}")
 
 
 def build(wanted: Iterable[Image]) -> None:

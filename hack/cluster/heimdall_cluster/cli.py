@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from typing import IO, Final
 
 from heimdall_cluster import debian, engine, images, kind, parts, steps
 from heimdall_cluster.paths import BEFORE, BIN, CACHE, KUBECONFIG, LOCK
-from heimdall_cluster.steps import ClusterError, say, step
+from heimdall_cluster.steps import ClusterError, say, step, told
 
 LOCK_TIMEOUT_S: Final = 3600
 """Longer than a first `up` takes, which builds everything."""
@@ -30,18 +28,12 @@ MEMORY_NEEDED_GB: Final = 8
 def main() -> None:
     """Do what the command line asks for."""
     arguments = _parser().parse_args()
-    try:
+    with told("hack/cluster"):
         if arguments.command in ("env", "status"):
             arguments.call(arguments)
             return
         with locked():
             arguments.call(arguments)
-    except ClusterError as error:
-        sys.exit(f"hack/cluster: {error}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(f"hack/cluster: no room is left on the disk ({error.filename or CACHE}): make some, then call again")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from heimdall_cluster.paths import CACHE
 
 TAIL_LINES: Final = 25
 COMMAND_TIMEOUT_S: Final = 1800
@@ -21,6 +25,37 @@ held: list[int] = []
 
 class ClusterError(Exception):
     """Something is missing or failed; the message tells a person what and what to do."""
+
+
+@contextmanager
+def told(tool: str) -> Iterator[None]:
+    """End a tool with a sentence where it can't go on for a reason that a person can do something about.
+
+    Args:
+        tool: Its name.
+
+    Raises:
+        SystemExit: Something is missing or failed, or the disk is full.
+    """
+    try:
+        yield
+    except ClusterError as error:
+        sys.exit(f"{tool}: {error}")
+    except OSError as error:
+        where = _full(error)
+        if where is None:
+            raise
+        sys.exit(f"{tool}: no room is left on the disk ({where}): make some, then call again")
+
+
+def _full(error: OSError) -> str | None:
+    """What could not be written since the disk is full, or None where that is not what happened."""
+    if isinstance(error, shutil.Error):  # of a folder's copy: source, target and words of each file
+        full = [target for _, target, words in error.args[0] if f"[Errno {errno.ENOSPC}]" in words]
+        return str(full[0]) if full else None
+    if error.errno != errno.ENOSPC:
+        return None
+    return str(error.filename2 or error.filename or CACHE)  # a copy names its source first
 
 
 def say(text: str) -> None:

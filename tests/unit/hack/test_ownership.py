@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,16 +347,46 @@ def test_images_on_their_way_hold_the_lock_too(monkeypatch: pytest.MonkeyPatch, 
         kind._stream(["heimdall/operator:dev"], "heimdall-worker")
 
 
-def test_a_disk_that_is_full_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(_: Namespace) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "logs/kind.log"))
+FULL = "No space left on device"
 
+
+@pytest.mark.parametrize(
+    ("tool", "fails"), [("cluster up", "_up"), ("images build", "build"), ("demo", "_hack")], ids=lambda each: each[:5]
+)
+def test_a_disk_that_is_full_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tool: str, fails: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, FULL, str(tmp_path / "logs/kind.log"))
+
+    name, *arguments = tool.split()
+    program: Any = cli if name == "cluster" else hack(f"{name}/__main__.py", monkeypatch)
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
     monkeypatch.setattr(cli, "CACHE", tmp_path)
-    monkeypatch.setattr(cli, "_up", full)
-    monkeypatch.setattr(sys, "argv", ["hack/cluster", "up"])
-    with pytest.raises(SystemExit, match=r"no room is left on the disk \(.*kind.log\): make some, then call again"):
-        cli.main()
+    monkeypatch.setattr(engine, "ensure", dict)
+    monkeypatch.setattr(program, fails, full)
+    monkeypatch.setattr(sys, "argv", [f"hack/{name}", *arguments])
+    wanted = rf"^hack/{name}: no room is left on the disk \(.*/logs/kind.log\): make some, then call again$"
+    with pytest.raises(SystemExit, match=wanted):
+        program.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (OSError(errno.ENOSPC, FULL, "/small/source", None, "/full/target"), "/full/target"),
+        (shutil.Error([("/small/source", "/full/target", f"[Errno 28] {FULL}: '/full/target'")]), "/full/target"),
+        (OSError(errno.ENOSPC, FULL), str(steps.CACHE)),
+    ],
+    ids=["a copy", "a folder's copy", "no name"],
+)
+def test_of_a_copy_its_target_is_named(error: OSError, where: str) -> None:
+    with pytest.raises(SystemExit, match=f"hack/x: no room is left on the disk \\({where}\\)"), steps.told("hack/x"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), shutil.Error([("a", "b", "[Errno 13] no")])])
+def test_another_error_is_none_of_a_full_disk(error: OSError) -> None:
+    with pytest.raises(OSError, match="no"), steps.told("hack/x"):
+        raise error
 
 
 def test_images_are_built_only_where_that_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
