@@ -41,8 +41,16 @@ HAIRPIN: Final = re.compile(r"-A POSTROUTING -s (\S+)/32 -d \1/32 -p \w+ .*-j MA
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 POLICY: Final = Path("/usr/sbin/policy-rc.d")
 """Asked by Debian's packages whether they may start their services."""
+UNATTENDED: Final = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
 NO_SERVICES: Final = "#!/bin/sh\n# hack/cluster, while it installs packages: they start no services\nexit 101\n"
 UNITS: Final = ("docker.service", "docker.socket", "containerd.service")
+UNIT_FOLDERS: Final = Path("/etc/systemd/system")
+HELD_BACK: Final = """\
+# hack/cluster installs packages, or was killed as it did so: call it once more, or remove this file.
+[Unit]
+ConditionPathExists=!{file}
+"""
+"""What keeps a unit from starting, also with the machine, as long as it lies in its file."""
 BRIDGE: Final = re.compile(r"docker0|br-[0-9a-f]{12}")
 """Links that Docker's engine makes."""
 RUNC_WRAPPER: Final = '''#!/usr/bin/python3 -S
@@ -155,19 +163,19 @@ def _install() -> None:
         POLICY.unlink()  # left by a call that was killed as it installed something
     packages = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap"}
     missing = [package for program, package in packages.items() if not _is_installed(program)]
-    if not missing and _is_installed("docker"):
+    was_killed = any(_held_back_by(unit).exists() for unit in UNITS)
+    if not missing and _is_installed("docker") and not was_killed:
         return
-    of_others = {unit for unit in UNITS if read(["systemctl", "cat", unit]) is not None}
-    with step(f"installing {', '.join(missing or ['docker-cli'])} from Debian"), _no_services():
+    names = ", ".join(missing or ["what a killed call left"] * was_killed or ["docker-cli"])
+    with step(f"installing {names} from Debian"), _no_services(), _held_back():
+        if was_killed:
+            run(["dpkg", "--configure", "-a"], log=LOGS / "apt.log", env=UNATTENDED)
         _apt("update", "-qq")
         if missing:
             _apt("install", "-y", "-qq", "--no-install-recommends", *missing)
         if not _is_installed("docker"):
             # Since Debian 13 the client is a package of its own.
             _apt("install", "-y", "-qq", "--no-install-recommends", "docker-cli")
-    if "docker.io" in missing and shutil.which("systemctl"):
-        # An engine of the system's own, started with the machine, would take the place of ours.
-        read(["systemctl", "disable", *(unit for unit in UNITS if unit not in of_others)])
 
 
 def _is_installed(program: str) -> bool:
@@ -177,7 +185,7 @@ def _is_installed(program: str) -> bool:
 def _apt(*arguments: str) -> None:
     with INSTALL_LOCK.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # apt refuses a second process instead of waiting
-        run(["apt-get", *arguments], log=LOGS / "apt.log", env={"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"})
+        run(["apt-get", *arguments], log=LOGS / "apt.log", env=UNATTENDED)
 
 
 @contextmanager
@@ -192,6 +200,38 @@ def _no_services() -> Iterator[None]:
         yield
     finally:
         POLICY.unlink()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Units that packages bring meanwhile are disabled in the end, and till then do not start with the machine either.
+
+    An engine of the system's own, started with the machine, would take the place of ours. Packages enable it as they
+    are installed; who is killed then leaves the file that holds it back.
+    """
+    if shutil.which("systemctl") is None:
+        yield
+        return
+    for unit in UNITS:
+        file = _held_back_by(unit)
+        if not file.exists() and not read(["systemctl", "list-unit-files", "--no-legend", unit]):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(HELD_BACK.format(file=file))
+    try:
+        yield
+    finally:
+        for unit in UNITS:
+            file = _held_back_by(unit)
+            if file.exists():
+                read(["systemctl", "disable", unit])
+                file.unlink()
+                with contextlib.suppress(OSError):  # somebody else's settings may lie beside it
+                    file.parent.rmdir()
+        read(["systemctl", "daemon-reload"])
+
+
+def _held_back_by(unit: str) -> Path:
+    return UNIT_FOLDERS / f"{unit}.d/heimdall.conf"
 
 
 def require_builder() -> None:

@@ -277,6 +277,81 @@ def test_a_call_that_was_killed_in_an_installation_leaves_services_startable(
     assert engine.POLICY.exists() is stays
 
 
+@dataclass
+class Debian:
+    """What apt and systemd would do, in files: Docker's packages enable its units as they are installed."""
+
+    root: Path
+    is_killed: bool = False
+    did: list[str] = field(default_factory=list)
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).exists()
+
+    def starts_with_the_machine(self) -> set[str]:
+        held = {file.parent.name.removesuffix(".d") for file in self.root.glob("*.d/heimdall.conf")}
+        return {file.name.removesuffix(".enabled") for file in self.root.glob("*.enabled")} - held
+
+    def apt(self, *words: str) -> None:
+        self.did.append(words[0])
+        if words[0] == "install":
+            for name in ("dockerd", "debootstrap", "docker", "docker.service.enabled", "docker.socket.enabled"):
+                (self.root / name).touch()
+            if self.is_killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(self, command: list[str], **_: object) -> None:
+        self.did.append(" ".join(command))
+
+    def read(self, command: list[str], **_: object) -> str:
+        enabled = self.root / f"{command[-1]}.enabled"
+        if command[1] == "disable":
+            enabled.unlink(missing_ok=True)
+        return f"{command[-1]} enabled" if command[1] == "list-unit-files" and enabled.exists() else ""
+
+
+@pytest.fixture
+def debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Debian:
+    """A machine without Docker, on which somebody has a containerd of his own."""
+    made = Debian(tmp_path / "machine")
+    made.root.mkdir()
+    for name in ("iptables", "containerd.service.enabled"):
+        (made.root / name).touch()
+    monkeypatch.setattr(engine, "POLICY", tmp_path / "policy-rc.d")
+    monkeypatch.setattr(engine, "UNIT_FOLDERS", made.root)
+    for name in ("run", "read"):
+        monkeypatch.setattr(engine, name, getattr(made, name))
+    monkeypatch.setattr(engine, "_apt", made.apt)
+    monkeypatch.setattr(engine, "_is_installed", made.has)
+    monkeypatch.setattr(shutil, "which", lambda program, **_: f"/usr/bin/{program}")
+    return made
+
+
+def test_an_engine_that_is_installed_does_not_start_with_the_machine(debian: Debian) -> None:
+    engine._install()
+    assert debian.did == ["update", "install"]
+    assert debian.starts_with_the_machine() == {"containerd.service"}, "somebody's own does as before"
+    assert list(debian.root.glob("*.d")) == [], "nothing is held back for ever"
+
+
+def test_an_engine_that_a_killed_call_has_installed_does_not_start_with_the_machine(debian: Debian) -> None:
+    debian.is_killed = True
+    child = os.fork()
+    if child == 0:
+        engine._install()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert debian.has("docker.service.enabled")
+    assert debian.starts_with_the_machine() == {"containerd.service"}
+
+    debian.is_killed = False
+    engine._install()
+    engine._install()
+    assert debian.did == ["dpkg --configure -a", "update"], "the next call ends what was begun, once"
+    assert not debian.has("docker.service.enabled")
+    assert list(debian.root.glob("*.d")) == []
+
+
 def test_a_client_that_a_killed_call_did_not_come_to_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
