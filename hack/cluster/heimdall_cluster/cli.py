@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
-from heimdall_cluster import debian, engine, images, kind, parts, steps
+from heimdall_cluster import debian, engine, folders, images, kind, parts, steps
 from heimdall_cluster.paths import BEFORE, BIN, CACHE, KUBECONFIG, LOCK
 from heimdall_cluster.steps import ClusterError, say, step, told
 
@@ -184,8 +184,7 @@ def locked() -> Iterator[None]:
             if _taken(lock):
                 steps.held.append(lock.fileno())
                 try:
-                    for leftover in CACHE.glob("tmp*"):
-                        parts.remove_tree(leftover)
+                    folders.remove_leftovers()
                     yield
                 finally:
                     steps.held.clear()

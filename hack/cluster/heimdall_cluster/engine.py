@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from heimdall_cluster import parts
+from heimdall_cluster.folders import mounts_under
 from heimdall_cluster.paths import (
     BEFORE,
     CLIENT_CONFIG,
@@ -420,14 +421,6 @@ def _descendants_of_ours() -> Iterator[int]:
 
 def _our_mounts() -> list[str]:
     return mounts_under(DATA_ROOT, RUN)
-
-
-def mounts_under(*folders: Path) -> list[str]:
-    """What is mounted in folders, in the order in which it was mounted."""
-    ours = tuple(f"{folder}/" for folder in folders)
-    lines = Path("/proc/self/mounts").read_text().splitlines()
-    points = [line.split()[1].replace("\\040", " ") for line in lines]
-    return [point for point in points if f"{point}/".startswith(ours)]
 
 
 def _restore_host(before: dict[str, Any]) -> None:

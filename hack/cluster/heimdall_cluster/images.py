@@ -9,15 +9,15 @@ import os
 import platform
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import IO, Final
 
 from heimdall_cluster import engine, parts
+from heimdall_cluster.folders import scratch
 from heimdall_cluster.parts import KUBERNETES_VERSION
-from heimdall_cluster.paths import CACHE, IMAGES_SOURCE, LOGS
+from heimdall_cluster.paths import IMAGES_SOURCE, LOGS
 from heimdall_cluster.steps import ClusterError, read, run, step
 
 PROBE_IMAGE: Final = "docker.io/library/hello-world:latest"
@@ -82,11 +82,8 @@ def build(image: str, folder: str, *, context: Path | None = None) -> None:
 def _ensure_debian() -> None:
     if exists(DEBIAN):
         return
-    tree = CACHE / "debian"
-    with step("making a Debian base image with debootstrap"):
-        for mount in reversed(engine.mounts_under(tree)):  # of one that was killed
-            read(["umount", "--lazy", mount])
-        shutil.rmtree(tree, ignore_errors=True)
+    with step("making a Debian base image with debootstrap"), scratch() as folder:
+        tree, archive = folder / "tree", folder / "tree.tar"
         run(
             ["debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, tree], log=LOGS / "debootstrap.log"
         )
@@ -95,12 +92,9 @@ def _ensure_debian() -> None:
         if CA_BUNDLE.exists():
             # What this host trusts, containers that are built here must trust too.
             shutil.copyfile(CA_BUNDLE, tree / CA_BUNDLE.relative_to("/"))
-        archive = tree.with_suffix(".tar")
         run(["tar", "-C", tree, "-cf", archive, "."], log=LOGS / "debootstrap.log")
         changes = [f"--change=ENV {name}={CA_BUNDLE}" for name in ("SSL_CERT_FILE", "PIP_CERT")]
         docker("import", *changes, "--change=ENV UV_SYSTEM_CERTS=1", archive, DEBIAN, log="images")
-        archive.unlink()
-        shutil.rmtree(tree)
 
 
 # --- the node image ----------------------------------------------------------------------------------------------
@@ -120,20 +114,19 @@ def ensure_node() -> str | None:
     engine.require_builder()
     parts.ensure(["kind", *parts.NODE_PARTS])
     _ensure_debian()
-    with step("building the images of Kubernetes' own parts"):
-        if not exists(NETWORK_TOOLS):
-            build(NETWORK_TOOLS, "network-tools")
-        tarball = _server_tarball()
-    with step("building kind's base image"):
-        _build_node_base()
-    with step("building the node image"):
-        kind = parts.path_of("kind")
-        command = [kind, "build", "node-image", "--type", "file", tarball, "--base-image", NODE_BASE, "--image", node]
-        # kind leaves what it unpacks, 1 GB, in the folder for temporary files.
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            run(command, log=LOGS / "node-image.log", env={**client_environment(), "TMPDIR": scratch})
-        tarball.unlink()
-        _remove([NODE_BASE, *(name for name in _listed(NODE_NAME) if name != node)])
+    with scratch() as folder:
+        with step("building the images of Kubernetes' own parts"):
+            if not exists(NETWORK_TOOLS):
+                build(NETWORK_TOOLS, "network-tools")
+            tarball = _server_tarball(folder)
+        with step("building kind's base image"):
+            _build_node_base()
+        with step("building the node image"):
+            kind = (parts.path_of("kind"), "build", "node-image", "--type", "file", tarball)
+            command = [*kind, "--base-image", NODE_BASE, "--image", node]
+            # kind leaves what it unpacks, 1 GB, in the folder for temporary files.
+            run(command, log=LOGS / "node-image.log", env={**client_environment(), "TMPDIR": str(folder)})
+            _remove([NODE_BASE, *(name for name in _listed(NODE_NAME) if name != node)])
     return node
 
 
@@ -178,8 +171,7 @@ def client_environment() -> dict[str, str]:
 def _build_node_base() -> None:
     """What kind's own base image does after its packages, with our binaries."""
     source = parts.module_dir("sigs.k8s.io/kind", "kind") / "images/base/files"
-    with tempfile.TemporaryDirectory(dir=CACHE) as name:
-        context = Path(name)
+    with scratch() as context:
         shutil.copytree(source, context / "files")
         for folder, part in {"bin": "containerd", "cni": "cni-plugins"}.items():
             shutil.copytree(parts.PARTS / part, context / folder, ignore=shutil.ignore_patterns("stamp.json"))
@@ -194,12 +186,11 @@ def _build_node_base() -> None:
         build(NODE_BASE, "kind-base", context=context)
 
 
-def _server_tarball() -> Path:
+def _server_tarball(target_folder: Path) -> Path:
     """What kind takes for a Kubernetes release: binaries, and an image archive for each part."""
-    target = CACHE / "kubernetes-server.tar.gz"
+    target = target_folder / "kubernetes-server.tar.gz"
     images = wanted_images()
-    with tempfile.TemporaryDirectory(dir=CACHE) as name, tarfile.open(target, "w:gz", compresslevel=1) as tar:
-        folder = Path(name)
+    with scratch() as folder, tarfile.open(target, "w:gz", compresslevel=1) as tar:
         _add_text(tar, "kubernetes/version", KUBERNETES_VERSION)
         for binary in ("kubeadm", "kubelet", "kubectl"):
             tar.add(parts.path_of("kubernetes", binary), f"kubernetes/server/bin/{binary}")
@@ -257,8 +248,7 @@ WAITING: Final = f"FROM {NETWORK_TOOLS}\nENTRYPOINT {json.dumps(['/bin/sh', '-c'
 
 def build_binary(image: str, binary: Path, *, base: str) -> None:
     """Build an image that holds one static binary on its PATH."""
-    with tempfile.TemporaryDirectory(dir=CACHE) as name:
-        context = Path(name)
+    with scratch() as context:
         shutil.copy(binary, context / binary.name)
         (context / "Dockerfile").write_text(
             f"FROM {base}\n"

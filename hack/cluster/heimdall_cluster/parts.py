@@ -6,18 +6,16 @@ our own program beside the go.mod. A stamp beside the binaries tells what they w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from heimdall_cluster.folders import scratch
 from heimdall_cluster.paths import BIN, GO, LOGS, PARTS, PARTS_SOURCE
 from heimdall_cluster.steps import ClusterError, read, run, step
 
@@ -184,22 +182,9 @@ def drop_go_caches() -> None:
     """Remove Go's caches: 14 GB that nothing needs once all parts are built."""
     if not GO.exists():
         return
-    with step("removing Go's caches"):
+    with step("removing Go's caches"), scratch() as doomed:
         # First out of Go's sight: it would take for whole what a call that is killed leaves of a module.
-        doomed = Path(tempfile.mkdtemp(dir=GO.parent))
         GO.rename(doomed / GO.name)
-        remove_tree(doomed)
-
-
-def remove_tree(tree: Path) -> None:
-    """Remove a folder, also one with Go's module cache, which is read-only."""
-    for folder, names, _ in os.walk(tree):
-        for name in names:
-            path = Path(folder) / name
-            if not path.is_symlink():
-                with contextlib.suppress(OSError):
-                    path.chmod(0o755)
-    shutil.rmtree(tree, ignore_errors=True)
 
 
 def module_dir(module: str, part: str) -> Path:

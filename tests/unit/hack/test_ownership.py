@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from heimdall_cluster import cli, engine, images, kind, parts, steps
+from heimdall_cluster import cli, engine, folders, images, kind, parts, steps
 from tests.programs import hack
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -241,7 +241,8 @@ def test_what_a_call_has_begun_holds_the_lock_as_long_as_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
-    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    for module in (cli, folders):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
     (tmp_path / "tmpabc").mkdir()
     takes = f"import fcntl; fcntl.flock(open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     with cli.locked():
@@ -385,16 +386,59 @@ def test_modules_half_removed_are_out_of_gos_sight(monkeypatch: pytest.MonkeyPat
     def killed(_: Path) -> None:
         raise KeyboardInterrupt
 
-    for name, value in {"GO": tmp_path / "go", "remove_tree": killed}.items():
-        monkeypatch.setattr(parts, name, value)
-    with pytest.raises(KeyboardInterrupt):
-        parts.drop_go_caches()
-    assert not parts.GO.exists()
-    monkeypatch.undo()
+    monkeypatch.setattr(parts, "GO", tmp_path / "go")
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
-    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    for module in (cli, folders):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
+    with monkeypatch.context() as while_it_is_killed:
+        while_it_is_killed.setattr(folders, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            parts.drop_go_caches()
+    assert not parts.GO.exists()
     with cli.locked():
         assert [path.name for path in tmp_path.iterdir()] == ["lock"], "the next call removes the rest"
+
+
+def test_of_base_images_that_were_being_built_a_kill_leaves_what_the_next_call_removes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """debootstrap is killed as it has something mounted in its tree."""
+
+    def killed(command: list[object], **_: object) -> None:
+        (Path(str(command[-1])) / "proc").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
+    for module in (cli, folders):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setattr(images, "exists", lambda _: False)
+    monkeypatch.setattr(images, "run", killed)
+    with monkeypatch.context() as while_it_is_killed:
+        while_it_is_killed.setattr(folders, "remove_tree", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            images._ensure_debian()
+    (left,) = tmp_path.iterdir()
+
+    unmounted: list[str] = []
+    mounted = [f"{left}/tree/proc", f"{left}/tree/sys"]
+
+    def umount(command: list[str]) -> None:
+        unmounted.append(command[-1])
+        mounted.remove(command[-1])
+
+    monkeypatch.setattr(folders, "mounts_under", lambda folder: list(mounted) if folder == left else [])
+    monkeypatch.setattr(folders, "read", umount)
+    with cli.locked():
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert unmounted == [f"{left}/tree/sys", f"{left}/tree/proc"]
+
+
+def test_what_stays_mounted_in_a_leftover_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tree/proc/of the kernel").mkdir(parents=True)
+    monkeypatch.setattr(folders, "mounts_under", lambda _: ["/tree/proc"])
+    monkeypatch.setattr(folders, "read", lambda _: None)
+    folders.remove_tree(tmp_path / "tree")
+    assert (tmp_path / "tree/proc/of the kernel").exists()
 
 
 def test_the_lock_that_a_killed_kind_left_on_the_kubeconfig_is_removed(
