@@ -1,8 +1,7 @@
 """`python3 hack/images build [NAME …]` makes the images of chart and tests; `list` names them.
 
-The project's own are built; MLflow, PostgreSQL, MinIO, Redis and versitygw are pulled where a registry can be reached,
-and built from packages and Go modules under the same names where not. An image whose inputs have not changed is left
-alone.
+The project's own are built; MLflow, PostgreSQL, MinIO, Redis and versitygw are pulled, and those that no registry gives
+are built from packages and Go modules under the same names. An image whose inputs have not changed is left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "hack/cluster"))
 
-from heimdall_cluster import engine, images, parts  # noqa: E402
+from heimdall_cluster import engine, images, parts, pulling  # noqa: E402
 from heimdall_cluster.cli import locked  # noqa: E402
 from heimdall_cluster.steps import read, say, step, told  # noqa: E402
 
@@ -34,7 +33,7 @@ class Image:
     dockerfile: str
     inputs: tuple[str, ...]
     official: bool = False
-    """Whether the same name can be pulled where a registry is reached."""
+    """Whether the same name can be pulled where a registry has it."""
     part: str = ""
     """The part of the cluster's tool whose programs are all that the Dockerfile copies."""
 
@@ -121,15 +120,12 @@ def build(wanted: Iterable[Image]) -> None:
         # An official image without our label was pulled by somebody: it is what is wanted.
         if label == digest or (image.official and label == ""):
             continue
-        if image.official and images.can_pull():
-            with step(f"pulling {image.reference}"):
-                images.docker("pull", "--quiet", image.reference, log="images")
-            continue
-        with locked():
-            images.ensure_python()
-        before = _inspect(image, "{{.Id}}")
-        with step(f"building {image.reference}"):
-            _build(image, digest)
+        before = _id(image)
+        if not (image.official and pulling.pull(image.reference)):
+            with locked():
+                images.ensure_python()
+            with step(f"building {image.reference}"):
+                _build(image, digest)
         _drop_replaced(image, before)
     say("images are up to date")
 
@@ -148,18 +144,16 @@ def inputs_digest(image: Image) -> str:
 
 
 def _label(image: Image) -> str | None:
-    return _inspect(image, f'{{{{index .Config.Labels "{images.LABEL}"}}}}')
+    return images.inspect(image.reference, images.label(images.LABEL))
 
 
-def _inspect(image: Image, template: str) -> str | None:
-    """A property of an image, or None where the engine has none."""
-    found = read([engine.docker(), "image", "inspect", "--format", template, image.reference], env=engine.environment())
-    return found.strip() if found else None
+def _id(image: Image) -> str | None:
+    return images.inspect(image.reference, "{{.Id}}")
 
 
 def _drop_replaced(image: Image, before: str | None) -> None:
     """Remove the image that lost its name: a trainer that nobody can name any more holds 6 GB."""
-    if before is not None and before != _inspect(image, "{{.Id}}"):
+    if before is not None and before != _id(image):
         read([engine.docker(), "image", "rm", before], env=engine.environment())
 
 

@@ -235,16 +235,19 @@ def _held_back_by(unit: str) -> Path:
     return UNIT_FOLDERS / f"{unit}.d/heimdall.conf"
 
 
-def require_builder() -> None:
+def require_builder(image: str) -> None:
     """Make sure that images can be built from Debian's packages here, whoever's engine it is.
+
+    Args:
+        image: What can't be pulled.
 
     Raises:
         ClusterError: This is no Debian, or not root.
     """
     if platform.system() != "Linux" or not Path("/etc/debian_version").exists() or os.geteuid() != 0:
         raise ClusterError(
-            "images can't be pulled, and building them needs root on Debian: let Docker reach its registries "
-            "(docker pull hello-world), or call this as root on Debian"
+            f"{image} can't be pulled, and building one needs root on Debian: let Docker reach a registry that has it "
+            f"(docker pull {image}), or call this as root on Debian"
         )
     _install()
 

@@ -1,4 +1,4 @@
-"""Images: pulled where that works; otherwise stand-ins built from Debian packages and Go modules."""
+"""Images: pulled where a registry has them; otherwise stand-ins built from Debian packages and Go modules."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import tarfile
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import IO, Final
 
@@ -18,10 +18,9 @@ from heimdall_cluster import engine, parts
 from heimdall_cluster.folders import scratch
 from heimdall_cluster.parts import KUBERNETES_VERSION
 from heimdall_cluster.paths import IMAGES_SOURCE, LOGS
+from heimdall_cluster.pulling import pull, whole_name
 from heimdall_cluster.steps import ClusterError, read, run, step
 
-PROBE_IMAGE: Final = "docker.io/library/hello-world:latest"
-PROBE_TIMEOUT_S: Final = 20
 DEBIAN: Final = "heimdall/debian:bookworm"
 PYTHON: Final = "python:3.11-slim-bookworm"
 NETWORK_TOOLS: Final = "heimdall/network-tools:bookworm"
@@ -33,21 +32,25 @@ ARCHITECTURE: Final = {"aarch64": "arm64", "arm64": "arm64"}.get(platform.machin
 KUBE_ROUTER: Final = "docker.io/heimdall/kube-router:v2.1.0"
 SUITE: Final = "bookworm"
 CA_BUNDLE: Final = Path("/etc/ssl/certs/ca-certificates.crt")
+KINDS_NODE: Final = re.compile(rb"kindest/node:v[0-9.]+@sha256:[0-9a-f]{64}")
 KUBE_BINARIES: Final = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy")
-
-
-@cache
-def can_pull() -> bool:
-    """Whether images can be pulled from a registry: asked once, bounded in time."""
-    return (
-        read([engine.docker(), "pull", "--quiet", PROBE_IMAGE], env=engine.environment(), timeout_s=PROBE_TIMEOUT_S)
-        is not None
-    )
 
 
 def exists(image: str) -> bool:
     """Whether the engine has an image."""
-    return read([engine.docker(), "image", "inspect", image], env=engine.environment()) is not None
+    return inspect(image, "{{.Id}}") is not None
+
+
+def inspect(image: str, template: str) -> str | None:
+    """A property of an image, or None where the engine has none."""
+    command = [engine.docker(), "image", "inspect", "--format", template, image]
+    found = read(command, env=engine.environment())
+    return found.strip() if found else None
+
+
+def label(name: str) -> str:
+    """The template of a label's value."""
+    return f'{{{{index .Config.Labels "{name}"}}}}'
 
 
 def docker(*arguments: str | Path, log: str, text: str | None = None) -> None:
@@ -62,12 +65,9 @@ def docker(*arguments: str | Path, log: str, text: str | None = None) -> None:
 
 def ensure_python() -> None:
     """Make sure that the base image of the project's own images is there."""
-    if exists(PYTHON):
+    if exists(PYTHON) or pull(PYTHON):
         return
-    if can_pull():
-        with step(f"pulling {PYTHON}"):
-            docker("pull", "--quiet", PYTHON, log="images")
-        return
+    engine.require_builder(PYTHON)
     _ensure_debian()
     with step(f"building a stand-in for {PYTHON} from Debian packages"):
         build(PYTHON, "python")
@@ -104,14 +104,15 @@ def ensure_node() -> str | None:
     """Make sure that a node image is there.
 
     Returns:
-        Its name; None where kind's own can be pulled.
+        Its name; None where it is kind's own.
     """
     node = node_name()
     if exists(node):
         return node
-    if can_pull():
+    kinds = kinds_node()
+    if exists(kinds) or pull(kinds):
         return None
-    engine.require_builder()
+    engine.require_builder(kinds)
     parts.ensure(["kind", *parts.NODE_PARTS])
     _ensure_debian()
     with scratch() as folder:
@@ -138,6 +139,15 @@ def node_name() -> str:
     for file in sorted(path for path in IMAGES_SOURCE.rglob("*") if path.is_file()):
         digest.update(file.read_bytes())
     return f"{NODE_NAME}:{KUBERNETES_VERSION}-{digest.hexdigest()[:12]}"
+
+
+def kinds_node() -> str:
+    """The node image that kind takes where it is told of no other; its program holds the name."""
+    parts.ensure(["kind"])
+    found = KINDS_NODE.search(parts.path_of("kind").read_bytes())
+    if found is None:
+        raise ClusterError("kind does not tell which node image it takes")
+    return found[0].decode()
 
 
 def has_pulled_node() -> bool:
@@ -276,12 +286,6 @@ def rewrite_archive(source: Path, target: Path) -> None:
                 continue
             content: IO[bytes] | None = old.extractfile(member) if member.isfile() else None
             new.addfile(member, content)
-
-
-def whole_name(name: str) -> str:
-    """An image's name with its registry: Docker leaves its own out."""
-    first = name.split("/", 1)[0]
-    return name if "." in first or ":" in first or first == "localhost" else f"docker.io/{name}"
 
 
 def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from heimdall_cluster import engine, images, parts, stores
+from heimdall_cluster import engine, images, parts, pulling, stores
 from heimdall_cluster.paths import HERE, KUBECONFIG, LOGS
 from heimdall_cluster.steps import ClusterError, held, read, run, say, step, wait_until
 
@@ -39,7 +39,7 @@ def config(*, own_cni: bool, cgroup_v1: bool, kept: Sequence[Path] = ()) -> dict
     """Kind's configuration.
 
     Args:
-        own_cni: Whether we bring the pod network (kube-router), because kind's can't be pulled.
+        own_cni: Whether we bring the pod network (kube-router), because the node image is not kind's own.
         cgroup_v1: Whether the host has cgroup v1, which a kubelet refuses unless told otherwise.
         kept: Folder of each worker's image store, where they are kept.
 
@@ -297,7 +297,7 @@ def _stream(names: Sequence[str], node: str) -> None:
 
 def image_ids(node: str, name: str) -> set[str]:
     """What a node's image of a name may be called: by its configuration, or by its manifest."""
-    whole, inside = images.whole_name(name), [engine.docker(), "exec", node]
+    whole, inside = pulling.whole_name(name), [engine.docker(), "exec", node]
     template = ("-o", "go-template", "--template", "{{.status.id}}")
     by_configuration = read([*inside, "crictl", "inspecti", *template, whole], env=engine.environment())
     listed = ["ctr", "--namespace", "k8s.io", "images", "list", f"name=={whole}"]

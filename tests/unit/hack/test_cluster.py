@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from heimdall_cluster import cli, engine, images, kind, parts, steps, stores
+from heimdall_cluster import cli, engine, images, kind, parts, pulling, steps, stores
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -271,7 +271,7 @@ def test_an_archive_names_its_images_whole_and_first(tmp_path: Path) -> None:
     [("kindest/x", "docker.io/kindest/x"), ("registry.k8s.io/x", "registry.k8s.io/x"), ("localhost/x", "localhost/x")],
 )
 def test_names_are_made_whole(name: str, whole: str) -> None:
-    assert images.whole_name(name) == whole
+    assert pulling.whole_name(name) == whole
 
 
 # --- the engine ---------------------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heimdall_cluster import cli, engine, folders, images, kind, parts, steps
+from heimdall_cluster import cli, engine, folders, images, kind, parts, pulling, steps
 from tests.programs import hack
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -508,10 +509,21 @@ def test_another_error_is_none_of_a_full_disk(error: OSError) -> None:
         raise error
 
 
-def test_images_are_built_only_where_that_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ensure", "lacking"), [(images.ensure_node, "kindest/node:v1@sha256:0"), (images.ensure_python, images.PYTHON)]
+)
+def test_an_image_that_can_be_neither_pulled_nor_built_is_named(
+    monkeypatch: pytest.MonkeyPatch, ensure: Callable[[], object], lacking: str
+) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(steps.ClusterError, match=r"let Docker reach its registries .* or call this as root on Debian"):
-        engine.require_builder()
+    monkeypatch.setattr(images, "exists", lambda _: False)
+    monkeypatch.setattr(images, "kinds_node", lambda: "kindest/node:v1@sha256:0")
+    monkeypatch.setattr(images, "pull", lambda _: False)
+    said = (
+        rf"{lacking} can't be pulled, and building one needs root .* a registry that has it \(docker pull {lacking}\),"
+    )
+    with pytest.raises(steps.ClusterError, match=said):
+        ensure()
 
 
 @pytest.fixture
@@ -528,10 +540,36 @@ def test_an_official_image_that_somebody_has_pulled_is_never_replaced(
     did: list[str] = []
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
     monkeypatch.setattr(cli, "CACHE", tmp_path)
-    monkeypatch.setattr(images, "can_pull", lambda: False)
+    monkeypatch.setattr(pulling, "pull", lambda image: did.append(f"asked for {image}"))
     monkeypatch.setattr(images, "ensure_python", lambda: None)
+    monkeypatch.setattr(images, "inspect", lambda _, template: label if "Labels" in template else None)
     monkeypatch.setattr(image_tool, "inputs_digest", lambda _: "ours, of now")
-    monkeypatch.setattr(image_tool, "_inspect", lambda _, template: label if "Labels" in template else None)
     monkeypatch.setattr(image_tool, "_build", lambda image, _: did.append(image.name))
     image_tool.build([image_tool.CATALOGUE["postgresql"]])
-    assert did == (["postgresql"] if built else [])
+    assert did == (["asked for docker.io/library/postgres:15", "postgresql"] if built else [])
+
+
+def test_of_official_images_those_are_built_that_no_registry_gives(
+    image_tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And a stand-in whose image can be pulled now goes."""
+    did: list[str] = []
+    ids = iter(["stand-in", "pulled", None, "built"])
+    monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    monkeypatch.setattr(engine, "docker", lambda: "docker")
+    monkeypatch.setattr(pulling, "pull", lambda image: image.startswith("docker.io/"))
+    monkeypatch.setattr(images, "ensure_python", lambda: None)
+    monkeypatch.setattr(images, "inspect", lambda _, template: None if "Labels" in template else next(ids))
+    monkeypatch.setattr(image_tool, "read", lambda command, **_: did.append(" ".join(command[1:])))
+    monkeypatch.setattr(image_tool, "_build", lambda image, _: did.append(f"built {image.name}"))
+    image_tool.build(image_tool.CATALOGUE[name] for name in ("redis", "versitygw"))
+    assert did == ["image rm stand-in", "built versitygw"]
+
+
+def test_kind_s_own_node_image_is_read_out_of_its_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = f"kindest/node:v1.37.0@sha256:{'0a' * 32}"
+    (tmp_path / "kind").write_bytes(b"\0kindest/node:latest" + name.encode() + b"the next string\xff")
+    monkeypatch.setattr(parts, "ensure", lambda _: None)
+    monkeypatch.setattr(parts, "path_of", lambda _: tmp_path / "kind")
+    assert images.kinds_node() == name
