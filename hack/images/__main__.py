@@ -23,6 +23,9 @@ from heimdall_cluster import engine, images, parts, pulling  # noqa: E402
 from heimdall_cluster.cli import locked  # noqa: E402
 from heimdall_cluster.steps import read, say, step, told  # noqa: E402
 
+INPUTS: Final = "dev.heimdall.inputs"
+"""Label of what is built here: a checksum of what it is made of."""
+
 
 @dataclass(frozen=True)
 class Image:
@@ -144,7 +147,7 @@ def inputs_digest(image: Image) -> str:
 
 
 def _label(image: Image) -> str | None:
-    return images.inspect(image.reference, images.label(images.LABEL))
+    return images.inspect(image.reference, images.label(INPUTS))
 
 
 def _id(image: Image) -> str | None:
@@ -158,24 +161,16 @@ def _drop_replaced(image: Image, before: str | None) -> None:
 
 
 def _build(image: Image, digest: str) -> None:
-    options: list[str | Path] = [
-        "--quiet",
-        "--tag",
-        image.reference,
-        "--label",
-        f"{images.LABEL}={digest}",
-        "--file",
-        ROOT / image.dockerfile,
-    ]
+    options = ("--label", f"{INPUTS}={digest}", "--file", ROOT / image.dockerfile)
     if not image.part:
-        images.docker("build", *options, ROOT, log="images")
+        images.build(image.reference, *options, ROOT)
         return
     with locked():
         parts.ensure([image.part])
     with tempfile.TemporaryDirectory() as name:
         for program in parts.CATALOGUE[image.part].binaries:
             shutil.copy(parts.path_of(image.part, program), name)
-        images.docker("build", *options, name, log="images")
+        images.build(image.reference, *options, name)
 
 
 if __name__ == "__main__":

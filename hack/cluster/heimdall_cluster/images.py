@@ -26,8 +26,8 @@ PYTHON: Final = "python:3.11-slim-bookworm"
 NETWORK_TOOLS: Final = "heimdall/network-tools:bookworm"
 NODE_BASE: Final = "heimdall/kind-base:dev"
 NODE_NAME: Final = "heimdall/kind-node"
-LABEL: Final = "dev.heimdall.inputs"
-"""On every image of ours: a checksum of what it is made of."""
+OURS: Final = "dev.heimdall.image"
+"""On every image that is built here: its name. What others build on it has the label too, but not the name."""
 ARCHITECTURE: Final = {"aarch64": "arm64", "arm64": "arm64"}.get(platform.machine(), "amd64")
 KUBE_ROUTER: Final = "docker.io/heimdall/kube-router:v2.1.0"
 SUITE: Final = "bookworm"
@@ -70,13 +70,25 @@ def ensure_python() -> None:
     engine.require_builder(PYTHON)
     _ensure_debian()
     with step(f"building a stand-in for {PYTHON} from Debian packages"):
-        build(PYTHON, "python")
+        _build_own(PYTHON, "python")
 
 
-def build(image: str, folder: str, *, context: Path | None = None) -> None:
+def build(image: str, *arguments: str | Path, text: str | None = None) -> None:
+    """Build an image.
+
+    Args:
+        image: Its name.
+        arguments: Of `docker build`.
+        text: Standard input.
+    """
+    named = ("--quiet", "--tag", image, "--label", f"{OURS}={image}")
+    docker("build", *named, *arguments, log="images", text=text)
+
+
+def _build_own(image: str, folder: str, *, context: Path | None = None) -> None:
     """Build an image from a folder of `images/`, or with its Dockerfile from another context."""
     source = IMAGES_SOURCE / folder
-    docker("build", "--quiet", "--tag", image, "--file", source / "Dockerfile", context or source, log="images")
+    build(image, "--file", source / "Dockerfile", context or source)
 
 
 def _ensure_debian() -> None:
@@ -118,7 +130,7 @@ def ensure_node() -> str | None:
     with scratch() as folder:
         with step("building the images of Kubernetes' own parts"):
             if not exists(NETWORK_TOOLS):
-                build(NETWORK_TOOLS, "network-tools")
+                _build_own(NETWORK_TOOLS, "network-tools")
             tarball = _server_tarball(folder)
         with step("building kind's base image"):
             _build_node_base()
@@ -157,9 +169,10 @@ def has_pulled_node() -> bool:
 
 def remove_ours() -> None:
     """Remove every image that was built here from an engine that is not ours; what was pulled stays."""
-    listed = [engine.docker(), "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"label={LABEL}"]
-    labelled = (read(listed, env=engine.environment()) or "").split()
-    _remove({*labelled, *_listed("heimdall/*")})
+    command = [engine.docker(), "image", "ls", "--quiet", "--no-trunc", "--filter", f"label={OURS}"]
+    labelled = {each: inspect(each, label(OURS)) for each in (read(command, env=engine.environment()) or "").split()}
+    built = {name for each, name in labelled.items() if name and inspect(name, "{{.Id}}") == each}
+    _remove({*built, *_listed("heimdall/*")})
 
 
 def _listed(reference: str) -> list[str]:
@@ -193,7 +206,7 @@ def _build_node_base() -> None:
             # Lowering a process's out-of-memory score needs the capability that this host lacks.
             text = text.replace("restrict_oom_score_adj = false", "restrict_oom_score_adj = true")
         config.write_text(text)
-        build(NODE_BASE, "kind-base", context=context)
+        _build_own(NODE_BASE, "kind-base", context=context)
 
 
 def _server_tarball(target_folder: Path) -> Path:
@@ -248,7 +261,7 @@ def _build_extras(images: list[str]) -> list[str]:
             build_binary(image, parts.path_of(part), base=base)
         else:
             # pause waits for a signal; the helper needs a shell; kindnetd is named, but not used.
-            docker("build", "--quiet", "--tag", image, "-", log="images", text=WAITING)
+            build(image, "-", text=WAITING)
     return images
 
 
@@ -266,7 +279,7 @@ def build_binary(image: str, binary: Path, *, base: str) -> None:
             f"COPY {binary.name} /usr/local/bin/{binary.name}\n"
             f'ENTRYPOINT ["/usr/local/bin/{binary.name}"]\n'
         )
-        docker("build", "--quiet", "--tag", image, context, log="images")
+        build(image, context)
 
 
 def rewrite_archive(source: Path, target: Path) -> None:

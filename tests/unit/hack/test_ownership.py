@@ -567,6 +567,23 @@ def test_of_official_images_those_are_built_that_no_registry_gives(
     assert did == ["image rm stand-in", "built versitygw"]
 
 
+def test_of_an_engine_s_images_those_are_removed_that_were_built_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what somebody has built on one of them, nor what has taken its name since."""
+    labels = {"one": "postgres:15", "above": "postgres:15", "replaced": "redis:7.4"}
+    names = {"postgres:15": "one", "redis:7.4": "pulled"}
+    removed: list[str] = []
+
+    def read(command: list[str], **_: object) -> str:
+        return "\n".join(labels) if f"label={images.OURS}" in command else ""
+
+    monkeypatch.setattr(engine, "docker", lambda: "docker")
+    monkeypatch.setattr(images, "read", read)
+    monkeypatch.setattr(images, "inspect", lambda name, template: (names if "Id" in template else labels)[name])
+    monkeypatch.setattr(images, "_remove", removed.extend)
+    images.remove_ours()
+    assert removed == ["postgres:15"]
+
+
 def test_kind_s_own_node_image_is_read_out_of_its_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name = f"kindest/node:v1.37.0@sha256:{'0a' * 32}"
     (tmp_path / "kind").write_bytes(b"\0kindest/node:latest" + name.encode() + b"the next string\xff")
