@@ -59,6 +59,7 @@ _OF_THE_CHART: Final = r"app\.kubernetes\.io/(name|instance|component|managed-by
 TYPES: Final[dict[str, Type]] = {
     "name": Type("name", _text(f"^{_NAME}$", 253)),
     "optionalName": Type("name or empty", _text(f"^({_NAME})?$", 253)),
+    "nameStart": Type("up to 39 of a-z, 0-9, -, or empty", _text("^([a-z]([a-z0-9-]*[a-z0-9])?)?$", 39)),
     "key": Type("key", _text("^[-._a-zA-Z0-9]+$", 253)),
     "pullSecrets": Type("list of `{name}`", _list(_closed({"name": _ref("name")}, "name"))),
     "namespaces": Type("list of namespaces", _list(_text("^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", 63), uniqueItems=True)),

@@ -1,7 +1,18 @@
+{{- define "heimdall.name" -}}
+{{ .Values.nameOverride | default "heimdall" }}
+{{- end }}
+
 {{- define "heimdall.fullname" -}}
-{{- $name := ternary .Release.Name (printf "%s-heimdall" .Release.Name) (contains "heimdall" .Release.Name) }}
+{{- $name := .Values.fullnameOverride }}
+{{- if not $name }}
+{{- $name = printf "%s-%s" .Release.Name (include "heimdall.name" .) }}
+{{- if contains (include "heimdall.name" .) .Release.Name }}{{- $name = .Release.Name }}{{ end }}
 {{- if gt (len $name) 39 }}{{- /* A StatefulSet's pods carry its name and 11 characters more in a label of 63. */}}
-{{- fail (printf "the release's name %s is too long: what is made of it may have 39 characters, and %s has %d. Choose a shorter one" .Release.Name $name (len $name)) }}
+{{- fail (printf "the release's name %s is too long: what is made of it may have 39 characters, and %s has %d. Choose a shorter one, or set fullnameOverride" .Release.Name $name (len $name)) }}
+{{- end }}
+{{- if not (regexMatch "^[a-z][a-z0-9-]*$" $name) }}
+{{- fail (printf "the release's name %s can't be used: names of Services begin with a letter, and have a-z, 0-9 and - alone. Choose another one, or set fullnameOverride" .Release.Name) }}
+{{- end }}
 {{- end }}
 {{- $name }}
 {{- end }}
@@ -35,7 +46,7 @@ annotations: {{- toYaml . | nindent 2 }}
 {{- end }}
 
 {{- define "heimdall.selector" -}}
-app.kubernetes.io/name: heimdall
+app.kubernetes.io/name: {{ include "heimdall.name" .root }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .role }}
 {{- end }}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 
 import pytest
 import yaml
@@ -244,17 +245,65 @@ def test_rights_of_people_are_left_out_where_they_are_not_wanted(values: dict[st
     assert render(values).names("ClusterRole") == {f"{NAMESPACE}-heimdall-operator"}
 
 
-@pytest.mark.parametrize("release", ["radio-localisation-production"[:30], "heimdall-" + 30 * "x"])
-def test_names_of_a_long_release_are_no_longer_than_labels(release: str) -> None:
-    done = helm("template", release, str(CHART), "--namespace", NAMESPACE)
+@pytest.mark.parametrize(
+    ("release", "overrides"),
+    [
+        ("radio-localisation-production"[:30], {}),
+        ("heimdall-" + 30 * "x", {}),
+        ("r", {"fullnameOverride": 31 * "a" + "-" + 7 * "b"}),
+        ("r", {"nameOverride": 37 * "a"}),
+    ],
+)
+def test_long_names_are_no_longer_than_labels(release: str, overrides: dict[str, str]) -> None:
+    done = helm("template", release, str(CHART), "--namespace", NAMESPACE, *flags(overrides))
     assert done.returncode == 0, done.stderr
     # At its 999th revision two digits are added.
     jobs = [item["metadata"]["name"] for item in yaml.safe_load_all(done.stdout) if item and item["kind"] == "Job"]
     assert len(jobs) == 2
     assert max(map(len, jobs)) + 2 <= 63
+    assert not any("--" in job for job in jobs)
 
 
-def test_a_release_whose_name_is_too_long_is_refused_by_name() -> None:
-    done = helm("template", "radio-localisation-production-x", str(CHART), "--namespace", NAMESPACE)
+@pytest.mark.parametrize(
+    ("release", "overrides", "said"),
+    [
+        ("radio-localisation-production-x", {}, "name radio-localisation-production-x is too long"),
+        ("r", {"nameOverride": 38 * "a"}, f"may have 39 characters, and r-{38 * 'a'} has 40"),
+        ("2nd", {}, "name 2nd can't be used: names of Services begin with a letter"),
+        ("a.b", {}, "name a.b can't be used"),
+        ("r", {"fullnameOverride": 40 * "a"}, "/fullnameOverride': maxLength: got 40, want 39"),
+        ("r", {"fullnameOverride": "Upper"}, "/fullnameOverride': 'Upper' does not match pattern"),
+    ],
+)
+def test_names_that_can_not_be_used_are_refused(release: str, overrides: dict[str, str], said: str) -> None:
+    done = helm("template", release, str(CHART), "--namespace", NAMESPACE, *flags(overrides))
     assert done.returncode != 0
-    assert "the release's name radio-localisation-production-x is too long" in done.stderr
+    assert said in done.stderr
+    assert "fullnameOverride" in done.stderr
+
+
+OF_TRAINING = {"heimdall-trainer", "heimdall-recordings-writer", f"{PLURAL}.{GROUP}"}
+"""What has the same name whatever the release is called."""
+
+
+@pytest.mark.parametrize(
+    ("release", "overrides", "begin"),
+    [
+        ("2nd.go", {"fullnameOverride": "loc"}, "loc"),
+        ("2nd.go", {"fullnameOverride": "loc", "nameOverride": "radio"}, "loc"),
+        ("go", {"nameOverride": "radio"}, "go-radio"),
+        ("radio-go", {"nameOverride": "radio"}, "radio-go"),
+    ],
+)
+def test_everything_is_named_as_one_says(release: str, overrides: dict[str, str], begin: str) -> None:
+    done = helm("template", release, str(CHART), "--namespace", NAMESPACE, *flags(overrides))
+    assert done.returncode == 0, done.stderr
+    rendered = Rendered([item for item in yaml.safe_load_all(done.stdout) if item])
+    names = {item["metadata"]["name"] for item in rendered.manifests} - OF_TRAINING
+    assert {name for name in names if not name.removeprefix(f"{NAMESPACE}-").startswith(begin)} == set()
+    # Nothing looks for it under another name.
+    assert re.findall(r"\S*heimdall-(?:tracking|database|object-store)\S*|2nd.go-\S*", done.stdout) == []
+    labels = {item["metadata"].get("labels", {}).get("app.kubernetes.io/name") for item in rendered.manifests}
+    assert labels - {None} == {overrides.get("nameOverride", "heimdall")}
+    selectors = [item["spec"]["podSelector"]["matchLabels"] for item in rendered.of_kind("NetworkPolicy")]
+    assert {each.get("app.kubernetes.io/name") for each in selectors} - {None} == labels - {None}
