@@ -59,7 +59,7 @@ compose: needs venv ## compose.yaml started, trained with, stopped and started a
 	$(BIN)/pytest tests/e2e/test_compose.py
 
 .PHONY: engine
-engine: needs venv ## The cluster in a Docker engine that was there and out of it again; and what a killed `up` leaves
+engine: needs venv ## The cluster in a Docker engine that was there, with a mirror, and out of it again; and what a killed `up` leaves
 	$(BIN)/pytest -s tests/e2e/test_engine.py tests/e2e/test_killed.py
 
 .PHONY: chaos

@@ -1,7 +1,8 @@
 """A Docker engine that was there: the cluster comes up in it, and what else is in it is left alone.
 
 The engine is started here as somebody's own, at Docker's usual address, with a container, a volume and a network of
-theirs.
+theirs. It asks a mirror of Docker's registry first, which has some images and not others: what it has is pulled, the
+rest is built.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
+import urllib3
 
 from tests.e2e.cluster import ROOT, wait_for
 from tests.e2e.conftest import own_engine
@@ -33,8 +38,22 @@ FORMATS = {
     "volume": "{{.Name}}",
     "network": "{{.Name}}",
 }
+PYTHON = "python:3.11-slim-bookworm"
 PROGRAM = "etcd"
 """A static program of those that the cluster is made of: it runs until it is ended."""
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A registry of somebody's, in which their engine looks before it asks Docker's."""
+
+    address: str
+    log: Path
+
+    def asked_for(self, path: str) -> list[int]:
+        """What it has answered to who asked for something: codes of HTTP."""
+        asked = re.findall(rf'"(?:GET|HEAD) /v2/{re.escape(path)} HTTP/1.1" (\d+)', self.log.read_text())
+        return [int(code) for code in asked]
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Machine:
 
     cache: Path
     config: Path
+    mirror: Mirror
 
     def run(self, *command: str, timeout_s: float = UP_S) -> str:
         """What a command prints; as somebody calls it who knows nothing of an engine of ours."""
@@ -56,9 +76,17 @@ class Machine:
         return done.stdout
 
     def hack(self, tool: str, *arguments: str) -> str:
-        said = self.run(sys.executable, f"hack/{tool}", *arguments)
+        """What a tool says, on both of its outputs."""
+        said = self.run("sh", "-c", 'exec "$@" 2>&1', "sh", sys.executable, f"hack/{tool}", *arguments)
         print(said)
         return said
+
+    def publish(self, image: str, name: str) -> None:
+        """Move an image out of the engine into the mirror, where it has a name of Docker's registry."""
+        there = f"{self.mirror.address}/library/{name}"
+        self.run("docker", "tag", image, there)
+        self.run("docker", "push", there)
+        self.run("docker", "image", "rm", there, image)
 
     def listed(self, kind: str) -> set[str]:
         """What the engine has of a kind."""
@@ -67,7 +95,42 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
+def mirror(tmp_path: Path) -> Iterator[Mirror]:
+    """An empty registry on the loopback address."""
+    subprocess.run([sys.executable, "hack/cluster", "parts", "registry"], cwd=ROOT, check=True, timeout=UP_S)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    settings = {
+        "version": 0.1,
+        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
+        "http": {"addr": address},
+    }
+    (tmp_path / "registry.json").write_text(json.dumps(settings))
+    made = Mirror(address, tmp_path / "registry.log")
+    command = [CACHED / "parts/registry/registry", "serve", tmp_path / "registry.json"]
+    with (
+        made.log.open("w") as log,
+        subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "OTEL_TRACES_EXPORTER": "none"}
+        ) as process,
+    ):
+        try:
+            wait_for(lambda: listens(address), what="the mirror", timeout_s=STOP_S, tell=made.log.read_text)
+            yield made
+        finally:
+            process.kill()
+
+
+def listens(address: str) -> bool:
+    try:
+        return urllib3.request("GET", f"http://{address}/v2/", retries=False).status == HTTPStatus.OK
+    except urllib3.exceptions.HTTPError:
+        return False
+
+
+@pytest.fixture
+def machine(tmp_path: Path, mirror: Mirror) -> Iterator[Machine]:
     """An engine with something of somebody's in it; ended afterwards, with what it left on the host."""
     status = subprocess.run(
         [sys.executable, "hack/cluster", "status"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
@@ -85,11 +148,12 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     plugins = tmp_path / "config/cli-plugins"
     plugins.mkdir(parents=True)
     (plugins / "docker-buildx").symlink_to(CACHED / "parts/buildx/buildx")
-    made = Machine(tmp_path / "cache", tmp_path / "config")
+    made = Machine(tmp_path / "cache", tmp_path / "config", mirror)
     before = engine._host_state()
     with (tmp_path / "dockerd.log").open("w") as log:
         # What this host's kernel lets an engine do is the same for everybody's.
         options = runtime(tmp_path)
+        options += ["--registry-mirror", f"http://{mirror.address}"]
         places = ("--data-root", str(tmp_path / "data"), "--exec-root", "/run/somebodys-engine")
         process = subprocess.Popen(["dockerd", *places, *options], stdout=log, stderr=log, start_new_session=True)
     try:
@@ -128,14 +192,7 @@ def answers(machine: Machine) -> bool:
 
 def populate(machine: Machine) -> None:
     """An image, a container that runs, a volume and a network that this project knows nothing of."""
-    archive = machine.cache / "image.tar"
-    with tarfile.open(archive, "w") as tar:
-        content = (CACHED / "parts" / PROGRAM / PROGRAM).read_bytes()
-        info = tarfile.TarInfo(PROGRAM)
-        info.size, info.mode = len(content), 0o755
-        tar.addfile(info, io.BytesIO(content))
-    machine.run("docker", "import", str(archive), THEIRS)
-    archive.unlink()
+    make_image(machine, THEIRS)
     machine.run("docker", "network", "create", THEIRS)
     machine.run("docker", "volume", "create", THEIRS)
     options = ("--detach", "--name", THEIRS, "--network", THEIRS, "--volume", f"{THEIRS}:/data")
@@ -147,12 +204,63 @@ def populate(machine: Machine) -> None:
     )
 
 
+def make_image(machine: Machine, name: str) -> None:
+    """An image with one program."""
+    archive = machine.cache / "image.tar"
+    with tarfile.open(archive, "w") as tar:
+        content = (CACHED / "parts" / PROGRAM / PROGRAM).read_bytes()
+        info = tarfile.TarInfo(PROGRAM)
+        info.size, info.mode = len(content), 0o755
+        tar.addfile(info, io.BytesIO(content))
+    machine.run("docker", "import", str(archive), name)
+    archive.unlink()
+
+
+def test_what_a_mirror_has_is_pulled_and_the_rest_built(machine: Machine) -> None:
+    for image in ("postgres:15", "redis:7.4"):
+        make_image(machine, "made")
+        machine.publish("made", image)
+
+    said = machine.hack("images", "build", "postgresql", "redis")
+
+    assert "pulling docker.io/library/postgres:15: " in said
+    assert "building" not in said
+    assert machine.mirror.asked_for("library/postgres/manifests/15")[-1] == HTTPStatus.OK
+    assert machine.hack("images", "build", "postgresql", "redis").splitlines() == ["images are up to date"]
+
+    # The mirror lacks Python, until somebody gives it one.
+    said = machine.hack("cluster", "images")
+    assert f"{PYTHON} can't be pulled: " in said
+    assert f"building a stand-in for {PYTHON} from Debian packages: " in said
+    assert HTTPStatus.NOT_FOUND in machine.mirror.asked_for("library/python/manifests/3.11-slim-bookworm")
+    machine.run("sh", "-c", f"printf 'FROM {PYTHON}\nLABEL dev.heimdall.image=theirs' | docker build --tag made -")
+    machine.run("docker", "image", "rm", PYTHON)
+    machine.publish("made", PYTHON)
+
+    said = machine.hack("images", "build", "minio")
+
+    # A mirror is asked for Docker's images alone.
+    lacking, _, then = said.partition("pulling python")
+    assert "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z can't be pulled: " in lacking
+    assert f"pulling {PYTHON}: " in said
+    assert "building quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z: " in then
+    assert "can't be pulled" not in then
+
+    machine.hack("cluster", "down", "--all")
+
+    left = machine.run("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
+    assert set(left) == {f"{THEIRS}:latest", "postgres:15", "redis:7.4", PYTHON}, "what was built here is gone, alone"
+
+
 def test_a_cluster_in_somebody_s_engine_comes_and_goes(machine: Machine) -> None:
     before = {kind: machine.listed(kind) for kind in FORMATS}
     assert f"{THEIRS} running" in before["container"]
 
-    machine.hack("cluster", "up")
+    said = machine.hack("cluster", "up")
 
+    (digest,) = re.findall(r"kindest/node:\S+@(sha256:\w+) can't be pulled: ", said)
+    assert HTTPStatus.NOT_FOUND in machine.mirror.asked_for(f"kindest/node/manifests/{digest}")
+    assert "building the node image: " in said, "that a registry answers does not mean that it has this one"
     status = machine.hack("cluster", "status")
     assert "the one that was there" in status
     assert "cluster: up" in status
@@ -178,9 +286,7 @@ def test_a_cluster_in_somebody_s_engine_comes_and_goes(machine: Machine) -> None
 
     machine.hack("cluster", "down", "--all")
 
-    ours = {name for name in machine.listed("image") if name.startswith("heimdall/")}
-    assert ours == set()
-    assert before["image"] <= machine.listed("image")
+    assert machine.listed("image") == before["image"]
     assert machine.listed("container") == before["container"]
     assert not machine.cache.exists()
     assert (CACHED / "parts" / PROGRAM / PROGRAM).is_file()
