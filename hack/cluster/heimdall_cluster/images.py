@@ -135,10 +135,10 @@ def ensure_node() -> str | None:
         with step("building kind's base image"):
             _build_node_base()
         with step("building the node image"):
-            kind = (parts.path_of("kind"), "build", "node-image", "--type", "file", tarball)
-            command = [*kind, "--base-image", NODE_BASE, "--image", node]
+            kind, made_of = parts.path_of("kind"), ("--type", "file", tarball, "--base-image", NODE_BASE)
             # kind leaves what it unpacks, 1 GB, in the folder for temporary files.
-            run(command, log=LOGS / "node-image.log", env={**client_environment(), "TMPDIR": str(folder)})
+            env = {**client_environment(), "TMPDIR": str(folder)}
+            run([kind, "build", "node-image", *made_of, "--image", node], log=LOGS / "node-image.log", env=env)
             _remove([NODE_BASE, *(name for name in _listed(NODE_NAME) if name != node)])
     return node
 
