@@ -45,10 +45,12 @@ LABEL_UID: Final = f"{GROUP}/uid"
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 """Kueue's: on a TrainingRun, its Jobs wait until this queue admits them."""
+LABEL_EXECUTION_LIMIT: Final = "kueue.x-k8s.io/max-exec-time-seconds"
+"""Kueue's: how long an attempt may run before its queue takes the place back for good."""
 QUEUE_LABELS: Final = (
     LABEL_QUEUE,
     "kueue.x-k8s.io/priority-class",
-    "kueue.x-k8s.io/max-exec-time-seconds",
+    LABEL_EXECUTION_LIMIT,
 )
 """Labels that are copied from a TrainingRun to its Jobs."""
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"

@@ -18,7 +18,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Final, Literal
 
-from heimdall_api.contract import LABEL_QUEUE, Reason
+from heimdall_api.contract import LABEL_EXECUTION_LIMIT, Reason
 from heimdall_api.quantity import parse_quantity
 from heimdall_api.types import (
     Attempt,
@@ -228,7 +228,7 @@ def _evicted(observed: Observed) -> bool:
     job = observed.job
     if job is None or job.finished is not None or job.deleting:
         return False
-    comes_back = job.queued or _was_let_go_again(observed, job)
+    comes_back = bool(job.queue) or _was_let_go_again(observed, job)
     return job.suspended or (comes_back and any(pod.deleting is not None for pod in observed.attempt_pods))
 
 
@@ -331,7 +331,7 @@ def _pending_since(observed: Observed, attempt: Attempt) -> datetime | None:
     if job is None:
         return attempt.start_time
     if job.started is None:
-        return None if job.queued else job.created
+        return None if job.queue else job.created
     return job.started
 
 
@@ -388,20 +388,19 @@ def _place(observed: Observed) -> dict[str, object]:
 def _with_admission(observed: Observed, now: datetime) -> TrainingRunStatus:
     """Whether the attempt's Job was let go by its queue (Kueue), as a condition."""
     job = observed.job
-    if job is None or not job.queued:
+    if job is None or not job.queue:
         return observed.status
-    queue = dict(observed.queue_labels).get(LABEL_QUEUE, "")
     ran = observed.status.attempts[-1].running_time is not None
     if not job.suspended:
-        value = (True, "Admitted", f"Queue {queue} has admitted Job {job.name}.")
+        value = (True, "Admitted", f"Queue {job.queue} has admitted Job {job.name}.")
     elif ran:
-        value = (
-            False,
-            "Evicted",
-            f"Queue {queue} took the place back; it goes on when admitted again.",
-        )
+        message = f"Queue {job.queue} took the place back; it goes on when admitted again."
+        if job.execution_limit:
+            limit = f"{LABEL_EXECUTION_LIMIT} ({job.execution_limit})"
+            message += f" Where {limit} is used up, it is not: set spec.suspend to true and back for another attempt."
+        value = (False, "Evicted", message)
     else:
-        value = (False, "Queued", f"Job {job.name} waits for queue {queue} to admit it.")
+        value = (False, "Queued", f"Job {job.name} waits for queue {job.queue} to admit it.")
     return with_conditions(observed.status, observed, now, Admitted=value)
 
 
@@ -646,9 +645,14 @@ def _suspended(observed: Observed, now: datetime) -> TrainingRunStatus:
     # Its last checkpoint was made after the suspension was asked for.
     status = with_facts(observed.status, observed.run).model_copy(update={"phase": "Suspended"})
     message = "Suspended by spec.suspend; set it to false to go on."
-    return with_conditions(
-        status, observed, now, Suspended=(True, "Suspended", message), Complete=(False, "Suspended", message)
-    )
+    conditions: dict[str, ConditionValue] = {
+        "Suspended": (True, "Suspended", message),
+        "Complete": (False, "Suspended", message),
+    }
+    if any(condition.type == "Admitted" for condition in status.conditions):
+        # Its Job is gone, and with it what the queue had given it.
+        conditions["Admitted"] = (False, "Released", "Suspended by spec.suspend; its place is given back to the queue.")
+    return with_conditions(status, observed, now, **conditions)
 
 
 def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from heimdall_api.base import explain
-from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_QUEUE, LABEL_UID, QUEUE_LABELS
+from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_EXECUTION_LIMIT, LABEL_QUEUE, LABEL_UID, QUEUE_LABELS
 from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
@@ -95,8 +95,10 @@ class JobFacts:
     """When it was last let go: a queue may have held it before."""
     suspended: bool = False
     """Whether it must not have pods now: a queue decides."""
-    queued: bool = False
-    """Whether a queue (Kueue) suspends and resumes it."""
+    queue: str = ""
+    """The queue (Kueue) that suspends and resumes it; it may be one that Kueue gives to Jobs without any."""
+    execution_limit: str = ""
+    """After how many seconds its queue takes its place back for good; empty where that is never."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ def job_facts(job: Manifest) -> JobFacts:
         message=ended[0].get("message", "") if ended else "",
         started=_time_or_none(status.get("startTime")),
         suspended=bool((job.get("spec") or {}).get("suspend")),
-        queued=LABEL_QUEUE in (metadata.get("labels") or {}),
+        queue=_label(job, LABEL_QUEUE) or "",
+        execution_limit=_label(job, LABEL_EXECUTION_LIMIT) or "",
     )
 
 

@@ -363,10 +363,10 @@ def test_an_attempt_that_was_ended_keeps_its_exit_code(pods: tuple[PodFacts, ...
 
 def test_a_place_that_a_queue_takes_back_and_gives_again_is_told() -> None:
     trained = status(attempt(running_time=ago(50)), phase="Running")
-    admitted = settled(observed(status=trained, jobs=(job(queued=True),), pods=(pod(),)))
-    evicted = settled(observed(status=admitted, jobs=(job(queued=True, suspended=True),)))
+    admitted = settled(observed(status=trained, jobs=(job(queue="team-queue"),), pods=(pod(),)))
+    evicted = settled(observed(status=admitted, jobs=(job(queue="team-queue", suspended=True),)))
     again = settled(
-        observed(status=evicted, jobs=(job(queued=True, started=ago(3)),), pods=(pod(running_since=ago(1)),))
+        observed(status=evicted, jobs=(job(queue="team-queue", started=ago(3)),), pods=(pod(running_since=ago(1)),))
     )
 
     assert events(admitted, evicted) == ["Evicted"]
@@ -413,7 +413,7 @@ def test_what_a_queue_has_evicted_hangs_no_more_than_it_trains() -> None:
     waits = observed(
         spec=spec(stallTimeoutSeconds=20),
         status=status(attempt(running_time=ago(500)), phase="Pending"),
-        jobs=(job(queued=True, suspended=True, started=ago(510)),),
+        jobs=(job(queue="team-queue", suspended=True, started=ago(510)),),
         pods=(gone,),
         followed_since=ago(400),
     )
@@ -426,7 +426,7 @@ def test_what_a_queue_evicts_does_not_hang_in_its_grace_period() -> None:
     ending = observed(
         spec=spec(stallTimeoutSeconds=20),
         status=status(attempt(running_time=ago(500)), phase="Pending"),
-        jobs=(job(queued=True, suspended=True, started=ago(510)),),
+        jobs=(job(queue="team-queue", suspended=True, started=ago(510)),),
         pods=(pod(running_since=ago(500), deleting=ago(-30)),),
         followed_since=ago(400),
     )
@@ -439,7 +439,7 @@ def test_what_a_queue_has_admitted_again_and_can_not_be_made_is_given_up() -> No
     again = observed(
         spec=spec(pendingDeadlineSeconds=60),
         status=status(attempt(running_time=ago(500)), phase="Pending"),
-        jobs=(job(queued=True, started=ago(61)),),
+        jobs=(job(queue="team-queue", started=ago(61)),),
         pods=(gone,),
     )
 
@@ -451,7 +451,7 @@ def test_a_queued_group_whose_pods_go_after_hours_is_not_taken_for_one_that_does
     seen = observed(
         spec=spec(resources={"workers": 2}),
         status=training,
-        jobs=(job(created=ago(7300), started=ago(7290), queued=True),),
+        jobs=(job(created=ago(7300), started=ago(7290), queue="team-queue"),),
         pods=(pod(worker=0, deleting=ago(1)),),
     )
 
@@ -462,7 +462,7 @@ def test_what_a_queue_has_admitted_again_has_the_pending_deadline_anew() -> None
     again = observed(
         spec=spec(pendingDeadlineSeconds=60),
         status=status(attempt(running_time=ago(500)), phase="Pending"),
-        jobs=(job(queued=True, started=ago(61)),),
+        jobs=(job(queue="team-queue", started=ago(61)),),
     )
 
     assert withdrawn(again).status.attempts[-1].reason == "PodNotStarted"
@@ -583,13 +583,12 @@ def test_memory_that_grew_stays_for_the_attempts_after() -> None:
     assert decide(observed(status=status(lost, failures=1)), NOW).status.attempts[-1].memory == "32Gi"
 
 
-QUEUED = job(queued=True, suspended=True)
-IN_QUEUE = (("kueue.x-k8s.io/queue-name", "team-queue"),)
+QUEUED = job(queue="team-queue", suspended=True)
 
 
 def test_a_job_in_a_queue_waits_without_a_deadline() -> None:
     old = status(attempt(start_time=ago(100_000)), start_time=ago(100_000))
-    decision = decide(observed(status=old, jobs=(QUEUED,), queue_labels=IN_QUEUE), NOW)
+    decision = decide(observed(status=old, jobs=(QUEUED,)), NOW)
 
     assert (decision.status.phase, decision.actions) == ("Pending", ())
     admitted = condition_of(decision.status, "Admitted")
@@ -599,7 +598,7 @@ def test_a_job_in_a_queue_waits_without_a_deadline() -> None:
 
 def test_the_deadline_of_an_admitted_job_counts_from_its_admission() -> None:
     old = status(attempt(start_time=ago(100_000)), start_time=ago(100_000))
-    admitted = job(queued=True, started=ago(10))
+    admitted = job(queue="team-queue", started=ago(10))
     decision = decide(observed(status=old, jobs=(admitted,), pods=(pod(phase="Pending", running_since=None),)), NOW)
 
     assert decision.status.phase == "Pending"
@@ -610,15 +609,45 @@ def test_an_evicted_job_is_still_the_same_attempt() -> None:
     before = status(attempt(running_time=ago(50)), phase="Running")
     gone = ended_pod(143, deleting=ago(3))
     for seen in (
-        observed(status=before, jobs=(QUEUED,), pods=(gone,), queue_labels=IN_QUEUE),
-        observed(status=before, jobs=(QUEUED,), queue_labels=IN_QUEUE),
+        observed(status=before, jobs=(QUEUED,), pods=(gone,)),
+        observed(status=before, jobs=(QUEUED,)),
     ):
         decision = decide(seen, NOW)
         assert (decision.actions, decision.status.attempt, decision.status.phase) == ((), 1, "Pending")
         assert decision.status.attempts[-1].reason is None
         assert condition_of(decision.status, "Admitted").reason == "Evicted"
-    back = decide(observed(status=before, jobs=(job(queued=True),), pods=(pod(),), queue_labels=IN_QUEUE), NOW).status
+    back = decide(observed(status=before, jobs=(job(queue="team-queue"),), pods=(pod(),)), NOW).status
     assert (back.phase, condition_of(back, "Admitted").status) == ("Running", "True")
+
+
+def test_what_a_queue_may_not_admit_again_says_how_it_goes_on() -> None:
+    before = status(attempt(running_time=ago(50)), phase="Running")
+    limited = replace(QUEUED, execution_limit="30")
+
+    told = condition_of(settled(observed(status=before, jobs=(limited,))), "Admitted").message
+    unlimited = condition_of(settled(observed(status=before, jobs=(QUEUED,))), "Admitted").message
+
+    assert told.startswith(unlimited)
+    assert "kueue.x-k8s.io/max-exec-time-seconds (30)" in told
+    assert "spec.suspend" in told
+
+
+def test_a_suspended_run_has_given_its_place_back_to_the_queue() -> None:
+    before = status(attempt(running_time=ago(50)), phase="Running")
+    admitted = settled(observed(status=before, jobs=(job(queue="team-queue"),), pods=(pod(),)))
+    over = admitted.attempts[-1].model_copy(update={"reason": "Suspended", "end_time": ago(1)})
+    gone = admitted.model_copy(update={"attempts": [over]})
+
+    suspended = settled(observed(spec=spec(suspend=True), status=gone))
+
+    assert condition(suspended, "Admitted") == ("False", "Released")
+    assert events(gone, suspended) == ["Released", "Suspended"]
+
+
+def test_a_suspended_run_of_no_queue_says_nothing_of_one() -> None:
+    suspended = settled(observed(spec=spec(suspend=True), status=ended(Reason.SUSPENDED)))
+
+    assert all(item.type != "Admitted" for item in suspended.conditions)
 
 
 def test_a_finished_run_loses_its_jobs_after_its_time() -> None:
@@ -705,7 +734,7 @@ def test_a_job_just_created_is_not_late_however_long_that_took() -> None:
     assert decide(seen, NOW).status.attempts[-1].reason is None
     late = decide(replace(seen, jobs=(job(created=ago(31)),)), NOW)
     assert late.status.attempts[-1].reason == "PodNotStarted"
-    queued = decide(replace(seen, jobs=(job(created=ago(9000), queued=True),)), NOW)
+    queued = decide(replace(seen, jobs=(job(created=ago(9000), queue="team-queue"),)), NOW)
     assert queued.status.attempts[-1].reason is None, "its queue has just let it go"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from heimdall_api.contract import Reason
 from heimdall_operator.failures import judge_pod, parse_last_words
-from heimdall_operator.observe import observe, pod_facts
+from heimdall_operator.observe import job_facts, observe, pod_facts
 
 STAMP = "2026-11-01T12:00:00Z"
 
@@ -262,3 +262,17 @@ def test_what_a_queue_reads_goes_to_the_jobs_and_nothing_else() -> None:
     seen = observe({"metadata": metadata, "spec": {}})
 
     assert dict(seen.queue_labels) == wanted
+
+
+def test_a_jobs_queue_is_the_one_that_it_waits_for_itself() -> None:
+    """The TrainingRun's label may have changed since, and Kueue gives a queue to Jobs that name none."""
+    own = {"training.heimdall.dev/attempt": "1"}
+    of_kueue = {"kueue.x-k8s.io/queue-name": "default", "kueue.x-k8s.io/max-exec-time-seconds": "30"}
+
+    free, queued = (
+        job_facts({"metadata": {"name": "run-a1", "creationTimestamp": STAMP, "labels": labels}})
+        for labels in (own, own | of_kueue)
+    )
+
+    assert (free.queue, free.execution_limit) == ("", "")
+    assert (queued.queue, queued.execution_limit) == ("default", "30")
