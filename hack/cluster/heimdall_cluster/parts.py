@@ -46,6 +46,7 @@ CATALOGUE: Final = dict(
         _part("gitops-health"),
         _part("minio", "minio", "mc"),
         _part("versitygw"),
+        _part("kueue"),
         _part("registry"),
         _part("buildx"),
         _part("compose", "docker-compose", rename=(("cmd", "docker-compose"),)),
