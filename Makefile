@@ -54,6 +54,10 @@ e2e: needs venv ## The tests on a real cluster alone
 external: needs venv ## Two releases on external services, over TLS: PostgreSQL, versitygw for S3, MLflow
 	$(BIN)/pytest tests/e2e/chart/test_external.py
 
+.PHONY: kueue
+kueue: needs venv ## Queues, preemption and time limits of the real Kueue, as docs/howto/kueue.md tells them
+	$(BIN)/pytest tests/e2e/test_kueue.py
+
 .PHONY: compose
 compose: needs venv ## compose.yaml started, trained with, stopped and started again
 	$(BIN)/pytest tests/e2e/test_compose.py

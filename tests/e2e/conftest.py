@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import importlib
 import json
 import os
 import secrets
@@ -25,7 +26,7 @@ import pytest
 import yaml
 
 from heimdall_api.contract import TAG_UID
-from tests.e2e.cluster import ROOT, Cluster, cluster_environment, hack, port_forward, wait_for
+from tests.e2e.cluster import ROOT, Cluster, cluster_environment, condition, hack, port_forward, wait_for
 
 NAMESPACE = "heimdall-e2e"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
@@ -84,12 +85,15 @@ def links() -> set[str]:
     return {link.name for link in NET.iterdir() if link.name.startswith(("docker", "br-", "veth"))}
 
 
-def own_engine() -> Any:
-    """The cluster tool's module: a program, not a package."""
+def cluster_tool(module: str) -> Any:
+    """A module of the cluster tool: a program, not a package."""
     sys.path.insert(0, str(ROOT / "hack/cluster"))
-    from heimdall_cluster import engine
+    return importlib.import_module(f"heimdall_cluster.{module}")
 
-    return engine
+
+def own_engine() -> Any:
+    """The cluster tool's module of the Docker engine."""
+    return cluster_tool("engine")
 
 
 def links_before() -> set[str]:
@@ -457,6 +461,16 @@ def _signal(release: Cluster, pod: dict[str, Any], signal: str) -> None:
     container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     script = f"kill -{signal} $(crictl inspect --output go-template --template '{{{{.info.pid}}}}' {container})"
     release.run("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
+
+
+def wait_for_admission(release: Cluster, name: str, reason: str, timeout_s: float) -> dict[str, Any]:
+    """The status once a run's Admitted condition has a reason."""
+
+    def look() -> dict[str, Any] | None:
+        status = release.status(name)
+        return status if condition(status, "Admitted").get("reason") == reason else None
+
+    return wait_for(look, what=f"{name} being {reason}", timeout_s=timeout_s, tell=lambda: release.explain(name))
 
 
 def wait_for_step(release: Cluster, mlflow: Mlflow, run_id: str, step: int, timeout_s: float) -> int:

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import GPU_NODE, Mlflow, contract_run, namespace, wait_for_step
+from tests.e2e.conftest import GPU_NODE, Mlflow, contract_run, namespace, wait_for_admission, wait_for_step
 
 pytestmark = pytest.mark.beside
 
@@ -73,27 +73,19 @@ def test_a_queue_holds_and_evicts_the_job_and_it_stays_the_same_attempt(
     run["metadata"]["labels"] = {QUEUE: "team-queue", "kueue.x-k8s.io/priority-class": "high"}
     release.apply(run)
 
-    def admission(reason: str) -> dict[str, Any]:
-        return wait_for(
-            lambda: condition(status := release.status(name), "Admitted").get("reason") == reason and status,
-            what=f"{name} being {reason}",
-            timeout_s=LIFE_S,
-            tell=lambda: release.explain(name),
-        )
-
-    assert admission("Queued")["phase"] == "Pending"
+    assert wait_for_admission(release, name, "Queued", LIFE_S)["phase"] == "Pending"
     job = release.list("jobs", f"training.heimdall.dev/run={name}")[0]
     assert job["spec"]["suspend"] is True
     assert {QUEUE: "team-queue", "kueue.x-k8s.io/priority-class": "high"}.items() <= job["metadata"]["labels"].items()
 
     place = {"spec": {"nodeSelector": {"kubernetes.io/hostname": GPU_NODE}, "tolerations": [{"operator": "Exists"}]}}
     patch_job(release, name, {"suspend": False, "template": place})
-    assert admission("Admitted")
+    assert wait_for_admission(release, name, "Admitted", LIFE_S)
     run_id = release.wait_for_phase(name, "Running", timeout_s=LIFE_S)["runID"]
     wait_for_step(release, mlflow, run_id, 3, LIFE_S)
 
     patch_job(release, name, {"suspend": True})
-    assert admission("Evicted")["phase"] == "Pending"
+    assert wait_for_admission(release, name, "Evicted", LIFE_S)["phase"] == "Pending"
     wait_for(
         lambda: not release.list("pods", f"training.heimdall.dev/run={name}"), what="the pods' end", timeout_s=LIFE_S
     )

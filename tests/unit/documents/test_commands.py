@@ -42,7 +42,6 @@ KINDS = {
     "deployment": {"deployment", "deployments", "deploy"},
     "endpoints": {"endpoints"},
     "job": {"job", "jobs"},
-    "localqueue": {"localqueue"},
     "namespace": {"namespace", "ns"},
     "node": {"node", "nodes"},
     "pod": {"pod", "pods"},
@@ -52,6 +51,7 @@ KINDS = {
     "statefulset": {"statefulset"},
     "storageclass": {"storageclass"},
     "trainingrun": {"trainingrun", "trainingruns", "tr"},
+    "workload": {"workloads"},
 }
 WITH_VALUE = {"-n", "-l", "-o", "-f", "-p", "-c", "-U", "--namespace", "--timeout", "--patch-file", "--set"}
 """Flags whose value is the next word."""
