@@ -15,7 +15,7 @@ import structlog
 from pydantic import ValidationError
 
 from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
-from heimdall_trainer import group
+from heimdall_trainer import checkpoint_io, group
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.grace import Grace, grace_period_s
 from heimdall_trainer.termination import TerminatedError
@@ -79,6 +79,7 @@ class Checkpointing:
         """Stop if asked to; make a checkpoint if it is time."""
         del pl_module, outputs, batch, batch_idx
         self._publisher.raise_if_fenced()
+        self._publisher.raise_if_not_written()
         due = trainer.is_global_zero and time.monotonic() - self._last_time >= self._every_s
         stop, save = group.any_of([self._grace.began, due], trainer)
         # Not between an epoch's last step and its validation: going on from there would leave the validation out.
@@ -114,6 +115,7 @@ class Checkpointing:
             self._save(trainer, metric=None)
         self._grace.begin()  # in a group another process may have been told first
         delivered = self._publisher.flush(self._grace.left_s())
+        self._publisher.raise_if_not_written()
         fate = "was delivered" if delivered else "could not be delivered in time; an older one is used"
         raise TerminatedError(f"Asked to end (SIGTERM) at step {trainer.global_step}; its checkpoint {fate}.")
 
@@ -122,10 +124,12 @@ class Checkpointing:
         # A name of its own for an epoch's end: its last step may have a checkpoint already, which is being uploaded.
         name = f"step-{step:08}-attempt-{self._attempt}-epoch-{trainer.current_epoch:04}{suffix}.ckpt"
         file = self._folder / name
-        trainer.save_checkpoint(file)
+        self._publisher.wait_for_file()  # there is room for one copy of the state, not for one of each checkpoint
+        snapshot = checkpoint_io.save(trainer, file)
         self._last_time, self._last_step = time.monotonic(), step
         if trainer.is_global_zero:
-            self._publisher.submit(file, step=step, epoch=int(trainer.current_epoch), metric=metric)
+            epoch = int(trainer.current_epoch)
+            self._publisher.submit(file, step=step, epoch=epoch, metric=metric, snapshot=snapshot)
 
 
 class ProgressReport:

@@ -1,6 +1,7 @@
-"""Checkpoints as artifacts of the run: uploaded behind training, named only when whole, fenced by the attempt.
+"""Checkpoints as artifacts of the run: made behind training, named only when whole, fenced by the attempt.
 
-One worker thread uploads in order. A checkpoint's name appears in the run's tag only after its bytes are there, with
+What training hands over is written to disk by one thread, one at a time, and uploaded by another, in order: an upload
+may take as long as MLflow is away. A checkpoint's name appears in the run's tag only after its bytes are there, with
 their checksum; so a kill at any moment leaves the names of whole ones only.
 """
 
@@ -29,6 +30,7 @@ from heimdall_trainer.errors import FencedError, UndeliveredError
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
+    from heimdall_trainer.checkpoint_io import Snapshot
 
 RETRY_S: Final = 2.0
 RETRY_LIMIT_S: Final = 30.0
@@ -60,7 +62,11 @@ class CheckpointPublisher:
         self.listed = parse(tracker.client.get_run(tracker.run_id).data.tags.get(TAG_CHECKPOINTS))
         self.files: dict[str, Path] = {}
         """Local copies of listed checkpoints, by artifact path."""
+        self._writing = False
+        self._failure: Exception | None = None
+        """Why a checkpoint could not be written."""
         self._pending: deque[tuple[Path, Checkpoint]] = deque()
+        """Whole on disk, and still to be uploaded."""
         self._changed = threading.Condition()
         self._under_way: tuple[Path, Checkpoint] | None = None
         self._closed = False
@@ -71,25 +77,52 @@ class CheckpointPublisher:
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
-    def submit(self, file: Path, *, step: int, epoch: int, metric: float | None) -> None:
-        """Hand a checkpoint over; returns at once.
+    def submit(
+        self, file: Path, *, step: int, epoch: int, metric: float | None, snapshot: Snapshot | None = None
+    ) -> None:
+        """Hand a checkpoint over; returns at once, except while the one before it is still being written.
 
         Args:
             file: The checkpoint, which is this publisher's from now on.
             step: Optimizer step.
             epoch: Epoch, from 0.
             metric: The monitored metric, if it is known.
+            snapshot: What is still to be written to the file; None where that is whole.
+
+        Raises:
+            Exception: The one before it could not be written.
         """
+        self.wait_for_file()
         checkpoint = Checkpoint(
             step=step,
             epoch=epoch,
             path=f"{CHECKPOINT_DIR}/{file.name}",
             sha256="",
-            size=file.stat().st_size,
+            size=0,
             time=datetime.now(UTC),
             metric=metric if metric is not None and math.isfinite(metric) else None,
             last=True,
         )
+        if snapshot is None:
+            self._enqueue(file, checkpoint)
+            return
+        self._writing = True
+        threading.Thread(
+            target=self._write, args=(file, checkpoint, snapshot), name="checkpoint-file", daemon=True
+        ).start()
+
+    def _write(self, file: Path, checkpoint: Checkpoint, snapshot: Snapshot) -> None:
+        try:
+            snapshot.write(file)
+            self._enqueue(file, checkpoint)
+        except Exception as error:  # noqa: BLE001 - it is raised by the thread that trains
+            self._failure = error
+        with self._changed:
+            self._writing = False
+            self._changed.notify_all()
+
+    def _enqueue(self, file: Path, checkpoint: Checkpoint) -> None:
+        whole = checkpoint.model_copy(update={"size": file.stat().st_size})
         with self._changed:
             while len(self._pending) >= self._keep + 1:
                 # The newest one is what a next attempt goes on from, the best are kept and what the model is made of.
@@ -97,7 +130,7 @@ class CheckpointPublisher:
                 self._pending.remove(given_up)
                 given_up[0].unlink(missing_ok=True)
                 log.info("a checkpoint is not uploaded: newer and better ones wait", step=given_up[1].step)
-            self._pending.append((file, checkpoint))
+            self._pending.append((file, whole))
             self._changed.notify_all()
 
     def _worth(self, checkpoint: Checkpoint) -> float:
@@ -105,11 +138,34 @@ class CheckpointPublisher:
             return -math.inf
         return checkpoint.metric if self._mode == "max" else -checkpoint.metric
 
+    def written(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is being written, without a timeout as long as that takes; whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._writing, timeout_s)
+
+    def wait_for_file(self) -> None:
+        """Wait until what was submitted is on disk, as long as that takes: no longer than writing it oneself would.
+
+        Raises:
+            Exception: It could not be written.
+        """
+        self.written()
+        self.raise_if_not_written()
+
+    def raise_if_not_written(self) -> None:
+        """End a training whose checkpoints can't be kept; nothing is waited for.
+
+        Raises:
+            Exception: Why one could not be written, such as a full disk.
+        """
+        if self._failure is not None:
+            raise self._failure
+
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything that was submitted is published; whether it was."""
+        """Wait until everything that was submitted, and could be written, is published; whether it was."""
         with self._changed:
             done = self._changed.wait_for(
-                lambda: not (self._pending or self._under_way) or self.fence is not None, timeout_s
+                lambda: not (self._writing or self._pending or self._under_way) or self.fence is not None, timeout_s
             )
         return done and self.fence is None
 
@@ -120,7 +176,8 @@ class CheckpointPublisher:
             timeout_s: How long an upload that is under way may take to its end, JOIN_S at most.
 
         Returns:
-            What was not published, oldest first; nothing where a newer attempt has taken over.
+            What was not published, oldest first; nothing where a newer attempt has taken over. All of it is whole on
+            disk: what is being written is waited for, JOIN_S at most, and otherwise left out.
         """
         with self._changed:
             self._closed = True
@@ -128,6 +185,7 @@ class CheckpointPublisher:
         self._thread.join(min(timeout_s, JOIN_S))
         if self.fence is not None:
             return []
+        self.written(JOIN_S)
         self._given_up = True
         with self._changed:
             first = [] if self._under_way is None else [self._under_way]

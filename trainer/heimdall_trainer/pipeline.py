@@ -41,6 +41,8 @@ LOOK_EVERY_S: Final = 1.0
 """How often an end that waits looks whether SIGTERM has made its time shorter."""
 CURVES_TIMEOUT_S: Final = 60
 """How long the end waits for metrics that loss curves are to show."""
+WRITING_TIMEOUT_S: Final = 600
+"""How long the end waits for a checkpoint to be on disk."""
 FENCE_TIMEOUT_S: Final = 10
 FAILURE_TIMEOUT_S: Final = 30
 """How long a training that failed waits for what it logged before it puts that away."""
@@ -178,6 +180,7 @@ class TrainingPipeline:
         """
         deadline = time.monotonic() + timeout_s
         self._until(deadline, self._publisher.flush)
+        self._until(time.monotonic() + WRITING_TIMEOUT_S, self._publisher.written)
         for left in self._publisher.close(max(0.0, self._left_s(deadline))):
             self.tracker.leave_checkpoint(left)
         self._until(deadline, self.tracker.flush)
@@ -322,6 +325,7 @@ class TrainingPipeline:
         """Load the best weights and test them."""
         import torch
 
+        self._publisher.wait_for_file()
         if not self._wait(self._publisher.flush):
             raise self._publisher.fence or UndeliveredError(
                 "the last checkpoint could not be delivered to MLflow in time"

@@ -1,4 +1,4 @@
-"""Checkpoints come to disk whole or not at all."""
+"""Checkpoints come to disk whole or not at all, as they were when they were made."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import resource
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 import torch
 
-from heimdall_trainer.checkpoint_io import make_checkpoint_io, save_whole
+from heimdall_trainer.checkpoint_io import Snapshot, make_checkpoint_io, save, save_whole
 
 STATE: dict[str, Any] = {"state_dict": {"weight": torch.arange(100_000.0)}, "epoch": 3}
 
@@ -63,6 +64,130 @@ def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [file]
 
 
+class Place:
+    """A data loader's state, of a class of its own."""
+
+    def __init__(self) -> None:
+        self.order = [3, 1, 2]
+
+
+def test_what_training_does_after_a_snapshot_is_not_in_its_file(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    place, seen = Place(), {"batches": [1]}
+    state: dict[str, Any] = {
+        "state_dict": model.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "place": place,
+        "seen": seen,
+    }
+    save_whole(state, tmp_path / "at-once.ckpt")
+    snapshot = Snapshot(state)
+    step()
+    place.order.append(4)
+    seen["batches"].append(2)
+    del state["seen"]
+
+    snapshot.write(tmp_path / "later.ckpt")
+
+    at_once, later = (torch.load(tmp_path / name, weights_only=False) for name in ("at-once.ckpt", "later.ckpt"))
+    assert later["place"].order == [3, 1, 2]
+    assert later["seen"] == {"batches": [1]}
+    assert not torch.equal(later["state_dict"]["weight"], model.weight)
+    torch.testing.assert_close(later["state_dict"], at_once["state_dict"], rtol=0, atol=0)
+    moments = [each["optimizer_states"][0]["state"] for each in (later, at_once)]
+    torch.testing.assert_close(*moments, rtol=0, atol=0)
+
+
+def test_a_snapshot_s_file_is_no_larger_than_what_it_is_of(tmp_path: Path) -> None:
+    """Tied weights, and parts of one tensor, are there once."""
+    whole = torch.arange(100_000.0)
+    parameter = torch.nn.Parameter(whole.view(100, 1000))
+    state = {"whole": whole, "tied": parameter, "part": whole[10:20:2], "empty": torch.empty(0), "half": whole.half()}
+    save_whole(state, tmp_path / "at-once.ckpt")
+
+    Snapshot(state).write(tmp_path / "later.ckpt")
+
+    sizes = [(tmp_path / name).stat().st_size for name in ("at-once.ckpt", "later.ckpt")]
+    assert sizes[0] == pytest.approx(sizes[1], abs=1000)
+    found = torch.load(tmp_path / "later.ckpt", weights_only=False)
+    assert isinstance(found["tied"], torch.nn.Parameter)
+    assert found["tied"].data_ptr() == found["whole"].data_ptr()
+    assert found["part"].tolist() == [10, 12, 14, 16, 18]
+    torch.testing.assert_close(dict(found), state)
+
+
+class Recorded:
+    """As a trainer that saves what it is given through its strategy."""
+
+    def __init__(self, strategy: Any, state: dict[str, Any]) -> None:
+        self.strategy, self.state = strategy, state
+
+    def save_checkpoint(self, file: Path) -> None:
+        self.strategy.save_checkpoint(self.state, file)
+
+
+def through_plugin(state: dict[str, Any]) -> Recorded:
+    plugin = make_checkpoint_io(import_module("pytorch_lightning"))
+    return Recorded(SimpleNamespace(checkpoint_io=plugin, save_checkpoint=plugin.save_checkpoint), state)
+
+
+def test_only_what_is_asked_for_is_written_later(tmp_path: Path) -> None:
+    trainer = through_plugin(STATE)
+    snapshot = save(trainer, tmp_path / "later.ckpt")
+    assert snapshot is not None
+    assert not list(tmp_path.iterdir())
+
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    assert torch.load(tmp_path / "later.ckpt", weights_only=False)["epoch"] == 3
+
+
+def test_a_checkpoint_of_the_user_s_own_that_is_made_meanwhile_is_written_at_once(tmp_path: Path) -> None:
+    """As by a hook that saves something beside it."""
+    trainer = through_plugin(STATE)
+    whole = trainer.strategy.save_checkpoint
+
+    def save_both(state: dict[str, Any], file: Path) -> None:
+        whole(state, tmp_path / "mine.ckpt")
+        whole(state, file)
+
+    trainer.strategy.save_checkpoint = save_both
+    assert save(trainer, tmp_path / "later.ckpt") is not None
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.ckpt"]
+
+
+def test_a_strategy_that_writes_by_itself_writes_at_once(tmp_path: Path) -> None:
+    """As sharded ones do, whose processes write together."""
+    trainer = through_plugin(STATE)
+    trainer.strategy.save_checkpoint = save_whole
+    assert save(trainer, tmp_path / "x.ckpt") is None
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
+
+
+class OneWay:
+    """It can be saved, and does not come back."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def test_a_state_that_can_not_be_copied_is_written_at_once(tmp_path: Path) -> None:
+    assert save(through_plugin({**STATE, "more": OneWay()}), tmp_path / "x.ckpt") is None
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
+
+
+def test_a_state_that_can_not_be_saved_is_told_where_it_is_made(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="pickle"):
+        save(through_plugin({**STATE, "more": lambda: None}), tmp_path / "x.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore:[\\s\\S]*LeafSpec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:[\\s\\S]*does not have many workers")
 @pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
@@ -86,7 +211,10 @@ def test_a_trainer_of_either_package_goes_on_from_what_it_saved(package: str, tm
 
     first, second, file = trainer(1), trainer(3), tmp_path / "x.ckpt"
     first.fit(model())
-    first.save_checkpoint(file)
+    snapshot = save(first, file)
+    assert snapshot is not None
+    assert not list(tmp_path.iterdir())
+    snapshot.write(file)
     assert list(tmp_path.iterdir()) == [file]
     # As a ModelCheckpoint of the user's own does, whose folder nobody has made.
     first.save_checkpoint(tmp_path / "mlflow/run/x.ckpt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import threading
@@ -16,12 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints, parse_checkpoints
+from heimdall_api.types import TrainingSpec
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.checkpoints import Mode, retained
 from heimdall_tracking.errors import OvertakenError
-from heimdall_trainer import checkpoints
+from heimdall_trainer import checkpoint_io, checkpoints
+from heimdall_trainer.callbacks import Checkpointing
+from heimdall_trainer.checkpoint_io import Snapshot
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import FencedError
+from heimdall_trainer.grace import Grace
+from heimdall_trainer.termination import TerminatedError
 
 # MLflow's own use of SQLAlchemy, not ours.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -357,6 +363,180 @@ def test_the_newest_attempt_and_one_without_an_operator_publish(
     publisher.check_fence()
     submit(publisher, tmp_path, 1)
     assert publisher.flush(TIMEOUT_S)
+
+
+# --- what is written behind training -----------------------------------------------------------------------------
+
+
+class Disk:
+    """Writes when it is allowed to, or fails; tells what it has done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
+        self.busy, self.free = threading.Event(), threading.Event()
+        self.failure = failure
+        self.whole: list[str] = []
+        monkeypatch.setattr(checkpoint_io, "save_whole", self.write)
+
+    def write(self, state: dict[str, Any], file: Path) -> None:
+        self.busy.set()
+        assert self.free.wait(TIMEOUT_S)
+        if self.failure is not None:
+            raise self.failure
+        checkpoint_file(file.parent, file.name)
+        self.whole.append(file.name)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/out/step-1.ckpt")
+
+
+def submit_later(publisher: CheckpointPublisher, folder: Path, step: int) -> None:
+    publisher.submit(folder / f"step-{step}.ckpt", step=step, epoch=0, metric=None, snapshot=Snapshot({}))
+
+
+def test_a_checkpoint_is_handed_over_before_it_is_written_and_delivered_when_it_is_named(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, tracker = Disk(monkeypatch), FakeTracker()
+    publisher = publish(tracker)
+    submit_later(publisher, tmp_path, 1)
+    assert disk.busy.wait(TIMEOUT_S)
+    assert not publisher.flush(0)
+    disk.free.set()
+    assert publisher.flush(TIMEOUT_S)
+    assert tracker.done == ["uploaded step-1.ckpt", "metrics delivered", "named checkpoints/step-1.ckpt"]
+    (named,) = parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])
+    assert named.size == (tmp_path / "step-1.ckpt").stat().st_size
+
+
+def test_one_that_waits_for_the_server_keeps_no_other_from_the_disk(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, tracker = Disk(monkeypatch), FakeTracker()
+    disk.free.set()
+    held, go_on = held_up(tracker)
+    publisher = publish(tracker)
+    for step in (1, 2, 3):
+        submit_later(publisher, tmp_path, step)
+        assert publisher.written(TIMEOUT_S)
+        assert held.wait(TIMEOUT_S)
+    assert disk.whole == [f"step-{step}.ckpt" for step in (1, 2, 3)]
+    go_on.set()
+    assert publisher.flush(TIMEOUT_S)
+
+
+class Training:
+    """As much of Lightning's trainer as a checkpoint is made of."""
+
+    global_step, current_epoch, is_global_zero, is_last_batch = 1, 0, True, False
+
+    def __init__(self, on_save: Callable[[], None] = lambda: None) -> None:
+        self.strategy = SimpleNamespace(checkpoint_io=SimpleNamespace())
+        self.on_save = on_save
+        self._logger_connector = SimpleNamespace(update_train_step_metrics=lambda: None)
+
+    def save_checkpoint(self, file: Path) -> None:
+        self.on_save()
+        self.strategy.checkpoint_io.taken = Snapshot({})
+
+
+def test_no_second_copy_of_the_state_is_made_while_the_first_is_being_written(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    publisher = publish(FakeTracker())
+    checkpointing = Checkpointing(publisher, TrainingSpec(), tmp_path, 1, Grace())
+    wait = publisher.wait_for_file
+
+    def waits() -> None:
+        disk.free.set()
+        wait()
+
+    checkpointing._save(Training(), metric=None)
+    assert disk.busy.wait(TIMEOUT_S)
+    monkeypatch.setattr(publisher, "wait_for_file", waits)
+    on_disk: list[int] = []
+    checkpointing._save(Training(lambda: on_disk.append(len(disk.whole))), metric=None, suffix="-end")
+    assert on_disk == [1]
+    assert publisher.flush(TIMEOUT_S)
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_training_at_the_next_step(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, FULL)
+    publisher = publish(FakeTracker())
+    checkpointing = Checkpointing(publisher, TrainingSpec(), tmp_path, 1, Grace())
+    checkpointing._save(Training(), metric=None)
+    checkpointing.on_train_batch_end(Training(), None, None, None, 0)
+    disk.free.set()
+    assert publisher.written(TIMEOUT_S)
+    for goes_on in (
+        lambda: checkpointing.on_train_batch_end(Training(), None, None, None, 1),
+        lambda: checkpointing._save(Training(), metric=None),
+    ):
+        with pytest.raises(OSError) as caught:
+            goes_on()
+        assert caught.value is FULL
+    assert publisher.close() == []
+
+
+@pytest.mark.parametrize("failure", [None, FULL], ids=["written", "full"])
+def test_who_is_told_to_end_waits_for_the_file_and_its_delivery(
+    failure: OSError | None, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, tracker, grace = Disk(monkeypatch, failure), FakeTracker(), Grace()
+    publisher = publish(tracker)
+    checkpointing = Checkpointing(publisher, TrainingSpec(), tmp_path, 1, grace)
+    flush = publisher.flush
+
+    def flushed(timeout_s: float) -> bool:
+        disk.free.set()
+        return flush(timeout_s)
+
+    monkeypatch.setattr(publisher, "flush", flushed)
+    grace.begin()
+    with pytest.raises((TerminatedError, OSError)) as caught:
+        checkpointing.on_train_batch_end(Training(), None, None, None, 0)
+    if failure is not None:
+        assert caught.value is failure
+    else:
+        assert "its checkpoint was delivered" in str(caught.value)
+        assert [item.step for item in parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])] == [1]
+
+
+def test_only_what_is_whole_on_disk_is_handed_over_at_the_end(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "JOIN_S", 0.0)
+    disk, tracker = Disk(monkeypatch), FakeTracker()
+    held, go_on = held_up(tracker)
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1)
+    assert held.wait(TIMEOUT_S)
+    submit_later(publisher, tmp_path, 2)
+    assert [item.checkpoint.step for item in publisher.close()] == [1]
+    disk.free.set()
+    assert publisher.written(TIMEOUT_S)
+    go_on.set()
+
+
+def test_what_is_still_being_written_at_the_end_is_handed_over_when_it_is_whole(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "JOIN_S", TIMEOUT_S)
+    disk, tracker = Disk(monkeypatch), FakeTracker()
+    publisher = publish(tracker)
+    submit_later(publisher, tmp_path, 1)
+    written = publisher.written
+
+    def waited_for(timeout_s: float | None = None) -> bool:
+        disk.free.set()
+        return written(timeout_s)
+
+    monkeypatch.setattr(publisher, "written", waited_for)
+    (left,) = publisher.close()
+    assert (left.file.name, left.checkpoint.step) == ("step-1.ckpt", 1)
+    assert left.checkpoint.size == left.file.stat().st_size
 
 
 # --- against a real MLflow ---------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from heimdall_api.contract import (
 from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
-from heimdall_trainer import callbacks, cli, export, modelling, pipeline
+from heimdall_trainer import callbacks, checkpoint_io, cli, export, modelling, pipeline
 from heimdall_trainer.commands.training import LOCAL_RUN_ID
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
@@ -82,6 +82,8 @@ ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_S, POD_TIMEOUT_S = 60, 300
 EPOCHS, BATCHES = 2, 3
 """Of the localizer: 12 training transmissions in batches of 4."""
+CHECKPOINT_OF_LINE = "checkpoints/step-{:08}-attempt-1-epoch-{:04}-end.ckpt"
+"""Of a module with one step an epoch: step and epoch."""
 LOCALIZER: dict[str, Any] = {
     "model": {"backbone": "test_resnet"},
     "data": {"testFraction": 0.2},
@@ -525,6 +527,32 @@ def test_a_checkpoint_at_an_epoch_s_end_is_not_mistaken_for_one_of_its_last_step
     assert {item.path for item in bench.client.list_artifacts(run_id, "checkpoints")} == set(paths)
 
 
+def test_training_goes_on_while_a_checkpoint_is_being_written_and_does_not_change_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    further, save_whole, step = threading.Event(), checkpoint_io.save_whole, user_modules.Line.training_step
+
+    def slow(state: dict[str, Any], file: Path) -> None:
+        assert further.wait(TIMEOUT_S)
+        save_whole(state, file)
+
+    def next_step(module: user_modules.Line, *batch: Any) -> Any:
+        if module.global_step == 1:
+            further.set()
+        return step(module, *batch)
+
+    monkeypatch.setattr(checkpoint_io, "save_whole", slow)
+    monkeypatch.setattr(user_modules.Line, "training_step", next_step)
+    run_id = bench.new_run()
+    bench.train(user_spec("WorseAndWorse", epochs=2), run_id)
+    held = [
+        torch.load(bench.folder / run_id / file, weights_only=False)
+        for file in (CHECKPOINT_OF_LINE.format(1, 0), CHECKPOINT_OF_LINE.format(2, 1))
+    ]
+    assert [each["global_step"] for each in held] == [1, 2]
+    assert [float(each["optimizer_states"][0]["state"][0]["step"]) for each in held] == [1, 2]
+
+
 @dataclass
 class Pod:
     """`heimdall-train run` as a pod's command, on a module that has itself told to end in its first attempt."""
@@ -912,20 +940,22 @@ def test_a_folder_that_can_not_be_made_is_named_before_anything_is_trained(run_l
     assert run.data.metrics == {}
 
 
+@pytest.mark.parametrize("at", [1, 4], ids=["first", "last"])
 def test_a_full_disk_is_named_with_the_remedy_and_what_was_logged_is_kept(
-    run_locally: Any, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, run_locally: Any, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = bench.new_run()
     monkeypatch.setenv(LOCAL_RUN_ID, run_id)
-    file = tmp_path / run_id / "checkpoints/step-00000001-attempt-1-epoch-0000-end.ckpt"
+    file = tmp_path / run_id / CHECKPOINT_OF_LINE.format(at, at - 1)
     file.parent.mkdir(parents=True)
     file.with_name(f"{file.name}.part").symlink_to("/dev/full")
-    code, message, _ = run_locally(user_spec("Line"), "full")
+    code, message, _ = run_locally(user_spec("Line", epochs=4), f"full-{at}")
     assert code == ExitCode.ERROR
     assert message.reason is Reason.STORAGE_EXCEEDED
     assert message.message.startswith(f"No space left on device: {file}; make room there, or use a larger disk")
     assert bench.client.get_run(run_id).info.status == "FAILED"
-    assert [step for step, _ in bench.history(run_id, "train/loss")] == [0]
+    # The step after it may have been made by the time that the disk refused.
+    assert len(bench.history(run_id, "train/loss")) in (at, min(at + 1, 4))
 
 
 def test_a_field_that_there_is_not_exits_78_before_a_run_is_made(run_locally: Any) -> None:
