@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
 import math
+import socket
+import ssl
+import urllib.error
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from huggingface_hub import errors as hub_errors
 
+from heimdall_api.contract import ExitCode, Reason
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.model.losses import gaussian_nll
 from heimdall_trainer.model.module import LocalizationModule, schedule_share
 from heimdall_trainer.model.net import SCALE_BOUNDS, SIGMA_BOUNDS_M, LocalizationNet, feature_width
+from heimdall_trainer.termination import judge
 
 SMALL = "test_resnet"
 """timm's smallest ResNet, made for tests."""
@@ -298,6 +309,76 @@ def test_a_backbone_without_trained_weights_is_told_before_anything_is_loaded() 
         ConfigurationError, match=r"spec\.model\.pretrained: timm has no trained weights for 'resnet200'"
     ):
         LocalizationNet("resnet200", pretrained=True)
+
+
+URL = "https://hub.example/model.safetensors"
+HTTP: Any = import_module(hub_errors.HTTPError.__module__.partition(".")[0])
+"""The library that the hub's own asks with."""
+
+
+def answer(kind: type[Exception], status: int) -> Exception:
+    """An error of the hub's library about an answer."""
+    return kind(f"{status} of {URL}", response=HTTP.Response(status, request=HTTP.Request("GET", URL)))  # type: ignore[call-arg]
+
+
+def not_found_locally(cause: Exception) -> Exception:
+    """What the hub's library says where it could not ask, and has no copy."""
+    error = hub_errors.LocalEntryNotFoundError("we cannot find the requested files in the local cache")
+    error.__cause__ = cause
+    return error
+
+
+def by_urllib(status: int) -> Exception:
+    return urllib.error.HTTPError(URL, status, "", http.client.HTTPMessage(), None)
+
+
+AWAY: dict[str, Callable[[], Exception]] = {
+    "no connection": lambda: not_found_locally(HTTP.ConnectError("no route")),
+    "no answer in time": lambda: not_found_locally(HTTP.ReadTimeout("timed out")),
+    "an answer that breaks off": lambda: HTTP.RemoteProtocolError("peer closed connection"),
+    "a hub that is ill": lambda: not_found_locally(answer(hub_errors.HfHubHTTPError, 503)),
+    "a hub that is asked too often": lambda: answer(hub_errors.HfHubHTTPError, 429),
+    "a host that is ill": lambda: by_urllib(502),
+    "a host without an address": lambda: urllib.error.URLError(socket.gaierror(-3, "try again")),
+    "a host that cuts it off": lambda: http.client.IncompleteRead(b""),
+    "a connection that is reset": ConnectionResetError,
+}
+NEVER: dict[str, Callable[[], Exception]] = {
+    "no such file": lambda: answer(hub_errors.RemoteEntryNotFoundError, 404),
+    "no such repository": lambda: answer(hub_errors.RepositoryNotFoundError, 404),
+    "no right to it": lambda: not_found_locally(answer(hub_errors.HfHubHTTPError, 403)),
+    "no such URL": lambda: by_urllib(404),
+    "a hub that was not to be asked": lambda: not_found_locally(hub_errors.OfflineModeIsEnabled("offline")),
+    "a host that is not trusted": lambda: urllib.error.URLError(ssl.SSLCertVerificationError("self-signed")),
+    "a folder that can't be written to": lambda: PermissionError(13, "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("failure", AWAY.values(), ids=AWAY.keys())
+def test_weights_whose_server_does_not_answer_may_be_had_by_another_attempt(
+    failure: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*_: Any, **__: Any) -> None:
+        raise failure()
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(
+        ConnectionError, match=rf"the weights of '{SMALL}' could not be .*HEIMDALL_WEIGHTS_URL"
+    ) as caught:
+        LocalizationNet(SMALL, pretrained=True)
+    assert judge(caught.value)[:2] == (ExitCode.ERROR, Reason.UNKNOWN)
+
+
+@pytest.mark.parametrize("failure", NEVER.values(), ids=NEVER.keys())
+def test_weights_that_there_are_not_are_an_error_of_the_configuration(
+    failure: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*_: Any, **__: Any) -> None:
+        raise failure()
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(ConfigurationError, match=rf"the weights of '{SMALL}' can't be had .*HEIMDALL_WEIGHTS_URL"):
+        LocalizationNet(SMALL, pretrained=True)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

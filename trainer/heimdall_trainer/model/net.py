@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from heimdall_trainer.data.spectrogram import BANDS, CHANNELS, FRAMES
 from heimdall_trainer.errors import ConfigurationError
+from heimdall_trainer.model.hub import is_away
 
 POSITION_SCALE_M: Final = 1000.0
 """Metres that are 1 inside the network."""
@@ -238,6 +239,7 @@ def make_backbone(name: str, *, pretrained: bool, weights: str | Path | None = N
 
     Raises:
         ConfigurationError: It is unknown, its weights can't be had, or it can't take such images.
+        ConnectionError: The server that has its weights did not answer.
     """
     import timm
 
@@ -255,12 +257,17 @@ def make_backbone(name: str, *, pretrained: bool, weights: str | Path | None = N
         feature_width(model)
         if pretrained and weights is not None:
             _check_weights(model, weights)
-    except OSError as error:
-        raise ConfigurationError(
-            f"spec.model.pretrained: the weights of {name!r} can't be had ({type(error).__name__}: {error}); set it to "
-            "false, or let HEIMDALL_WEIGHTS_URL name a folder that has them"
-        ) from error
     except Exception as error:
+        if pretrained and weights is None and is_away(error):
+            raise ConnectionError(
+                f"spec.model.pretrained: the weights of {name!r} could not be fetched ({type(error).__name__}: {error}"
+                "); where there is no Internet, let HEIMDALL_WEIGHTS_URL name a folder that has them"
+            ) from error
+        if isinstance(error, OSError):
+            raise ConfigurationError(
+                f"spec.model.pretrained: the weights of {name!r} can't be had ({type(error).__name__}: {error}); "
+                "set it to false, or let HEIMDALL_WEIGHTS_URL name a folder that has them"
+            ) from error
         if weights is not None and _can_be_made(name, options):
             raise ConfigurationError(
                 f"spec.model.pretrained: {weights} holds no weights of {name!r} ({_first_line(error)}); put those of "
