@@ -17,7 +17,14 @@ import structlog
 
 from heimdall_tracking import models
 from heimdall_tracking.connections import forget_connections
-from heimdall_tracking.errors import TrackingError, is_permanent
+from heimdall_tracking.errors import (
+    REFUSED_RETRY_S,
+    Refusal,
+    TooLargeError,
+    TrackingError,
+    is_permanent,
+    refusal_of,
+)
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import check_attempt
 
@@ -75,8 +82,11 @@ class Uploader:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Upload, Future[None]]] = deque()
         self._under_way: Upload | None = None
+        self._too_large: list[Upload] = []
         self._pending: list[Future[None]] = []
         self._thread: threading.Thread | None = None
+        self.refusal: Refusal | None = None
+        """Why the last upload was refused, if it was, or one whose file is still kept."""
 
     def put(self, upload: Upload) -> Future[None]:
         """Have something uploaded; returns at once.
@@ -109,19 +119,20 @@ class Uploader:
             timeout_s: How long to wait at most.
 
         Returns:
-            Whether every upload since the last flush succeeded.
+            Whether every upload since the last flush succeeded, and none is kept to be delivered later.
         """
         with self._changed:
             waited_for = list(self._pending)
         done, pending = wait_for_futures(waited_for, timeout_s)
         failed = [future for future in done if future.cancelled() or future.exception() is not None]
         for future in failed:
-            error = "given up" if future.cancelled() else redact(future.exception())
-            log.error("an artifact was not uploaded", error=error)
+            problem = None if future.cancelled() else future.exception()
+            if not isinstance(problem, TooLargeError):  # that was told at once
+                log.error("an artifact was not uploaded", error="given up" if problem is None else redact(problem))
         with self._changed:
             # Others may have been added meanwhile.
             self._pending = [future for future in self._pending if future not in done]
-        return not failed and not pending
+            return not (failed or pending or self._too_large)
 
     def close(self, timeout_s: float) -> bool:
         """Do what can be done in time, then end the thread; whether everything was uploaded. See `left`."""
@@ -145,7 +156,7 @@ class Uploader:
         """What a closed uploader did not upload; one whose answer is still out counts as not uploaded."""
         with self._changed:
             first = [] if self._under_way is None else [self._under_way]
-            return [*first, *(upload for upload, _ in self._waiting)]
+            return [*self._too_large, *first, *(upload for upload, _ in self._waiting)]
 
     def _work(self) -> None:
         while True:
@@ -164,6 +175,8 @@ class Uploader:
                 problem = error
             if settled:
                 with self._changed:
+                    if isinstance(problem, TooLargeError):
+                        self._too_large.append(upload)
                     self._under_way = None
             else:
                 problem = TrackingError(f"{upload.path} was not uploaded in time")
@@ -179,18 +192,42 @@ class Uploader:
         while True:
             try:
                 self._make(upload)
-            except Exception as error:
-                if not path.exists():
-                    raise TrackingError(f"{path} was removed before it was uploaded") from error
-                if is_permanent(error):
-                    raise TrackingError(f"{path} can't be uploaded: {redact(error)}") from error
-                forget_connections()
-                log.warning("an upload failed; trying again", file=str(path), error=redact(error), again_in_s=delay)
-                if self._closed.wait(delay):
+            except Exception as error:  # noqa: BLE001 - what no other try helps against is raised again
+                if self._closed.wait(self._judge(path, error, delay)):
                     return False
                 delay = min(2 * delay, RETRY_LIMIT_S)
             else:
+                if not self._too_large:
+                    self.refusal = None
                 return True
+
+    def _judge(self, path: Path, error: Exception, delay: float) -> float:
+        """How long to wait after a failure until the next try.
+
+        Raises:
+            TrackingError: There is no use in another one.
+        """
+        if not path.exists():
+            raise TrackingError(f"{path} was removed before it was uploaded") from error
+        if is_permanent(error):
+            raise TrackingError(f"{path} can't be uploaded: {redact(error)}") from error
+        before, refusal = self.refusal, refusal_of(error)
+        self.refusal = refusal
+        if refusal is not None and (before is None or before.status != refusal.status):
+            log_refusal(refusal, path)
+        if refusal is not None and refusal.of_size:
+            raise TooLargeError(f"{path} can't be uploaded: {refusal.sentence}") from error
+        forget_connections()
+        if refusal is not None:
+            return REFUSED_RETRY_S
+        log.warning("an upload failed; trying again", file=str(path), error=redact(error), again_in_s=delay)
+        return delay
+
+
+def log_refusal(refusal: Refusal, file: Path) -> None:
+    """Tell of an upload that is refused, and what becomes of it."""
+    fate = "is kept, to be delivered later" if refusal.of_size else f"is tried again every {REFUSED_RETRY_S:g} s"
+    log.error("an upload is refused, and training goes on", file=str(file), fate=fate, error=refusal.sentence)
 
 
 def _check(upload: Upload) -> None:

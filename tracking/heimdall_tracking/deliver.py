@@ -18,7 +18,14 @@ from heimdall_api.contract import TAG_CHECKPOINTS, parse_checkpoints
 from heimdall_api.types import RegistrationSpec
 from heimdall_tracking.artifacts import Upload
 from heimdall_tracking.checkpoints import publish, remove
-from heimdall_tracking.errors import AwayError, OvertakenError, TrackingError, is_permanent, is_refusal
+from heimdall_tracking.errors import (
+    AwayError,
+    OvertakenError,
+    TrackingError,
+    is_permanent,
+    is_refusal,
+    refusal_of,
+)
 from heimdall_tracking.points import Point, from_line
 from heimdall_tracking.queue import BATCH, log_refused
 from heimdall_tracking.redact import MASK, redact
@@ -62,7 +69,7 @@ def deliver(folder: str | Path, settings: TrackingSettings | None = None) -> str
             if is_permanent(error):
                 raise TrackingError(f"{place} can't be delivered: {redact(error)}") from error
             raise AwayError(
-                f"the rest of {place} could not be delivered ({redact(error)}); nothing is lost: "
+                f"the rest of {place} could not be delivered ({_reason(error)}); nothing is lost: "
                 f"run `{COMMAND} {place}` again"
             ) from error
         _remove(place)
@@ -182,9 +189,9 @@ class _Delivery:
         try:
             upload.make(self._client, self._run_id)
         except Exception as error:
-            if path.exists() and not is_permanent(error):
+            if path.exists() and not is_permanent(error) and not _is_too_large(error):
                 raise
-            self._impossible.append(f"{path} ({redact(error) if path.exists() else 'it was removed'})")
+            self._impossible.append(f"{path} ({_reason(error) if path.exists() else 'it was removed'})")
             return
         self._has_model = self._has_model or kept.model is not None
         self._note(uploads=[other for other in self._manifest.uploads if other != kept])
@@ -196,17 +203,23 @@ class _Delivery:
             self._impossible.append(f"{path} (it was removed)")
             return
         listed = parse_checkpoints(self._client.get_run(self._run_id).data.tags.get(TAG_CHECKPOINTS))
-        # Training may have gone on meanwhile: what it made since stays the newest.
-        _, dropped = publish(
-            self._client,
-            self._run_id,
-            path,
-            kept.checkpoint,
-            listed=[item for item in listed if item.step <= kept.checkpoint.step],
-            newer=[item for item in listed if item.step > kept.checkpoint.step],
-            keep=kept.keep,
-            mode=kept.mode,
-        )
+        try:
+            # Training may have gone on meanwhile: what it made since stays the newest.
+            _, dropped = publish(
+                self._client,
+                self._run_id,
+                path,
+                kept.checkpoint,
+                listed=[item for item in listed if item.step <= kept.checkpoint.step],
+                newer=[item for item in listed if item.step > kept.checkpoint.step],
+                keep=kept.keep,
+                mode=kept.mode,
+            )
+        except Exception as error:
+            if not _is_too_large(error):
+                raise
+            self._impossible.append(f"{path} ({_reason(error)})")
+            return
         for old in dropped:
             remove(self._client, self._run_id, old)
         self._note(checkpoints=[other for other in self._manifest.checkpoints if other != kept])
@@ -235,6 +248,16 @@ class _Delivery:
     def _note(self, **done: object) -> None:
         self._manifest = self._manifest.model_copy(update=done)
         self._manifest.write(self._folder)
+
+
+def _is_too_large(error: Exception) -> bool:
+    refusal = refusal_of(error)
+    return refusal is not None and refusal.of_size
+
+
+def _reason(error: Exception) -> str:
+    refusal = refusal_of(error)
+    return refusal.sentence if refusal is not None else redact(error)
 
 
 def _reachable(settings: TrackingSettings, manifest: Manifest) -> TrackingSettings:

@@ -21,7 +21,7 @@ import structlog
 from heimdall_tracking.artifacts import Upload, Uploader
 from heimdall_tracking.calls import Call, LogParams, SetTag
 from heimdall_tracking.certificates import check_certificate
-from heimdall_tracking.errors import OvertakenError, TrackingError, is_permanent
+from heimdall_tracking.errors import OvertakenError, Refusal, TrackingError, is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
 from heimdall_tracking.params import clean_name, clean_text, flatten
@@ -425,6 +425,11 @@ class MLflowTracker:
         """
         key = uuid.uuid4().hex
         return self._uploads().put(Upload(path=Path(folder), whole_folder=True, model=key, attempt=self._attempt))
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why the last artifact or model was refused, if it was."""
+        return self._uploader.refusal if self._uploader is not None else None
 
     @property
     def overtaken(self) -> OvertakenError | None:

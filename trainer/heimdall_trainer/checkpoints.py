@@ -20,9 +20,10 @@ import structlog
 
 from heimdall_api.contract import CHECKPOINT_DIR, TAG_CHECKPOINTS, Checkpoint
 from heimdall_api.contract import parse_checkpoints as parse
+from heimdall_tracking.artifacts import log_refusal
 from heimdall_tracking.checkpoints import Mode, publish, ranked, remove, sha256_of
 from heimdall_tracking.connections import forget_connections
-from heimdall_tracking.errors import OvertakenError
+from heimdall_tracking.errors import REFUSED_RETRY_S, OvertakenError, Refusal, refusal_of
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import check_attempt
 from heimdall_tracking.undelivered import LeftCheckpoint
@@ -67,6 +68,12 @@ class CheckpointPublisher:
         """Why a checkpoint could not be written."""
         self._pending: deque[tuple[Path, Checkpoint]] = deque()
         """Whole on disk, and still to be uploaded."""
+        self._too_large: deque[tuple[Path, Checkpoint]] = deque()
+        """Those that were refused for their size: tried again when a newer one was let through."""
+        self._named: set[str] = set()
+        """Paths of those that were published."""
+        self.refusal: Refusal | None = None
+        """Why the last upload was refused; None once one was taken."""
         self._changed = threading.Condition()
         self._under_way: tuple[Path, Checkpoint] | None = None
         self._closed = False
@@ -124,10 +131,10 @@ class CheckpointPublisher:
     def _enqueue(self, file: Path, checkpoint: Checkpoint) -> None:
         whole = checkpoint.model_copy(update={"size": file.stat().st_size})
         with self._changed:
-            while len(self._pending) >= self._keep + 1:
+            while len(self._too_large) + len(self._pending) >= self._keep + 1:
                 # The newest one is what a next attempt goes on from, the best are kept and what the model is made of.
-                given_up = min(self._pending, key=lambda item: self._worth(item[1]))
-                self._pending.remove(given_up)
+                given_up = min([*self._too_large, *self._pending], key=lambda item: self._worth(item[1]))
+                (self._too_large if given_up in self._too_large else self._pending).remove(given_up)
                 given_up[0].unlink(missing_ok=True)
                 log.info("a checkpoint is not uploaded: newer and better ones wait", step=given_up[1].step)
             self._pending.append((file, whole))
@@ -167,7 +174,7 @@ class CheckpointPublisher:
             done = self._changed.wait_for(
                 lambda: not (self._writing or self._pending or self._under_way) or self.fence is not None, timeout_s
             )
-        return done and self.fence is None
+            return done and self.fence is None and not self._too_large
 
     def close(self, timeout_s: float = 0) -> list[LeftCheckpoint]:
         """End the worker thread.
@@ -189,7 +196,8 @@ class CheckpointPublisher:
         self._given_up = True
         with self._changed:
             first = [] if self._under_way is None else [self._under_way]
-            left, self._under_way = [*first, *self._pending], None
+            left, self._under_way = [*self._too_large, *first, *self._pending], None
+            self._too_large.clear()
             self._pending.clear()
         return [
             LeftCheckpoint(file=file, checkpoint=checkpoint, keep=self._keep, mode=self._mode)
@@ -300,28 +308,45 @@ class CheckpointPublisher:
                 if not file.exists():
                     log.warning("a checkpoint was removed from disk before it was uploaded", file=str(file))
                     return True
+                before, self.refusal = self.refusal, refusal_of(error)
+                refusal = self.refusal
+                if refusal is None:
+                    again = "a checkpoint could not be uploaded; trying again"
+                    log.warning(again, error=redact(error), again_in_s=delay)
+                elif before is None or before.status != refusal.status:
+                    log_refusal(refusal, file)
+                if refusal is not None and refusal.of_size:
+                    with self._changed:
+                        self._too_large.append((file, checkpoint))
+                    return True
                 forget_connections()
-                log.warning("a checkpoint could not be uploaded; trying again", error=redact(error), again_in_s=delay)
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed, delay)
+                    self._changed.wait_for(lambda: self._closed, delay if refusal is None else REFUSED_RETRY_S)
                 delay = min(2 * delay, RETRY_LIMIT_S)
             else:
+                self.refusal = None
+                with self._changed:
+                    self._pending.extendleft(reversed(self._too_large))
+                    self._too_large.clear()
                 return True
         return False
 
     def _publish(self, file: Path, checkpoint: Checkpoint) -> None:
         began = time.monotonic()
         self.check_fence()
+        newer = [item for item in self.listed if item.path in self._named and item.step > checkpoint.step]
         self.listed, dropped = publish(
             self._tracker.client,
             self._tracker.run_id,
             file,
             checkpoint,
-            listed=self.listed,
+            listed=[item for item in self.listed if item not in newer],
+            newer=newer,
             keep=self._keep,
             mode=self._mode,
             before_naming=self._before_naming,
         )
+        self._named.add(checkpoint.path)
         self.files[checkpoint.path] = file
         for old in dropped:
             local = self.files.pop(old.path, None)

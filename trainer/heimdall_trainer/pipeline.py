@@ -32,6 +32,7 @@ from heimdall_trainer.termination import TerminatedError
 
 if TYPE_CHECKING:
     from heimdall_tracking import MLflowTracker
+    from heimdall_tracking.errors import Refusal
 
 DELIVERY_TIMEOUT_S: Final = 600
 """How long the end waits for MLflow before it gives up, all waits together."""
@@ -328,7 +329,7 @@ class TrainingPipeline:
         self._publisher.wait_for_file()
         if not self._wait(self._publisher.flush):
             raise self._publisher.fence or UndeliveredError(
-                "the last checkpoint could not be delivered to MLflow in time"
+                f"the last checkpoint could not be delivered to MLflow in time{_because(self._publisher.refusal)}"
             )
         folder = self.output_dir / "resumed"
         best = group.from_first(self._publisher.best(folder) if group.is_first() else None)
@@ -356,7 +357,10 @@ class TrainingPipeline:
     def _deliver(self) -> None:
         if not self._wait(self.tracker.flush):
             self._check_fence()
-            raise UndeliveredError("metrics, artifacts or the model could not be delivered to MLflow in time")
+            raise UndeliveredError(
+                f"metrics, artifacts or the model could not be delivered to MLflow in time"
+                f"{_because(self.tracker.refusal)}"
+            )
 
     def _check_fence(self) -> None:
         """Look whether a newer attempt has taken over; what is uploaded later looks again.
@@ -377,6 +381,10 @@ class TrainingPipeline:
         done = flush(min(self._patience_s, at_most_s))
         self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
         return done
+
+
+def _because(refusal: Refusal | None) -> str:
+    return f" ({refusal.sentence})" if refusal is not None else ""
 
 
 def _state_of(data: Any, checkpoint: Path) -> dict[str, Any]:

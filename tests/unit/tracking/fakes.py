@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 from heimdall_tracking.points import Point
 
@@ -22,6 +23,14 @@ class RefusedError(Exception):
     def __init__(self, error_code: str = "INVALID_PARAMETER_VALUE", message: str = "") -> None:
         super().__init__(message or error_code)
         self.error_code = error_code
+
+
+class AnsweredError(Exception):
+    """An HTTP library's error about an answer."""
+
+    def __init__(self, status: object, message: str = "") -> None:
+        super().__init__(message or f"{status} Client Error")
+        self.response = SimpleNamespace(status_code=status)
 
 
 class Server:

@@ -10,11 +10,12 @@ from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from heimdall_tracking import artifacts
 from heimdall_tracking.artifacts import Upload
-from heimdall_tracking.errors import TrackingError
-from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError
+from heimdall_tracking.errors import REFUSED_RETRY_S, TooLargeError, TrackingError
+from tests.unit.tracking.fakes import PATIENCE_S, AnsweredError, AwayError, RefusedError
 
 ENDLESS_S = 3600
 SOON_S = 0.02
@@ -138,6 +139,50 @@ def test_an_upload_that_is_refused_is_tried_once_and_holds_nothing_up(uploader: 
     assert isinstance(first.exception(0), TrackingError)
     assert len(calls) == 1
     assert uploaded == [str(file)]
+
+
+def test_a_file_that_no_proxy_lets_through_is_tried_once_told_once_and_left(uploader: Uploader, file: Path) -> None:
+    calls, uploaded = [], []
+
+    def too_large(path: str) -> None:
+        calls.append(path)
+        raise AnsweredError(413)
+
+    with capture_logs() as lines:
+        first = uploader.file(too_large, file)
+        uploader.file(too_large, file)
+        uploader.file(uploaded.append, file)
+        assert not uploader.flush(PATIENCE_S)
+        assert not uploader.flush(PATIENCE_S), "it is kept for good"
+    assert isinstance(first.exception(0), TooLargeError)
+    assert (len(calls), uploaded) == (2, [str(file)])
+    (told,) = [line for line in lines if line["log_level"] in ("warning", "error")]
+    assert told["fate"] == "is kept, to be delivered later"
+    assert "413 Client Error; raise the largest body" in told["error"]
+    assert uploader.refusal is not None
+
+    uploader.close(0)
+    assert [upload.path for upload in uploader.left()] == [file, file]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_who_may_not_upload_is_told_once_and_tries_slowly_until_that_is_mended(
+    status: int, uploader: Uploader, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors, waits = 3 * [AnsweredError(status)], list[float]()
+    monkeypatch.setattr(uploader._closed, "wait", waits.append)
+
+    def upload(path: str) -> None:
+        if errors:
+            raise errors.pop()
+
+    with capture_logs() as lines:
+        uploader.file(upload, file)
+        assert uploader.flush(PATIENCE_S)
+    assert waits == 3 * [REFUSED_RETRY_S]
+    (told,) = [line for line in lines if line["log_level"] in ("warning", "error")]
+    assert told["fate"] == "is tried again every 60 s"
+    assert uploader.refusal is None
 
 
 def test_a_failure_is_told_by_the_flush_after_it_and_not_by_later_ones(uploader: Uploader, file: Path) -> None:

@@ -23,7 +23,7 @@ from heimdall_tracking.deliver import deliver
 from heimdall_tracking.errors import AwayError
 from heimdall_tracking.queue import MetricQueue
 from heimdall_tracking.undelivered import LeftCheckpoint, lock
-from tests.unit.tracking.fakes import PATIENCE_S
+from tests.unit.tracking.fakes import PATIENCE_S, AnsweredError
 
 pytestmark = [
     pytest.mark.slow,
@@ -254,6 +254,26 @@ def test_an_artifact_that_is_gone_holds_nothing_up_and_is_named(
 
     assert parse_checkpoints(client.get_run(tracker.run_id).data.tags[TAG_CHECKPOINTS])
     assert folder.exists()
+
+
+def test_what_no_proxy_lets_through_holds_nothing_up_and_is_told_with_the_remedy(
+    tracker: MLflowTracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = training_without_server(tracker, monkeypatch, tmp_path)
+    folder = left_by(tracker)
+
+    def too_large(*_: object) -> None:
+        raise AnsweredError(413)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", too_large)
+        told = r"all but this .*loss\.txt \(413 .*raise the largest body.*step-7\.ckpt \(413 .*deliver again"
+        with pytest.raises(TrackingError, match=told):
+            deliver(folder, tracker.settings)
+    assert client.list_artifacts(run_id, "all")
+    deliver(folder, tracker.settings)
+    assert parse_checkpoints(client.get_run(run_id).data.tags[TAG_CHECKPOINTS])
+    assert not folder.exists()
 
 
 def test_a_deleted_run_is_told_with_a_remedy(

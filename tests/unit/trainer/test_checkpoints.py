@@ -15,12 +15,13 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_CHECKPOINTS, Checkpoint, format_checkpoints, parse_checkpoints
 from heimdall_api.types import TrainingSpec
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.checkpoints import Mode, retained
-from heimdall_tracking.errors import OvertakenError
+from heimdall_tracking.errors import REFUSED_RETRY_S, OvertakenError
 from heimdall_trainer import checkpoint_io, checkpoints
 from heimdall_trainer.callbacks import Checkpointing
 from heimdall_trainer.checkpoint_io import Snapshot
@@ -210,6 +211,86 @@ def test_an_upload_that_fails_names_nothing_and_is_tried_again(
     submit(publisher, tmp_path, 1)
     assert publisher.flush(TIMEOUT_S)
     assert [item.step for item in parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])] == [1]
+
+
+def refused(status: int) -> Exception:
+    error = RuntimeError(f"{status} Client Error")
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    return error
+
+
+def test_checkpoints_that_no_proxy_lets_through_are_tried_once_told_once_and_left(
+    publish: Publish, tmp_path: Path
+) -> None:
+    tracker, tried = FakeTracker(), list[str]()
+
+    def too_large(name: str) -> None:
+        tried.append(name)
+        raise refused(413)
+
+    tracker.before_upload = too_large
+    publisher = publish(tracker, keep=1)
+    with capture_logs() as lines:
+        for step in (1, 2, 3):
+            submit(publisher, tmp_path, step, metric=float(step))
+            assert not publisher.flush(TIMEOUT_S), "nothing is waited for that can't come"
+    assert tried == ["step-1.ckpt", "step-2.ckpt", "step-3.ckpt"]
+    (told,) = [line for line in lines if line["log_level"] == "error"]
+    assert told["fate"] == "is kept, to be delivered later"
+    assert "413 Client Error; raise the largest body" in told["error"]
+    assert publisher.refusal is not None
+    assert [item.checkpoint.step for item in publisher.close()] == [1, 3], "the best and the newest"
+    assert not (tmp_path / "step-2.ckpt").exists()
+
+
+def test_when_one_is_let_through_those_before_it_are_tried_again_and_come_before_it(
+    publish: Publish, tmp_path: Path
+) -> None:
+    tracker, errors = FakeTracker(), [refused(413)]
+
+    def too_large_at_first(name: str) -> None:
+        if errors:
+            raise errors.pop()
+
+    tracker.before_upload = too_large_at_first
+    publisher = publish(tracker)
+    submit(publisher, tmp_path, 1, metric=0.1)
+    assert not publisher.flush(TIMEOUT_S)
+    submit(publisher, tmp_path, 2, metric=0.2)
+    assert publisher.flush(TIMEOUT_S)
+    named = parse_checkpoints(tracker.tags[TAG_CHECKPOINTS])
+    assert [(item.step, item.last) for item in named] == [(1, False), (2, True)]
+    assert publisher.refusal is None
+    assert publisher.close() == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_refused_is_told_once_and_tried_slowly_until_that_is_mended(
+    status: int, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, errors, waits = FakeTracker(), 3 * [refused(status)], list[float]()
+
+    def not_allowed_at_first(name: str) -> None:
+        if errors:
+            raise errors.pop()
+
+    tracker.before_upload = not_allowed_at_first
+    publisher = publish(tracker)
+    wait_for = publisher._changed.wait_for
+
+    def no_long_wait(predicate: Callable[[], Any], timeout_s: float | None = None) -> Any:
+        if timeout_s is not None and threading.current_thread() is publisher._thread:
+            waits.append(timeout_s)
+            return predicate()
+        return wait_for(predicate, timeout_s)
+
+    monkeypatch.setattr(publisher._changed, "wait_for", no_long_wait)
+    with capture_logs() as lines:
+        submit(publisher, tmp_path, 1)
+        assert publisher.flush(TIMEOUT_S)
+    assert waits == 3 * [REFUSED_RETRY_S]
+    (told,) = [line for line in lines if line["log_level"] in ("warning", "error")]
+    assert told["fate"] == "is tried again every 60 s"
 
 
 def test_a_file_that_somebody_removed_holds_no_other_up(publish: Publish, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Run:
     """A run, and its own client, whose server stays away: every wait takes all of its time."""
 
     run_id = "run"
-    undelivered = None
+    undelivered = refusal = None
 
     def __init__(self, clock: Clock) -> None:
         self.client, self.clock = self, clock
