@@ -24,7 +24,7 @@ from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent, is_refusal
 from heimdall_tracking.points import Point
 from heimdall_tracking.redact import redact
-from heimdall_tracking.spill import Spill
+from heimdall_tracking.spill import Spill, read
 
 BATCH: Final = 1000
 """MLflow takes at most this many metrics in one call."""
@@ -177,33 +177,44 @@ class MetricQueue:
 
     def _next_batch(self) -> list[Point]:
         """The next points to send; none when the queue was closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waits() or self._closed)
-            self._changed.wait_for(self._in_a_hurry, self._linger_s)
-            while self._waits() and not self._closed:
-                self._refill()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waits() or self._closed)
+                self._changed.wait_for(self._in_a_hurry, self._linger_s)
+            self._read_back()
+            with self._changed:
+                if self._closed:
+                    return []
+                if not self._head and not self._spilled():
+                    self._head, self._tail = self._tail, self._head
                 self._batch = [self._head.popleft() for _ in range(min(BATCH, len(self._head)))]
                 if self._batch:
                     return self._batch
-            return [] if self._closed else self._next_batch()
 
-    def _refill(self) -> None:
-        """Fill the head from the disk, and from the tail where the disk holds nothing; with the lock held.
+    def _read_back(self) -> None:
+        """Fill the head from the disk, which no step that logs must wait for: the lock is not held while it is read.
 
         What the disk can't give now is waited for: whatever was put later must not overtake it.
         """
-        if self._spill is not None and not self._head:
-            try:
-                points, lost = self._spill.read(self._half)
-            except OSError as error:
-                log.warning("metrics that wait on disk can't be read; trying again", error=error.strerror or str(error))
-                self._changed.wait_for(lambda: self._closed, self._disk_retry_s)
+        with self._changed:
+            if self._spill is None or self._head:
                 return
+            ahead = self._spill.ahead(self._half)
+        try:
+            found = read(ahead)
+        except OSError as error:
+            log.warning("metrics that wait on disk can't be read; trying again", error=error.strerror or str(error))
+            with self._changed:
+                self._spill.take([])
+                self._changed.wait_for(lambda: self._closed, self._disk_retry_s)
+            return
+        with self._changed:
+            if self._closed:
+                return  # who has closed it takes them as lying on disk
+            points, lost = self._spill.take(found)
             self._head.extend(points)
             if lost:
                 self._give_up(lost)
-        if not self._head and not self._spilled():
-            self._head, self._tail = self._tail, self._head
 
     def _waits(self) -> int:
         return len(self._head) + len(self._tail) + self._spilled()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,30 @@ class _File:
         return self.points - self.read_points
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Where points lie that are read next."""
+
+    file: _File
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was read of them."""
+
+    ahead: Ahead
+    points: list[Point]
+    end: int
+
+
 class Spill:
-    """Points on disk, first in, first out. Not safe for threads: the queue's lock is around it."""
+    """Points on disk, first in, first out. Not safe for threads: the queue's lock is around it.
+
+    Reading alone goes without that lock (`read`), between two calls with it that say what to read and that it was read:
+    what is appended or dropped meanwhile lies behind it.
+    """
 
     def __init__(
         self, folder: Callable[[], Path], *, file_bytes: int = FILE_BYTES, limit_bytes: int = LIMIT_BYTES
@@ -54,6 +76,8 @@ class Spill:
         self._file_bytes = file_bytes
         self._limit_bytes = limit_bytes
         self._files: deque[_File] = deque()
+        self._reading: list[_File] = []
+        """Files that must stay: they are being read."""
         self._made = 0
 
     @property
@@ -81,45 +105,47 @@ class Spill:
         file.size += len(lines)
         file.points += len(points)
 
-    def read(self, limit: int) -> tuple[list[Point], int]:
-        """Take the oldest points; those of earlier calls are no longer needed.
+    def ahead(self, limit: int) -> list[Ahead]:
+        """Where the oldest points lie, to be read; those that were taken before are no longer needed.
 
         Args:
-            limit: Most points to take.
+            limit: Most points.
+        """
+        self._remove_read()
+        parts: list[Ahead] = []
+        for file in self._files:
+            count = min(limit - sum(part.count for part in parts), file.waiting)
+            if not count:
+                break
+            parts.append(Ahead(file, file.read_bytes, count))
+        self._reading = [part.file for part in parts]
+        return parts
+
+    def take(self, found: Sequence[Found]) -> tuple[list[Point], int]:
+        """Count points as read; what was to be read and is not among them waits as before.
 
         Returns:
             The points, and how many were written but are there no more.
-
-        Raises:
-            OSError: The oldest can't be read now; they wait as before.
         """
-        self._remove_read()
-        points: list[Point] = []
-        lost = 0
-        for file in self._files:
-            wanted = min(limit - len(points) - lost, file.waiting)
-            if not wanted:
-                break
-            try:
-                found = _read(file, wanted)
-            except OSError:
-                if not points and not lost:
-                    raise
-                break  # what was taken before it goes first
-            points += found
-            lost += wanted - len(found)
-        return points, lost
+        self._reading = []
+        for each in found:
+            each.ahead.file.read_bytes = each.end
+            each.ahead.file.read_points += each.ahead.count
+        points = [point for each in found for point in each.points]
+        return points, sum(each.ahead.count for each in found) - len(points)
 
     def drop_oldest(self) -> int:
-        """Make room: remove the oldest file, if it can be; how many points that waited in it are gone with it."""
+        """Make room: remove the oldest file that is not being read, if it can be; how many points are gone with it."""
         self._remove_read()
-        if not self._files:
+        oldest = next((file for file in self._files if file not in self._reading), None)
+        if oldest is None:
             return 0
         try:
-            self._files[0].path.unlink(missing_ok=True)
+            oldest.path.unlink(missing_ok=True)
         except OSError:
             return 0
-        return self._files.popleft().waiting
+        self._files.remove(oldest)
+        return oldest.waiting
 
     def settle(self) -> int:
         """Leave on disk exactly what was not read; how many points that is."""
@@ -159,18 +185,35 @@ class Spill:
             self._files.popleft()
 
 
-def _read(file: _File, count: int) -> list[Point]:
-    """The next points of a file, which counts them as read: those that are no points too, and those of a lost file.
+def read(parts: Sequence[Ahead]) -> list[Found]:
+    """Read what lies ahead; without the lock.
 
     Raises:
-        OSError: The file is there and can't be read; nothing counts as read.
+        OSError: The oldest can't be read now.
+    """
+    found: list[Found] = []
+    for part in parts:
+        try:
+            found.append(_read(part))
+        except OSError:
+            if not found:
+                raise
+            break  # what was read before it goes first
+    return found
+
+
+def _read(part: Ahead) -> Found:
+    """Points of a file; what are no points is left out, as are all those of a lost file.
+
+    Raises:
+        OSError: The file is there and can't be read.
     """
     points = []
-    end = file.read_bytes
+    end = part.start
     try:
-        with file.path.open("rb") as stream:
+        with part.file.path.open("rb") as stream:
             stream.seek(end)
-            for _ in range(count):
+            for _ in range(part.count):
                 line = stream.readline()
                 end += len(line)
                 point = from_line(line)
@@ -178,6 +221,4 @@ def _read(file: _File, count: int) -> list[Point]:
                     points.append(point)
     except FileNotFoundError:
         points = []
-    file.read_bytes = end
-    file.read_points += count
-    return points
+    return Found(part, points, end)

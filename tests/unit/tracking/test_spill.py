@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from heimdall_tracking import spill as spill_module
 from heimdall_tracking.points import Point, from_line, to_lines
 from heimdall_tracking.queue import BATCH, MetricQueue
-from heimdall_tracking.spill import PATTERN, Spill
+from heimdall_tracking.spill import PATTERN, Ahead, Found, Spill
 from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, Server, join, points
 
 MEMORY = 20
@@ -30,6 +30,11 @@ MEMORY = 20
 
 def spill_in(folder: Path, *, file_bytes: int = 200, limit_bytes: int = 2**20) -> Spill:
     return Spill(lambda: folder, file_bytes=file_bytes, limit_bytes=limit_bytes)
+
+
+def read_from(spill: Spill, limit: int) -> tuple[list[Point], int]:
+    """As the queue does it."""
+    return spill.take(spill_module.read(spill.ahead(limit)))
 
 
 def files(folder: Path) -> list[Path]:
@@ -83,14 +88,14 @@ def test_what_is_appended_is_read_once_in_order_and_leaves_nothing(moves: list[i
                 spill.append(points(range(put, put + move)))
                 put += move
             else:
-                found, lost = spill.read(move)
+                found, lost = read_from(spill, move)
                 assert not lost
                 assert len(found) == min(move, put - len(read))
                 read += [point.step for point in found]
             assert spill.waiting == put - len(read)
-        found, _ = spill.read(put)
+        found, _ = read_from(spill, put)
         assert [*read, *(point.step for point in found)] == list(range(put))
-        spill.read(1)
+        read_from(spill, 1)
         assert files(Path(name)) == []
 
 
@@ -116,7 +121,7 @@ def test_a_write_that_fails_half_way_leaves_no_trace(
 
     spill.append(points(range(20, 22)))
 
-    found, lost = spill.read(100)
+    found, lost = read_from(spill, 100)
     assert [point.step for point in found] == [*range(10), 20, 21]
     assert lost == 0
 
@@ -127,14 +132,14 @@ def test_a_file_that_somebody_removed_is_counted_as_lost(tmp_path: Path) -> None
     spill.append(points(range(20, 25)))
     files(tmp_path)[0].unlink()
 
-    assert spill.read(100) == (points(range(20, 25)), 20)
+    assert read_from(spill, 100) == (points(range(20, 25)), 20)
 
 
 def test_settled_it_holds_what_was_not_read_and_nothing_else(tmp_path: Path) -> None:
     spill = spill_in(tmp_path)
     for start in range(0, 60, 20):
         spill.append(points(range(start, start + 20)))
-    spill.read(27)
+    read_from(spill, 27)
 
     assert spill.settle() == 33
     assert on_disk(tmp_path) == list(range(27, 60))
@@ -381,11 +386,11 @@ def test_what_can_not_be_read_for_a_moment_is_delivered_later_in_order(
         queue.put(points([step]))
     refused, whole_read = threading.Event(), spill_module._read
 
-    def refuse_once(file: object, count: int) -> object:
+    def refuse_once(part: Ahead) -> Found:
         if not refused.is_set():
             refused.set()
             raise OSError(errno.EMFILE, "Too many open files")
-        return whole_read(file, count)  # type: ignore[arg-type]
+        return whole_read(part)
 
     monkeypatch.setattr(spill_module, "_read", refuse_once)
     server.open.set()
@@ -394,6 +399,80 @@ def test_what_can_not_be_read_for_a_moment_is_delivered_later_in_order(
     assert refused.is_set()
     assert server.steps == list(range(200))
     assert queue.dropped == 0
+
+
+class SlowDisk:
+    """A disk whose reads take until they are allowed to end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reading, self.free = threading.Event(), threading.Event()
+        whole_read = spill_module._read
+
+        def read(part: Ahead) -> Found:
+            self.reading.set()
+            assert self.free.wait(PATIENCE_S)
+            return whole_read(part)
+
+        monkeypatch.setattr(spill_module, "_read", read)
+
+
+@pytest.mark.parametrize("meanwhile", [1, MEMORY, 10 * MEMORY])
+def test_a_step_that_logs_does_not_wait_until_the_disk_is_read(
+    meanwhile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, server = held_up(tmp_path)
+    for step in range(1, 200):
+        queue.put(points([step]))
+    disk = SlowDisk(monkeypatch)
+    server.open.set()
+    assert disk.reading.wait(PATIENCE_S)
+    for step in range(200, 200 + meanwhile):
+        queue.put(points([step]))
+    disk.free.set()
+
+    assert queue.close(PATIENCE_S)
+    assert server.steps == list(range(200 + meanwhile))
+
+
+def test_what_is_being_read_when_the_queue_is_closed_is_left_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, server = held_up(tmp_path)
+    for step in range(1, 200):
+        queue.put(points([step]))
+    disk = SlowDisk(monkeypatch)
+    server.open.set()
+    assert disk.reading.wait(PATIENCE_S)
+    assert not queue.close(0)
+    before, behind = queue.left()
+    disk.free.set()
+    join(queue._thread)
+
+    assert queue._spill is not None
+    queue._spill.settle()
+    left = [*(point.step for point in before), *on_disk(tmp_path), *(point.step for point in behind)]
+    assert [*server.steps, *left] == list(range(200))
+
+
+def test_what_is_being_read_is_not_dropped_for_what_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, server = held_up(tmp_path, limit_bytes=1000)
+    for step in range(1, 40):
+        queue.put(points([step]))
+    disk = SlowDisk(monkeypatch)
+    server.open.set()
+    assert disk.reading.wait(PATIENCE_S)
+    for step in range(40, 200):
+        queue.put(points([step]))
+    disk.free.set()
+
+    assert queue.flush(PATIENCE_S)
+    assert queue.dropped > 0
+    assert len(server.steps) == 200 - queue.dropped
+    assert server.steps == sorted(set(server.steps))
+    assert server.steps[-10:] == list(range(190, 200))
+    assert not queue.close(PATIENCE_S)
 
 
 def test_points_that_could_not_be_read_wait_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,17 +485,17 @@ def test_points_that_could_not_be_read_wait_as_before(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", refuse)
         with pytest.raises(OSError, match="Input/output"):
-            spill.read(100)
+            read_from(spill, 100)
 
     assert spill.waiting == 20
-    assert spill.read(100) == (points(range(20)), 0)
+    assert read_from(spill, 100) == (points(range(20)), 0)
 
 
 def test_files_that_can_not_be_removed_raise_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spill = spill_in(tmp_path)
     spill.append(points(range(20)))
     spill.append(points(range(20, 40)))
-    spill.read(20)
+    read_from(spill, 20)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -424,4 +503,4 @@ def test_files_that_can_not_be_removed_raise_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "unlink", refuse)
 
     assert spill.drop_oldest() == 0, "what stays is not gone"
-    assert spill.read(20) == (points(range(20, 40)), 0)
+    assert read_from(spill, 20) == (points(range(20, 40)), 0)
