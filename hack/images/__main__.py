@@ -1,7 +1,8 @@
 """`python3 hack/images build [NAME …]` makes the images of chart and tests; `list` names them.
 
-The project's own are built; MLflow, PostgreSQL, MinIO, Redis, versitygw and Kueue are pulled, and those that no registry
-gives are built from packages and Go modules under the same names. An image whose inputs have not changed is left alone.
+The project's own are built; MLflow, PostgreSQL, MinIO, Redis, versitygw and Kueue are pulled, and those that no
+registry gives are built from packages and Go modules under the same names. An image whose inputs have not changed is
+left alone.
 """
 
 from __future__ import annotations
