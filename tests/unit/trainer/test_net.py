@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as L  # noqa: N812 - the name its users know
 import timm
 import torch
 from huggingface_hub import errors as hub_errors
@@ -172,6 +173,69 @@ def test_an_arrival_that_is_not_known_moves_no_other(timed: LocalizationNet) -> 
         answers.append(located(timed, spectrograms, unknown))
     # What is left is its own value; the others are still counted from where they were.
     assert torch.allclose(*answers, rtol=0.05, atol=20.0)
+
+
+def heard_scene(batch: int = 64, receivers: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Receivers around transmitters, arrivals to a metre, and where the transmitters were."""
+    spectrograms, _ = scene(batch, receivers)
+    generator = torch.Generator().manual_seed(3)
+    angles = torch.linspace(0, 2 * torch.pi, receivers + 1)[:-1] + torch.rand(batch, 1, generator=generator)
+    places = 1500 * torch.stack([angles.cos(), angles.sin()], dim=-1)
+    truth = 500 * torch.randn(batch, 2, generator=generator)
+    late = (truth.unsqueeze(1) - places).norm(dim=-1, keepdim=True) + torch.randn(batch, receivers, 1)
+    return spectrograms, torch.cat([places, late, torch.ones(batch, receivers, 1)], dim=-1), truth
+
+
+def test_an_untrained_network_locates_by_arrivals_and_knows_how_well() -> None:
+    torch.manual_seed(1)
+    spectrograms, receivers, truth = heard_scene()
+    out = located(LocalizationNet(SMALL, arrivals=True).eval(), spectrograms, receivers)
+    error = (out[:, :2] - truth) / out[:, 2:]
+    assert (out[:, :2] - truth).norm(dim=1).median() < 2.0
+    assert error.square().mean().sqrt() == pytest.approx(1.0, abs=0.3)
+
+
+def test_arrivals_that_contradict_each_other_make_it_unsure() -> None:
+    torch.manual_seed(1)
+    net = LocalizationNet(SMALL, arrivals=True).eval()
+    spectrograms, receivers, _ = heard_scene()
+    sure = located(net, spectrograms, receivers)[:, 2:]
+    receivers[:, 0, 2] += 300.0
+    assert (located(net, spectrograms, receivers)[:, 2:] > 5 * sure).all()
+
+
+@pytest.mark.filterwarnings("ignore:[\\s\\S]*LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:[\\s\\S]*does not have many workers")
+@pytest.mark.parametrize("arrivals", [False, True])
+def test_one_contradiction_of_arrivals_has_a_bounded_effect_on_weights(arrivals: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    module = LocalizationModule(SMALL, arrivals=arrivals)
+    spectrograms, receivers, truth = heard_scene(4)
+    batch = {
+        "spectrograms": spectrograms,
+        "receivers": receivers if arrivals else receivers[..., :2],
+        "position": truth + 50_000,
+    }
+    norms = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        weights = [each for group in optimizer.param_groups for each in group["params"]]
+        norms.append(float(torch.stack([each.grad.norm() for each in weights if each.grad is not None]).norm()))
+
+    class Looks(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+            trainer.optimizers[0].register_step_post_hook(look)
+
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    options = {"max_steps": 1, "accelerator": "cpu", "default_root_dir": tmp_path, "callbacks": [Looks()], **quiet}
+    L.Trainer(**options).fit(module, loader, loader)  # type: ignore[arg-type]
+    assert (norms[0] <= 1.001) is arrivals
 
 
 def test_a_network_with_arrivals_takes_one_receiver_and_none_known(timed: LocalizationNet) -> None:

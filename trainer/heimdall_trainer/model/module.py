@@ -18,6 +18,8 @@ from heimdall_trainer.model.net import LocalizationNet
 
 WARMUP_SHARE: Final = 0.05
 """Share of the steps in which the learning rate rises to its peak."""
+LARGEST_GRADIENT: Final = 1.0
+"""Norm of all weights' gradient where arrivals are given: one that contradicts the others has no bound by itself."""
 FINAL_SHARE: Final = 0.01
 """The learning rate at the end, as a share of the peak."""
 
@@ -113,6 +115,16 @@ class LocalizationModule(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_share(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Bound what a batch can do where arrivals are given."""
+        if self.net.arrivals:
+            gradient_clip_val, gradient_clip_algorithm = LARGEST_GRADIENT, "norm"
+        self.clip_gradients(
+            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds all weights: loading it must fetch none."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from heimdall_trainer.data.spectrogram import BANDS, CHANNELS, FRAMES
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.model.hub import is_away
+from heimdall_trainer.model.hyperbolas import Heard, solve
 
 POSITION_SCALE_M: Final = 1000.0
 """Metres that are 1 inside the network."""
@@ -31,7 +32,15 @@ LEVEL_VALUES: Final = 2
 ARRIVAL_VALUES: Final = 2
 """How much later, and how sure that is."""
 LEAST_SIGMA_M: Final = 0.1
-"""Standard deviation of an arrival below which nothing more is gained."""
+"""Standard deviation of an arrival below which nothing more is gained, and the least of a place that is known by it."""
+FIX_VALUES: Final = 7
+"""What is known of how well arrivals fit: deviations with them and without, correlation, misfit, way from the guess."""
+CORRECTIONS: Final = 4
+"""Of a place, and of how sure it is."""
+MISFIT_BY_CHANCE: Final = 30.0
+"""Far more than this, and arrivals contradict each other: the place is as unsure as they are wrong."""
+LARGEST_CORRECTION: Final = 8.0
+"""Of the logarithm of a standard deviation: from 0.1 m on, any place that receivers can hear."""
 LOADED_SHARE: Final = 0.5
 """Least share of a backbone's weights that a file must hold; position embeddings, for one, are resized."""
 
@@ -78,6 +87,7 @@ class LocalizationNet(nn.Module):
         given = feature_width(self.backbone)
         self.project = nn.Sequential(nn.LayerNorm(given), nn.Linear(given, width))
         self.arrivals = arrivals
+        self.least_sigma_m = LEAST_SIGMA_M if arrivals else SIGMA_BOUNDS_M[0]
         self.receiver_values = PLACE_VALUES + (ARRIVAL_VALUES if arrivals else 0)
         """Last axis of what `forward` takes of receivers."""
         self.place = nn.Sequential(
@@ -91,6 +101,8 @@ class LocalizationNet(nn.Module):
         low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
         share = (math.log(TYPICAL_SIGMA_M) - low) / (high - low)
         nn.init.constant_(_last_bias(self.uncertainty_head), math.log(share / (1 - share)))
+        if arrivals:
+            self.correction_head = _head(width + FIX_VALUES, dropout, CORRECTIONS)
         self.sigma_scale: Tensor
         self.register_buffer("sigma_scale", torch.ones(()))
         self.register_load_state_dict_pre_hook(_add_scale)  # type: ignore[no-untyped-call]
@@ -173,9 +185,24 @@ class LocalizationNet(nn.Module):
         guess = (places * shares).sum(1) + self.position_head(pooled)
         low, high = (math.log(bound) for bound in SIGMA_BOUNDS_M)
         sigma = torch.exp(low + (high - low) * torch.sigmoid(self.uncertainty_head(pooled)))
+        if self.arrivals:
+            late, late_sigma = _counted(receivers[..., PLACE_VALUES:], present)
+            heard = Heard(places, late / POSITION_SCALE_M, late_sigma / POSITION_SCALE_M, present)
+            guess, sigma = self._correct(heard, guess, sigma / POSITION_SCALE_M, pooled)
         if not self.training:
-            sigma = (sigma * self.sigma_scale).clamp(*SIGMA_BOUNDS_M)
+            sigma = (sigma * self.sigma_scale).clamp(self.least_sigma_m, SIGMA_BOUNDS_M[1])
         return torch.cat([center + POSITION_SCALE_M * guess, sigma], dim=-1)
+
+    def _correct(self, heard: Heard, guess: Tensor, sigma: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        # Join a guess with what arrivals tell, and correct the outcome in units of its own standard deviations.
+        fix = solve(heard, guess, sigma)
+        moved = ((fix.place - guess) / sigma).square().sum(-1, keepdim=True)
+        known = [fix.deviation.log(), sigma.log(), fix.correlation, fix.misfit.log1p(), moved.log1p()]
+        change = self.correction_head(torch.cat([pooled, *known], dim=-1))
+        unit = fix.deviation * (1 + fix.misfit / MISFIT_BY_CHANCE).sqrt()
+        factor = change[:, PLACE_VALUES:].clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION).exp()
+        sigma = (POSITION_SCALE_M * unit * factor).clamp(LEAST_SIGMA_M, SIGMA_BOUNDS_M[1])
+        return fix.place + unit * change[:, :PLACE_VALUES], sigma
 
 
 def _levels(spectrograms: Tensor) -> Tensor:
@@ -185,11 +212,16 @@ def _levels(spectrograms: Tensor) -> Tensor:
 
 
 def _arrivals(arrivals: Tensor, present: Tensor) -> Tensor:
-    # Later than on average (that of sending is unknown), in units of the places, and how sure: shape (B, R, 2).
+    # In units of the places, and how sure: shape (B, R, 2).
+    late, sigma = _counted(arrivals, present)
+    return torch.cat([late / POSITION_SCALE_M, sigma.log10()], dim=-1) * present
+
+
+def _counted(arrivals: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    # How many metres later than on average (that of sending is unknown), and how sure: shape (B, R, 1) each.
     late, sigma = arrivals[..., :1], arrivals[..., 1:].clamp(min=LEAST_SIGMA_M)
     weights = present / sigma.square()
-    mean = (late * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-    return torch.cat([(late - mean) / POSITION_SCALE_M, sigma.log10()], dim=-1) * present
+    return late - (late * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True), sigma
 
 
 class ReceiverAttention(nn.Module):
@@ -339,8 +371,8 @@ def feature_width(backbone: nn.Module) -> int:
     return int(shape[-1])
 
 
-def _head(width: int, dropout: float) -> nn.Sequential:
-    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 2))
+def _head(width: int, dropout: float, values: int = 2) -> nn.Sequential:
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, values))
     last = head[-1]
     nn.init.zeros_(_last_bias(head))
     assert isinstance(last, nn.Linear)  # noqa: S101 - tells the type checker
