@@ -318,6 +318,7 @@ class CheckpointPublisher:
                 if refusal is not None and refusal.of_size:
                     with self._changed:
                         self._too_large.append((file, checkpoint))
+                        self._under_way = None  # it is in one place at a time, whenever what is left is asked for
                     return True
                 forget_connections()
                 with self._changed:
