@@ -42,11 +42,11 @@ def make_checkpoint_io(pl: Any) -> Any:
                 super().save_checkpoint(checkpoint, path, storage_options)
                 return
             file = Path(path)
+            file.parent.mkdir(parents=True, exist_ok=True)  # a callback of the user's own leaves that to whoever writes
             if file == self.wanted:
                 self.taken = _take(checkpoint)
                 if self.taken is not None:
                     return
-            file.parent.mkdir(parents=True, exist_ok=True)  # a callback of the user's own leaves that to whoever writes
             save_whole(checkpoint, file)
 
     return StraightCheckpointIO()

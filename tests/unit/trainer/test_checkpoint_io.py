@@ -139,13 +139,16 @@ def through_plugin(state: dict[str, Any]) -> Recorded:
 
 
 def test_only_what_is_asked_for_is_written_later(tmp_path: Path) -> None:
-    trainer = through_plugin(STATE)
-    snapshot = save(trainer, tmp_path / "later.ckpt")
+    trainer, file = through_plugin(STATE), tmp_path / "folder/x.ckpt"
+    snapshot = save(trainer, file)
     assert snapshot is not None
-    assert not list(tmp_path.iterdir())
+    assert not list(file.parent.iterdir())
 
-    trainer.save_checkpoint(tmp_path / "later.ckpt")
-    assert torch.load(tmp_path / "later.ckpt", weights_only=False)["epoch"] == 3
+    trainer.save_checkpoint(file)
+    assert torch.load(file, weights_only=False)["epoch"] == 3
+    file.unlink()
+    snapshot.write(file)
+    assert torch.load(file, weights_only=False)["epoch"] == 3
 
 
 def test_a_checkpoint_of_the_user_s_own_that_is_made_meanwhile_is_written_at_once(tmp_path: Path) -> None:
