@@ -52,7 +52,7 @@ Reals = NDArray[np.float64]
 def main() -> None:
     """Generate, train, compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sessions", type=int, default=160)
+    parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--transmissions", type=int, default=12, help="transmissions of each session")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--folder", type=Path, help="keep recordings and runs here, and take up what is there")
@@ -154,7 +154,7 @@ def train(folder: Path, name: str, *, arrivals: bool, epochs: int) -> Trained:
             "metadata": {"name": name.replace(" ", "-")},
             "spec": {
                 "model": {"backbone": BACKBONE},
-                "data": {"validationFraction": 0.2, "testFraction": 0.3, "arrivals": arrivals},
+                "data": {"validationFraction": 0.3, "testFraction": 0.3, "arrivals": arrivals},
                 "training": {"epochs": epochs, "dataLoaderWorkers": 0, "earlyStopping": {"patience": 0}},
             },
         }
