@@ -3,16 +3,18 @@
 Lightning's own way makes it whole in memory first, twice, and writes it to the folder of temporary files before it is
 moved: training waits for more than twice the work, and needs room for three copies of the state.
 
-A disk that has much to write back makes whoever writes wait. So the trainer's own checkpoints are only copied by the
-training thread (`save`), and written by another one; whoever else saves one finds it on disk when the call returns.
+A disk that has much to write back makes whoever writes wait. So of the trainer's own checkpoints the training thread
+makes the bytes alone (`save`), and another one writes them; whoever else saves one finds it on disk when the call
+returns.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import structlog
 
@@ -33,9 +35,9 @@ def make_checkpoint_io(pl: Any) -> Any:
         """Reads as Lightning does."""
 
         wanted: Path | None = None
-        """The file whose content is only to be copied."""
+        """The file whose content is only to be held in memory."""
         taken: Snapshot | None = None
-        """The copy."""
+        """That content."""
 
         def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
             if "://" in str(path):
@@ -61,7 +63,7 @@ def save(trainer: Any, file: Path) -> Snapshot | None:
 
     Returns:
         What is to be written to the file; None where nothing is: by the processes behind the first, where the strategy
-        writes by itself (as sharded ones do, all processes together), and where the state can't be copied.
+        writes by itself (as sharded ones do, all processes together), and where there is no room for it in memory.
 
     Raises:
         OSError: It was written, and the disk is full, or the folder can't be written to.
@@ -80,15 +82,18 @@ class Snapshot:
     """A checkpoint as it was when it was taken, in memory; what training does afterwards does not change it."""
 
     def __init__(self, checkpoint: dict[str, Any]) -> None:
-        """Copy a checkpoint: tensors to the processor's memory, all else as it would come back from a file.
+        """Make the bytes of a checkpoint's file: whoever writes them later takes no turn of Python's from training.
 
         Args:
             checkpoint: What torch can save.
 
         Raises:
-            Exception: There is no memory for it, or it can't be pickled, or would not come back.
+            Exception: There is no memory for it, or it can't be pickled.
         """
-        self._content: dict[str, Any] | None = _copy(checkpoint)
+        import torch
+
+        self._file: BytesIO | None = BytesIO()
+        torch.save(checkpoint, self._file)
 
     def write(self, file: Path) -> None:
         """Write it, whole or not at all, and forget it; once.
@@ -96,9 +101,10 @@ class Snapshot:
         Raises:
             OSError: The disk is full, or the folder can't be written to.
         """
-        content, self._content = self._content, None
-        assert content is not None, "a snapshot is written once"  # noqa: S101
-        save_whole(content, file)
+        made, self._file = self._file, None
+        assert made is not None, "a snapshot is written once"  # noqa: S101
+        with _whole(file) as stream:
+            stream.write(made.getbuffer())
 
 
 def _take(checkpoint: dict[str, Any]) -> Snapshot | None:
@@ -107,49 +113,8 @@ def _take(checkpoint: dict[str, Any]) -> Snapshot | None:
         return Snapshot(checkpoint)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it, writing it tells
         reason = f"{type(error).__name__}: {error}"
-        log.warning("a checkpoint can't be copied: training waits until it is written", reason=reason)
+        log.warning("a checkpoint can't be held in memory: training waits until it is written", reason=reason)
         return None
-
-
-def _copy(state: Any) -> Any:
-    """A copy that shares nothing with the original.
-
-    By pickling, as saving does: what is saved can be copied. Tensors' bytes go by another way: storage by storage, so
-    that tensors that share one in the original share one in the copy too.
-    """
-    import torch
-
-    copies: list[Any] = []
-    made: dict[int, tuple[Any, Any]] = {}
-    """Storages and their copies, by number: the original stays, so that no other one gets its number."""
-
-    def copy(storage: Any) -> Any:
-        number = storage._cdata  # noqa: SLF001 - torch's own saving knows a storage by it
-        if number not in made:
-            empty: Any = torch.UntypedStorage(storage.nbytes())  # type: ignore[no-untyped-call]
-            made[number] = storage, empty.copy_(storage)
-        return made[number][1]
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, item: Any) -> int | None:
-            if isinstance(item, torch.storage.TypedStorage):
-                typed: Any = torch.storage.TypedStorage
-                inner = copy(item._untyped_storage)  # noqa: SLF001
-                copies.append(typed(wrap_storage=inner, dtype=item.dtype, _internal=True))
-            elif isinstance(item, torch.UntypedStorage):
-                copies.append(copy(item))
-            else:
-                return None
-            return len(copies) - 1
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, number: int) -> Any:
-            return copies[number]
-
-    stream = io.BytesIO()
-    Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(state)
-    stream.seek(0)
-    return Unpickler(stream).load()
 
 
 def save_whole(checkpoint: dict[str, Any], file: Path) -> None:
@@ -164,10 +129,17 @@ def save_whole(checkpoint: dict[str, Any], file: Path) -> None:
     """
     import torch
 
+    with _whole(file) as stream:
+        torch.save(checkpoint, stream)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[BinaryIO]:
+    """A file beside another one's place, which comes there once it is whole."""
     part = file.with_name(f"{file.name}.part")
     try:
         with part.open("wb") as stream:
-            torch.save(checkpoint, stream)
+            yield stream
         part.replace(file)
     except BaseException as error:
         part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import resource
 from collections.abc import Iterator
 from importlib import import_module
@@ -14,6 +15,7 @@ import fsspec
 import pytest
 import torch
 
+from heimdall_trainer import checkpoint_io
 from heimdall_trainer.checkpoint_io import Snapshot, make_checkpoint_io, save, save_whole
 
 STATE: dict[str, Any] = {"state_dict": {"weight": torch.arange(100_000.0)}, "epoch": 3}
@@ -173,16 +175,29 @@ def test_a_strategy_that_writes_by_itself_writes_at_once(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
 
 
-class OneWay:
-    """It can be saved, and does not come back."""
+class Full(io.BytesIO):
+    """Memory that has no more room."""
 
-    def __reduce__(self) -> Any:
-        return int, ("no number",)
+    def write(self, _: Any) -> int:
+        raise MemoryError
 
 
-def test_a_state_that_can_not_be_copied_is_written_at_once(tmp_path: Path) -> None:
-    assert save(through_plugin({**STATE, "more": OneWay()}), tmp_path / "x.ckpt") is None
+def test_a_state_that_memory_has_no_room_for_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_io, "BytesIO", Full)
+    assert save(through_plugin(STATE), tmp_path / "x.ckpt") is None
+    monkeypatch.undo()
     assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
+    assert torch.load(tmp_path / "x.ckpt", weights_only=False)["epoch"] == 3
+
+
+def test_a_disk_that_takes_no_more_is_named_by_whoever_writes_later_too(tmp_path: Path, little_room: None) -> None:
+    file = tmp_path / "x.ckpt"
+    with pytest.raises(OSError) as caught:
+        Snapshot(STATE).write(file)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_that_can_not_be_saved_is_told_where_it_is_made(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from heimdall_api.types import TrainingSpec
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.checkpoints import Mode, retained
 from heimdall_tracking.errors import REFUSED_RETRY_S, OvertakenError
-from heimdall_trainer import checkpoint_io, checkpoints
+from heimdall_trainer import checkpoints
 from heimdall_trainer.callbacks import Checkpointing
 from heimdall_trainer.checkpoint_io import Snapshot
 from heimdall_trainer.checkpoints import CheckpointPublisher
@@ -456,9 +456,9 @@ class Disk:
         self.busy, self.free = threading.Event(), threading.Event()
         self.failure = failure
         self.whole: list[str] = []
-        monkeypatch.setattr(checkpoint_io, "save_whole", self.write)
+        monkeypatch.setattr(Snapshot, "write", lambda _, file: self.write(file))
 
-    def write(self, state: dict[str, Any], file: Path) -> None:
+    def write(self, file: Path) -> None:
         self.busy.set()
         assert self.free.wait(TIMEOUT_S)
         if self.failure is not None:

@@ -48,7 +48,8 @@ from heimdall_api.contract import (
 from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.runs import find_model, read_facts
-from heimdall_trainer import callbacks, checkpoint_io, cli, export, modelling, pipeline
+from heimdall_trainer import callbacks, cli, export, modelling, pipeline
+from heimdall_trainer.checkpoint_io import Snapshot
 from heimdall_trainer.commands.training import LOCAL_RUN_ID
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
@@ -530,18 +531,18 @@ def test_a_checkpoint_at_an_epoch_s_end_is_not_mistaken_for_one_of_its_last_step
 def test_training_goes_on_while_a_checkpoint_is_being_written_and_does_not_change_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    further, save_whole, step = threading.Event(), checkpoint_io.save_whole, user_modules.Line.training_step
+    further, write, step = threading.Event(), Snapshot.write, user_modules.Line.training_step
 
-    def slow(state: dict[str, Any], file: Path) -> None:
+    def slow(snapshot: Snapshot, file: Path) -> None:
         assert further.wait(TIMEOUT_S)
-        save_whole(state, file)
+        write(snapshot, file)
 
     def next_step(module: user_modules.Line, *batch: Any) -> Any:
         if module.global_step == 1:
             further.set()
         return step(module, *batch)
 
-    monkeypatch.setattr(checkpoint_io, "save_whole", slow)
+    monkeypatch.setattr(Snapshot, "write", slow)
     monkeypatch.setattr(user_modules.Line, "training_step", next_step)
     run_id = bench.new_run()
     bench.train(user_spec("WorseAndWorse", epochs=2), run_id)
