@@ -416,16 +416,22 @@ class SlowDisk:
         monkeypatch.setattr(spill_module, "_read", read)
 
 
-@pytest.mark.parametrize("meanwhile", [1, MEMORY, 10 * MEMORY])
-def test_a_step_that_logs_does_not_wait_until_the_disk_is_read(
-    meanwhile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queue, server = held_up(tmp_path)
+def held_up_while_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MetricQueue, Server, SlowDisk]:
+    """A queue that has begun to read 199 points from a disk that is slow, behind the first one."""
+    queue, server = held_up(folder)
     for step in range(1, 200):
         queue.put(points([step]))
     disk = SlowDisk(monkeypatch)
     server.open.set()
     assert disk.reading.wait(PATIENCE_S)
+    return queue, server, disk
+
+
+@pytest.mark.parametrize("meanwhile", [1, MEMORY, 10 * MEMORY])
+def test_a_step_that_logs_does_not_wait_until_the_disk_is_read(
+    meanwhile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, server, disk = held_up_while_reading(tmp_path, monkeypatch)
     for step in range(200, 200 + meanwhile):
         queue.put(points([step]))
     disk.free.set()
@@ -437,12 +443,7 @@ def test_a_step_that_logs_does_not_wait_until_the_disk_is_read(
 def test_what_is_being_read_when_the_queue_is_closed_is_left_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue, server = held_up(tmp_path)
-    for step in range(1, 200):
-        queue.put(points([step]))
-    disk = SlowDisk(monkeypatch)
-    server.open.set()
-    assert disk.reading.wait(PATIENCE_S)
+    queue, server, disk = held_up_while_reading(tmp_path, monkeypatch)
     assert not queue.close(0)
     before, behind = queue.left()
     disk.free.set()
