@@ -20,8 +20,6 @@ The sum of squares has valleys elsewhere, narrow ones of the surest arrivals: wi
 BLURRED_STEPS: Final = 10
 SHARP_STEPS: Final = 5
 """After these, the error that is left is far below the arrivals' own."""
-LARGEST_STEP: Final = 0.5
-"""Kilometres. Further away a hyperbola is not the line that a step takes it for."""
 LEAST_DISTANCE: Final = 1e-5
 """Kilometres; nearer to a receiver the direction to it is not told apart."""
 
@@ -99,8 +97,6 @@ def _step(heard: Heard, weights: Tensor, guess: Tensor, prior: Tensor, place: Te
     xx, yy = xx + prior[:, 0], yy + prior[:, 1]
     step = torch.stack([yy * pull[:, 0] - xy * pull[:, 1], xx * pull[:, 1] - xy * pull[:, 0]], dim=-1)
     step = step / determinant.unsqueeze(-1)
-    length = step.square().sum(-1, keepdim=True).sqrt()
-    step = step * (LARGEST_STEP / length.clamp(min=LARGEST_STEP))
     return Fix(
         place=place + step,
         deviation=(torch.stack([yy, xx], dim=-1) / determinant.unsqueeze(-1)).sqrt(),
