@@ -160,6 +160,15 @@ def pods_of(release: Cluster, name: str) -> list[dict[str, Any]]:
     return release.list("pods", f"training.heimdall.dev/run={name}")
 
 
+def came_after(release: Cluster, first: str, second: str) -> dict[str, Any]:
+    """The Job of a run whose place another one's Job had before: it began, or began again, when that had ended."""
+    ended, followed = (release.get("job", f"{name}-a1") for name in (first, second))
+    assert ended is not None
+    assert followed is not None
+    assert ended["status"]["completionTime"] <= followed["status"]["startTime"]
+    return followed
+
+
 def succeeded(release: Cluster, mlflow: Mlflow, name: str, *, attempt: int = 1) -> dict[str, Any]:
     """The status of a run that has trained to its end, in one MLflow run and without beginning again."""
     status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
@@ -193,10 +202,7 @@ def test_a_run_waits_for_the_quota_and_goes_where_the_flavor_says(
     for name in names:
         status = succeeded(release, mlflow, name)
         assert condition(status, "Admitted")["message"] == f"Queue {LABELS[QUEUE]} has admitted Job {name}-a1."
-    ended, followed = (release.get("job", f"{name}-a1") for name in names)
-    assert ended is not None
-    assert followed is not None
-    assert ended["status"]["completionTime"] <= followed["status"]["startTime"]
+    followed = came_after(release, first, second)
     assert followed["spec"]["template"]["spec"]["nodeSelector"] == PLACE
     (pod,) = pods_of(release, second)
     assert (pod["spec"]["nodeSelector"], pod["spec"]["nodeName"]) == (PLACE, GPU_NODE)
@@ -216,10 +222,7 @@ def test_a_run_of_higher_priority_takes_the_place_of_one_that_goes_on_afterwards
     wait_for_workload(release, f"{low}-a1", "Evicted", "Preempted")
     succeeded(release, mlflow, high)
     assert succeeded(release, mlflow, low)["runID"] == run_id
-    ended, again = (release.get("job", f"{name}-a1") for name in (high, low))
-    assert ended is not None
-    assert again is not None
-    assert ended["status"]["completionTime"] <= again["status"]["startTime"]
+    came_after(release, high, low)
 
 
 def test_a_suspended_and_a_deleted_run_give_the_quota_back(
