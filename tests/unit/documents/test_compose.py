@@ -85,7 +85,7 @@ def test_images_are_the_charts(compose: dict[str, Any], values: dict[str, Any]) 
 
 
 def test_the_database_is_made_as_the_charts_is(compose: dict[str, Any]) -> None:
-    assert compose["configs"]["database-init"]["content"] == script("database.yaml", r"  init\.sh: \|\n(.*?)\n---")
+    assert compose["configs"]["database-init"]["content"] == script("database.yaml", r"  init\.sql: \|\n(.*?)\n---")
 
 
 def test_buckets_and_their_users_are_made_as_the_charts_are(compose: dict[str, Any], values: dict[str, Any]) -> None:
