@@ -24,7 +24,7 @@ from heimdall_operator.actions import (
 from heimdall_operator.decide import job_name
 from heimdall_operator.kube import ConflictError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
-from heimdall_operator.mlflow_gateway import MlflowGateway, RunGoneError
+from heimdall_operator.mlflow_gateway import MlflowGateway, MlflowSilentError, RunGoneError
 from heimdall_operator.observe import Observed, job_facts, owner_uid, pod_facts
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store
@@ -202,7 +202,7 @@ class Actor:
         try:
             facts = await self._mlflow.end_run(observed, status, fence=fence)
         except Exception as error:
-            if insist:
+            if insist or isinstance(error, MlflowSilentError):  # the latter has asked nobody
                 raise
             log.warning(
                 "MLflow was away for too long: the run is left as it is",

@@ -176,8 +176,8 @@ class Controller:
         # Of one whose status is refused, the phase is not known here: a hang must not be read out of not looking.
         known = {key: self.store.get(key) for key in self.store.known()}
         active = {key: item for key, item in known.items() if _is_active(item, key in self._unwritten)}
-        experiments = {_experiment(item) for item in active.values() if item is not None}
-        facts = await self._mlflow.active_facts(experiments) if experiments else {}
+        runs = {str(item["status"]["runID"]): _experiment(item) for item in active.values() if item is not None}
+        facts = await self._mlflow.active_facts(runs) if runs else {}
         self._followed_since = self._followed_since or self._clock()
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
         now = self._clock()

@@ -660,6 +660,9 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
     if not observed.has_finalizer:
         return Decision((), observed.status)
     overdue = age_s(deleted, now) > DELETION_LIMIT_S
+    newest = next(reversed(observed.status.attempts), None)
+    if newest and not overdue and newest.number not in observed.logs and _has_account(observed, newest):
+        return Decision((KeepLogs(newest.number, pods_go=True),), observed.status)
     if observed.job is not None and not observed.job.deleting:
         return Decision((DeleteJob(observed.job.name),), observed.status)
     if _living(observed, now) and not overdue:

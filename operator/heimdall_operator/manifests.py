@@ -30,7 +30,7 @@ from heimdall_api.quantity import parse_quantity
 from heimdall_api.types import TrainingRunSpec
 from heimdall_operator.decide import job_name
 from heimdall_operator.observe import COMPLETION_INDEX, CONTAINER
-from heimdall_operator.overrides import merge
+from heimdall_operator.overrides import overridden
 
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 RENDEZVOUS_PORT: Final = 29400
@@ -148,7 +148,7 @@ def build_job(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
             **_group(plan.workers),
             # A queue lets the Job go when there is room; from then on this field is the queue's.
             **({"suspend": True} if LABEL_QUEUE in dict(plan.queue_labels) else {}),
-            "template": merge(template, plan.spec.pod_template) if plan.spec.pod_template else template,
+            "template": overridden(template, plan.spec.pod_template),
         },
     }
 
@@ -239,11 +239,7 @@ def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
                 "env": [*_environment(plan, defaults), *_rendezvous(plan)],
                 "envFrom": [{"secretRef": {"name": defaults.secret}}],
                 "resources": _resources(plan),
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "capabilities": {"drop": ["ALL"]},
-                    "readOnlyRootFilesystem": True,
-                },
+                "securityContext": {"readOnlyRootFilesystem": True},
                 "terminationMessagePath": TERMINATION_MESSAGE_FILE,
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "volumeMounts": [

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -92,6 +92,8 @@ class MlflowGateway:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow")
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
+        self._elsewhere: dict[str, str | None] = {}
+        """Experiments of active runs that were not found in those of their names, by run ID."""
         self._registering: dict[str, asyncio.Lock] = {}
         self._tracking, self._artifacts = _Way(), _Way()
         """Two ways: an object store that hangs behind MLflow is no reason to ask it for nothing else."""
@@ -174,14 +176,27 @@ class MlflowGateway:
             await self._artifacts.ask(partial(self._ask, _log_text, run_id, text, f"{folder}/{name}"))
         return f"runs:/{run_id}/{folder}"
 
-    async def active_facts(self, experiments: Iterable[str]) -> dict[str, RunFacts]:
-        """Facts of all running runs of some experiments, by run ID: one query for all."""
-        for name in set(experiments) - self._experiments.keys():
+    async def active_facts(self, active: Mapping[str, str]) -> dict[str, RunFacts]:
+        """Facts of running runs, by run ID: one query for all.
+
+        Args:
+            active: Names of the experiments that the runs were made in, by run ID.
+        """
+        for name in set(active.values()) - self._experiments.keys():
             experiment = await self._do(_get_experiment, name)
             if experiment is not None:
                 self._experiments[name] = str(experiment.experiment_id)
-        ids = {self._experiments[name] for name in experiments if name in self._experiments}
-        return await self._do(runs.read_active_facts, sorted(ids)) if ids else {}
+        ids = {self._experiments[name] for name in active.values() if name in self._experiments}
+        self._elsewhere = {run_id: where for run_id, where in self._elsewhere.items() if run_id in active}
+        ids |= {where for where in self._elsewhere.values() if where is not None}
+        facts = await self._do(runs.read_active_facts, sorted(ids)) if ids else {}
+        # Somebody may have renamed its experiment: a run that is not in it is looked for once by itself.
+        for run_id in active.keys() - facts.keys() - self._elsewhere.keys():
+            found = await self._do(runs.read_facts, run_id)
+            self._elsewhere[run_id] = found.experiment_id if found is not None else None
+            if found is not None and found.status == "RUNNING":
+                facts[run_id] = found
+        return facts
 
     async def _find(self, observed: Observed) -> RunFacts | None:
         """The run that carries the TrainingRun's UID, if there is one."""

@@ -194,9 +194,10 @@ class Observed:
 
     @property
     def is_running(self) -> bool:
-        """Whether every worker of the newest attempt has started and is there; how others ended is known too."""
+        """Whether every worker of the newest attempt has started, and is there or was done before the others."""
         workers = self.spec.resources.workers if self.spec is not None else 1
-        return sum(pod.alive and pod.running_since is not None for pod in self.attempt_pods) >= workers
+        started = [pod for pod in self.attempt_pods if pod.alive and pod.running_since is not None]
+        return bool(started) and len(started) + sum(pod.exit_code == 0 for pod in self.attempt_pods) >= workers
 
 
 def observe(
@@ -301,7 +302,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
         created=_time(metadata["creationTimestamp"]),
         deleting=_time_or_none(metadata.get("deletionTimestamp")),
         node=(pod.get("spec") or {}).get("nodeName"),
-        running_since=_time_or_none(started),
+        running_since=_not_before(_time_or_none(started), _time(metadata["creationTimestamp"])),
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message", ""),
         waiting_image="the image of the init container in spec.podTemplate" if before else "spec.image",
@@ -390,6 +391,11 @@ def _number(text: str | None) -> int:
 
 def _time(text: str) -> datetime:
     return datetime.fromisoformat(text)
+
+
+def _not_before(time: datetime | None, earliest: datetime) -> datetime | None:
+    """A time that a node tells, whose clock may be behind those by which it is compared."""
+    return None if time is None else max(time, earliest)
 
 
 def _time_or_none(text: str | None) -> datetime | None:

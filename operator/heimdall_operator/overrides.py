@@ -41,6 +41,9 @@ MERGE_KEYS: Final = {
 ADDED_TO: Final = frozenset({"envFrom"})
 """Lists that are added to: replacing envFrom would take away the access to recordings and MLflow."""
 
+NO_CAPABILITIES: Final = {"drop": ["ALL"]}
+NO_PRIVILEGES: Final = {"allowPrivilegeEscalation": False, "capabilities": NO_CAPABILITIES}
+"""What every container has, also a user's own: namespaces of restricted Pod Security take no pod without."""
 _ISOLATION: Final = "it would break the pod's isolation: remove it"
 _CONTRACT: Final = "the operator needs it as it is: remove it"
 _HOST_SECURITY: Final = ("seLinuxOptions", "appArmorProfile", "windowsOptions")
@@ -73,6 +76,23 @@ _KEPT: Final = frozenset(
 """What null must not remove from the operator's template."""
 _OWN_MOUNTS: Final = frozenset({RUN_FILE.rsplit("/", 1)[0], SCRATCH_DIR, "/dev/shm"})  # noqa: S108 - the pod's own
 _TOP: Final = frozenset({"metadata", "spec"})
+
+
+def overridden(template: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A pod template with a user's overrides, whose own containers have no more privileges than the operator's.
+
+    Args:
+        template: The operator's own.
+        overrides: `spec.podTemplate`, without refusals.
+
+    Returns:
+        A new template.
+    """
+    merged = merge(template, overrides)
+    for kind in ("containers", "initContainers"):
+        for container in merged["spec"].get(kind) or []:
+            container["securityContext"] = merge(NO_PRIVILEGES, container.get("securityContext") or {})
+    return merged
 
 
 def merge(template: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,6 +254,11 @@ def _volumes(volumes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _container(container: Mapping[str, Any], path: str) -> list[str]:
     found = _container_security(container.get("securityContext") or {}, f"{path}.securityContext")
+    found += [
+        f"{path}.ports[{port['containerPort']}].hostPort: {_ISOLATION}"
+        for port in container.get("ports") or []
+        if port.get("hostPort")
+    ]
     return found + (_trainer(container, path) if container["name"] == CONTAINER else [])
 
 
@@ -242,9 +267,9 @@ def _container_security(context: Mapping[str, Any], path: str) -> list[str]:
     found += _refuse(
         context, path, ("privileged", "allowPrivilegeEscalation"), _ISOLATION, unless=lambda value: value is False
     )
-    capabilities = context.get("capabilities")
-    if "capabilities" in context and (not capabilities or capabilities.get("add") or "drop" in capabilities):
-        found.append(f"{path}.capabilities: {_ISOLATION}")
+    # Each container has these; who says so again, as restricted namespaces ask for, may.
+    if "capabilities" in context and context["capabilities"] != NO_CAPABILITIES:
+        found.append(f"{path}.capabilities: {_ISOLATION}, or make it {{drop: [ALL]}}")
     return found
 
 

@@ -297,7 +297,7 @@ class FakeMlflow:
             self.world.wrote(f"keep {folder}")
         return f"runs:/{run_id}/{folder}"
 
-    async def active_facts(self, experiments: Any) -> dict[str, RunFacts]:
+    async def active_facts(self, active: Any) -> dict[str, RunFacts]:
         self._check()
         running = [uid for uid, item in self.world.mlflow_runs.items() if item["status"] == "RUNNING"]
         return {self.world.mlflow_runs[uid]["id"]: self._facts(uid) for uid in running}

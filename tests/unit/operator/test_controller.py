@@ -462,15 +462,15 @@ def test_a_checkpoint_that_arrives_after_a_suspension_is_looked_at() -> None:
     async def scenario() -> bool:
         operator = controller(world)
         operator.store.put(copy.deepcopy(world.run) or {})
-        asked: list[set[str]] = []
+        asked: list[dict[str, str]] = []
 
-        async def facts(experiments: set[str]) -> dict[str, RunFacts]:
-            asked.append(experiments)
+        async def facts(active: dict[str, str]) -> dict[str, RunFacts]:
+            asked.append(active)
             return {"r1": run()}
 
         operator._mlflow.active_facts = facts  # type: ignore[method-assign, assignment]
         await operator.read_progress()
-        assert asked == [{"lab"}]
+        assert asked == [{"r1": "lab"}]
         return len(operator.queue) == 1
 
     assert asyncio.run(scenario())

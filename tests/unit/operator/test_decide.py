@@ -106,6 +106,18 @@ ACTIONS = {
         (DeleteJob("run-a1"), RemoveFinalizer()),
     ),
     "deletion: pods first": (observed(deleted=ago(1), jobs=(job(),), pods=(pod(),)), (DeleteJob("run-a1"),)),
+    "deletion: the log before its pod": (
+        observed(deleted=ago(1), jobs=(job(),), pods=(pod(),), logs={}),
+        (KeepLogs(1, pods_go=True),),
+    ),
+    "deletion: the log of an attempt that has ended": (
+        observed(deleted=ago(1), jobs=(job(finished=ago(9)),), pods=(ended_pod(1),), logs={}),
+        (KeepLogs(1, pods_go=True),),
+    ),
+    "deletion: a log that is not to be had keeps nothing": (
+        observed(deleted=ago(1), jobs=(job(),), pods=(pod(),), logs={1: None}),
+        (DeleteJob("run-a1"),),
+    ),
     "deletion waits for the pods": (observed(deleted=ago(1), jobs=(job(deleting=True),), pods=(pod(),)), ()),
     "deletion: then the MLflow run": (observed(deleted=ago(1)), (EndRun("KILLED"),)),
     "deletion right after the run was created": (observed(status=NEW, deleted=ago(1)), (EndRun("KILLED"),)),

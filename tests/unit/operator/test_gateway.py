@@ -21,7 +21,7 @@ from heimdall_operator.mlflow_gateway import MlflowGateway, MlflowSilentError
 from heimdall_tracking import registry, runs
 from heimdall_tracking.registry import Registration
 from tests.unit.operator.builders import UID, observed, run, spec
-from tests.unit.operator.fakes import KEY, World, controller
+from tests.unit.operator.fakes import KEY, World, controller, look
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_an_upload_may_take_longer_than_what_looks_wait_for(monkeypatch: pytest.
             upload = asyncio.create_task(gateway.keep_files("r1", "attempts/1", {"x.log": "last words"}))
             await asyncio.to_thread(SlowStore.uploading.wait)
             with pytest.raises(MlflowException, match="timeout"):
-                await gateway.active_facts(["lab"])
+                await gateway.active_facts({"r": "lab"})
             SlowStore.released.set()
             return await upload
         finally:
@@ -216,6 +216,70 @@ def test_only_a_run_that_runs_is_ended(tmp_path: Path) -> None:
         assert asyncio.run(scenario()) == ("KILLED", "FINISHED")
     finally:
         gateway.close()
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own use
+def test_a_run_is_followed_whatever_its_experiment_is_called_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator that has just started knows the experiment by its first name alone."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mine = observed(spec=spec(tracking={"experiment": "lab"}))
+    before, after = MlflowGateway(uri), MlflowGateway(uri)
+    asked: list[str] = []
+    read = runs.read_facts
+
+    def counted(client: Any, run_id: str) -> Any:
+        asked.append(run_id)
+        return read(client, run_id)
+
+    monkeypatch.setattr(runs, "read_facts", counted)
+
+    async def scenario() -> None:
+        made = await before.ensure_run(mine)
+        before._connect().rename_experiment(made.experiment_id, "lab, the old one")
+        before._connect().create_experiment("lab")
+        for _ in range(3):
+            assert (await after.active_facts({made.run_id: "lab"})).keys() == {made.run_id}
+        assert asked == [made.run_id], "afterwards it is in the one query for all"
+        before._connect().delete_run(made.run_id)
+        for _ in range(3):
+            assert await after.active_facts({made.run_id: "lab"}) == {}
+        assert len(asked) == 1
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        before.close()
+        after.close()
+
+
+def test_an_overdue_deletion_lets_go_when_mlflow_was_asked_not_when_it_was_not() -> None:
+    world = World()
+    world.apply({})
+    why: list[Exception] = [MlflowSilentError("not asked"), ConnectionError("away")]
+
+    async def scenario() -> None:
+        await look(world)
+        assert world.run is not None
+        world.jobs.clear()
+        world.run["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        operator = controller(world)
+        await operator.refresh()
+
+        async def end_run(observed: Any, status: Any, *, fence: bool) -> Any:
+            raise why.pop(0)
+
+        operator._mlflow.end_run = end_run  # type: ignore[method-assign]
+        with pytest.raises(MlflowSilentError):
+            await operator.look(KEY)
+        assert world.run is not None
+        assert world.run["metadata"]["finalizers"]
+        await operator.look(KEY)
+
+    asyncio.run(scenario())
+    assert not why
+    assert not (world.run or {"metadata": {}})["metadata"].get("finalizers")
 
 
 def test_a_run_that_mlflow_refuses_for_good_fails_with_its_words() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from heimdall_api.contract import Reason
 from heimdall_operator.decide import decide
 from heimdall_operator.failures import judge_group
 from heimdall_operator.observe import PodFacts
-from tests.unit.operator.builders import NOW, ago, ended_pod, job, observed, pod, spec
+from tests.unit.operator.builders import NOW, ago, attempt, ended_pod, job, observed, pod, run, spec, status
 
 TWO = {"resources": {"workers": 2}}
 
@@ -32,6 +33,22 @@ def test_it_is_running_when_all_workers_run() -> None:
     assert "0/3 nodes" in half.conditions[0].message
     assert whole.phase == "Running"
     assert whole.attempts[-1].pod == "run-a1-0-x"
+
+
+def test_a_worker_that_is_done_does_not_hide_that_the_other_hangs() -> None:
+    group = observed(
+        spec=spec(stallTimeoutSeconds=30, **TWO),
+        status=status(attempt(running_time=ago(50)), phase="Running"),
+        jobs=(job(),),
+        pods=(worker(0), ended(1, 0, finished=ago(40))),
+        run=run(),
+        followed_since=ago(300),
+    )
+
+    assert decide(group, NOW).status.attempts[-1].reason == "Stalled"
+    moving = decide(replace(group, moved=ago(5)), NOW)
+    assert moving.status.phase == "Running"
+    assert moving.look_again_s is not None, "no event tells of a hang"
 
 
 def test_nothing_is_judged_while_a_worker_lives() -> None:

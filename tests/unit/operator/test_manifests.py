@@ -137,6 +137,20 @@ def test_another_number_of_threads_may_be_asked_for() -> None:
     assert [item for item in container["env"] if item["name"] == wanted["name"]] == [wanted]
 
 
+@pytest.mark.parametrize("kind", ["containers", "initContainers"])
+def test_a_container_of_the_user_s_has_no_privileges_either(kind: str) -> None:
+    """A namespace of restricted Pod Security would take no pod of the Job."""
+    template = {"spec": {kind: [{"name": "side", "image": "x", "securityContext": {"runAsUser": 7}}]}}
+    made = build_job(plan(podTemplate=template), DEFAULTS)["spec"]["template"]["spec"]
+
+    (side,) = [container for container in made[kind] if container["name"] == "side"]
+    assert side["securityContext"] == {
+        "runAsUser": 7,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
 def test_a_queued_job_waits_for_its_queue() -> None:
     job = build_job(plan(queue_labels=QUEUE), DEFAULTS)
 

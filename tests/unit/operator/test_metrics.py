@@ -87,9 +87,9 @@ def test_a_look_and_a_reading_that_fail_are_counted_by_what_failed() -> None:
         world.mlflow_away = True
         asked, reading = asyncio.Event(), operator._mlflow.active_facts
 
-        async def active_facts(experiments: Any) -> Any:
+        async def active_facts(active: Any) -> Any:
             asked.set()
-            return await reading(experiments)
+            return await reading(active)
 
         operator._mlflow.active_facts = active_facts  # type: ignore[method-assign]
         following = asyncio.create_task(operator.follow_progress(0))

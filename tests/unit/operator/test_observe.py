@@ -137,6 +137,14 @@ def test_a_pod_that_does_not_say_when_it_ended_ended_when_it_last_changed() -> N
     assert outcome.ended.isoformat() == "2026-11-01T13:00:00+00:00"
 
 
+def test_a_container_did_not_start_before_its_pod_was_made_whatever_its_node_says() -> None:
+    behind = raw_pod(phase="Running", containerStatuses=[{"state": {"running": {"startedAt": "2026-11-01T11:59:55Z"}}}])
+
+    facts = pod_facts(behind)
+
+    assert facts.running_since == facts.created
+
+
 def test_a_container_that_could_not_be_started_never_ran() -> None:
     raw, _ = CASES["a command that is not in the image"]
 

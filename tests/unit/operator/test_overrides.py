@@ -95,6 +95,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more privileges": (trainer(securityContext={"allowPrivilegeEscalation": True}), "allowPrivilegeEscalation"),
     "capabilities": (trainer(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), "capabilities: it would"),
     "capabilities by null": (trainer(securityContext={"capabilities": None}), "capabilities: null would remove"),
+    "some capabilities": (trainer(securityContext={"capabilities": {"drop": ["NET_RAW"]}}), "make it {drop: [ALL]}"),
+    "a port of the host": (
+        trainer(ports=[{"containerPort": 80, "hostPort": 80}]),
+        "containers[trainer].ports[80].hostPort: it would break",
+    ),
     "no seccomp": ({"spec": {"securityContext": {"seccompProfile": {"type": "Unconfined"}}}}, "seccompProfile"),
     "another restart policy": ({"spec": {"restartPolicy": "Always"}}, "restartPolicy: the operator needs it"),
     "the image": (trainer(image="mine"), "containers[trainer].image: set spec.image instead"),
@@ -131,6 +136,19 @@ TAKEN: dict[str, dict[str, Any]] = {
     "another user": {"spec": {"securityContext": {"runAsUser": 1000, "fsGroup": 1000}}},
     "a claim": {"spec": {"volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": "d"}}]}},
     "a sidecar": {"spec": {"containers": [{"name": "side", "image": "x", "resources": {"limits": {"memory": "1Gi"}}}]}},
+    "a sidecar of a restricted namespace": {
+        "spec": {
+            "initContainers": [
+                {
+                    "name": "side",
+                    "image": "x",
+                    "restartPolicy": "Always",
+                    "ports": [{"containerPort": 80}],
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                }
+            ]
+        }
+    },
     "other devices": trainer(resources={"limits": {"rdma/hca": 1}}),
     "labels and places named like lists": {
         "metadata": {"labels": {"env": "prod", "volumes": "many"}, "annotations": {"containers": "one"}},
