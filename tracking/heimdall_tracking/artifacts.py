@@ -166,7 +166,10 @@ class Uploader:
                     return
                 upload, future = self._waiting.popleft()
                 self._under_way = upload
-            future.set_running_or_notify_cancel()
+            if not future.set_running_or_notify_cancel():
+                with self._changed:
+                    self._under_way = None
+                continue
             problem: TrackingError | None = None
             settled = True
             try:

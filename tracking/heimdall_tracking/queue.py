@@ -197,24 +197,29 @@ class MetricQueue:
         What the disk can't give now is waited for: whatever was put later must not overtake it.
         """
         with self._changed:
-            if self._spill is None or self._head:
+            spill = self._to_be_read()
+            if spill is None:
                 return
-            ahead = self._spill.ahead(self._half)
+            ahead = spill.ahead(self._half)
         try:
             found = read(ahead)
         except OSError as error:
             log.warning("metrics that wait on disk can't be read; trying again", error=error.strerror or str(error))
             with self._changed:
-                self._spill.take([])
+                spill.take([])
                 self._changed.wait_for(lambda: self._closed, self._disk_retry_s)
             return
         with self._changed:
             if self._closed:
                 return  # who has closed it takes them as lying on disk
-            points, lost = self._spill.take(found)
+            points, lost = spill.take(found)
             self._head.extend(points)
             if lost:
                 self._give_up(lost)
+
+    def _to_be_read(self) -> Spill | None:
+        """What waits on disk, where it is this one's turn: who has closed the queue looks at it without the lock."""
+        return None if self._closed or self._head else self._spill
 
     def _waits(self) -> int:
         return len(self._head) + len(self._tail) + self._spilled()

@@ -46,16 +46,29 @@ class Checkpointing:
         self._last_time = time.monotonic()
         self._last_step = -1
         self._grace = grace
+        self._seen: dict[int, float] = {}
+        """Metrics of the epoch that ends, by the number of the scheduler that waits for one (`ReduceLROnPlateau`)."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning has registered its own handler by now: ours, which exits 143, comes after it."""
         del pl_module
         self._last_step = trainer.global_step
         self._grace.enter_loop()
+        for index, value in self._seen.items():
+            trainer.lightning_module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, value)
+        self._seen = {}
         self._restore_loaders(trainer.fit_loop)
         if any(stopper.wait_count >= max(stopper.patience, 1) for stopper in trainer.early_stopping_callbacks):
             trainer.should_stop = True  # the last attempt was done; Lightning restores the count, not the conclusion
         self._grace.watch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of an epoch's end holds for schedulers that Lightning tells of the epoch only behind it."""
+        return {"seen": dict(self._seen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have those schedulers told when training goes on."""
+        self._seen = dict(state_dict.get("seen", {}))
 
     def _restore_loaders(self, loop: Any) -> None:
         # Lightning leaves the data loaders' states out where `configure_optimizers` has asked for the number of steps.
@@ -101,7 +114,9 @@ class Checkpointing:
         """An epoch is over, its validation included."""
         del pl_module
         value = trainer.callback_metrics.get(self._monitor)
+        self._seen = _told_behind(trainer)
         self._save(trainer, metric=None if value is None else float(value), suffix="-end")
+        self._seen = {}
         if group.any_of([self._grace.began], trainer)[0]:
             # Lightning logs an epoch's metrics after this hook, which it won't get past; as of the epoch's last step.
             loop = trainer.fit_loop.epoch_loop
@@ -130,6 +145,20 @@ class Checkpointing:
         if trainer.is_global_zero:
             epoch = int(trainer.current_epoch)
             self._publisher.submit(file, step=step, epoch=epoch, metric=metric, snapshot=snapshot)
+
+
+def _told_behind(trainer: Any) -> dict[int, float]:
+    """What Lightning tells schedulers of this epoch only when its checkpoint is made: metrics by their number."""
+    if not trainer.lightning_module.automatic_optimization:
+        return {}
+    return {
+        index: float(trainer.callback_metrics[config.monitor])
+        for index, config in enumerate(trainer.lr_scheduler_configs)
+        if config.reduce_on_plateau
+        and config.interval == "epoch"
+        and (trainer.current_epoch + 1) % config.frequency == 0
+        and config.monitor in trainer.callback_metrics
+    }
 
 
 class ProgressReport:
@@ -184,8 +213,8 @@ class ProgressReport:
             epoch=int(trainer.current_epoch) + int(epoch_done),
             epochs=int(trainer.max_epochs or 0),
             step=int(trainer.global_step),
-            # Of data without a length Lightning says -1.
-            steps=int(total) if 0 <= total < math.inf else None,
+            # Of data without a length Lightning says -1; of a module that steps its optimizers itself, nobody knows.
+            steps=int(total) if 0 <= total < math.inf and trainer.lightning_module.automatic_optimization else None,
             first_step=self._first_step,
             time=datetime.now(UTC),
         )

@@ -10,13 +10,18 @@ returns.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import structlog
+
+PIECE: Final = 16 * 2**20
+"""So many bytes are written at a time."""
 
 log = structlog.get_logger()
 
@@ -92,8 +97,13 @@ class Snapshot:
         """
         import torch
 
-        self._file: BytesIO | None = BytesIO()
+        self._file: BinaryIO | None = _memory()
         torch.save(checkpoint, self._file)
+
+    def __del__(self) -> None:
+        """One that was not written is forgotten all the same."""
+        if self._file is not None:
+            _forget(self._file)
 
     def write(self, file: Path) -> None:
         """Write it, whole or not at all, and forget it; once.
@@ -103,8 +113,27 @@ class Snapshot:
         """
         made, self._file = self._file, None
         assert made is not None, "a snapshot is written once"  # noqa: S101
-        with _whole(file) as stream:
-            stream.write(made.getbuffer())
+        try:
+            made.seek(0)
+            with _whole(file) as stream:
+                shutil.copyfileobj(made, stream, PIECE)
+        finally:
+            _forget(made)
+
+
+def _memory() -> BinaryIO:
+    """A file in memory.
+
+    Data loaders' processes begin while a snapshot waits, and would hold what was in this one's own memory for an epoch.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("checkpoint"), "w+b")
+    return BytesIO()  # where processes begin empty
+
+
+def _forget(file: BinaryIO) -> None:
+    file.truncate(0)  # for whoever has it open, too
+    file.close()
 
 
 def _take(checkpoint: dict[str, Any]) -> Snapshot | None:

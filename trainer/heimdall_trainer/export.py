@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.errors import ExportError
+from heimdall_trainer.model.net import PLACE_VALUES
 
 OPSET: Final = 20
 """Version of the operators: ONNX 1.15 of 2023 and every runtime since."""
@@ -28,6 +29,7 @@ SIZES: Final = ((1, 1), (1, 5), (3, 1), (2, 4))
 """Batches and receivers that a localizer is verified on: none is the size that it was exported with."""
 SEED: Final = 7
 SPREAD_M: Final = 1000.0
+ARRIVAL_SIGMA_M: Final = 10.0
 """Receivers that a localizer is verified on lie about this far from the origin."""
 NOTES: Final = {
     2: "metres east and north of any origin",
@@ -283,9 +285,15 @@ def _scene(batch: int, receivers: int, values: int) -> tuple[Tensor, Tensor]:
     """What some receivers may have heard, always the same: spectrograms and so many values of each receiver."""
     generator = torch.Generator().manual_seed(SEED + 100 * batch + receivers)
     spectrograms = torch.randn(batch, receivers, *SHAPE, generator=generator)
-    known = SPREAD_M * torch.randn(batch, receivers, values, generator=generator)
-    known[..., 3:] = known[..., 3:].abs()  # a standard deviation
-    return spectrograms, known
+    places = SPREAD_M * torch.randn(batch, receivers, PLACE_VALUES, generator=generator)
+    if values == PLACE_VALUES:
+        return spectrograms, places
+    # Of one transmitter each: what contradicts itself may be solved in more than one way, and rounding decides which.
+    sent = SPREAD_M * torch.randn(batch, 1, PLACE_VALUES, generator=generator)
+    sigma = ARRIVAL_SIGMA_M * (1 + torch.rand(batch, receivers, 1, generator=generator))
+    error = sigma * torch.randn(batch, receivers, 1, generator=generator)
+    late = (places - sent).norm(dim=-1, keepdim=True) + error
+    return spectrograms, torch.cat([places, late, sigma], dim=-1)
 
 
 def _example_of(module: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:

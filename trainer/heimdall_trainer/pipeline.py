@@ -243,7 +243,6 @@ class TrainingPipeline:
             )
             if self._resumed is not None:
                 self.data.load_state_dict(_state_of(self.data, self._resumed))
-            self.data.setup()
         return self.data
 
     def setup_callbacks(self, pl: Any) -> list[Any]:
@@ -253,6 +252,8 @@ class TrainingPipeline:
             pl.callbacks.LearningRateMonitor("step"),
             as_callback(pl, self._progress),
             as_callback(pl, self._checkpointing),
+            # Only then is the data there: in a group, one process of each node reads it first, for all of the node.
+            pl.callbacks.LambdaCallback(on_train_start=lambda *_: self._log_data()),
         ]
         if stopping.patience > 0 and self._has_validation():
             stopper = pl.callbacks.EarlyStopping(
@@ -311,7 +312,9 @@ class TrainingPipeline:
         self.tracker.log_params({"environment": environment})
         if self._weights is not None:
             self.tracker.log_params({"weights": f"{self._weights.parent.name}/{self._weights.name}"})
-        if hasattr(self.data, "dataset_identity"):
+
+    def _log_data(self) -> None:
+        if group.is_first() and hasattr(self.data, "dataset_identity"):
             self.tracker.log_params({"dataset": self.data.dataset_identity()})
 
     def _fit(self, trainer: Any) -> None:

@@ -242,6 +242,20 @@ def test_close_gives_up_what_can_not_be_uploaded_and_says_so(file: Path) -> None
     assert not uploader.close(0), "closing again does not make it uploaded"
 
 
+def test_an_upload_that_its_caller_gave_up_is_left_out_and_holds_nothing_up(uploader: Uploader, file: Path) -> None:
+    go_on = threading.Event()
+    uploaded: list[str] = []
+    uploader.file(lambda path: go_on.wait(PATIENCE_S), file)
+    given_up = uploader.file(uploaded.append, file)
+    uploader.folder(uploaded.append, file.parent)
+    assert given_up.cancel()
+    go_on.set()
+
+    uploader.flush(PATIENCE_S)
+    assert uploaded == [str(file.parent)]
+    assert not uploader.left()
+
+
 def test_an_upload_whose_answer_is_still_out_at_the_end_is_left_too(file: Path) -> None:
     uploader, tried, go_on = Uploader(), threading.Event(), threading.Event()
 

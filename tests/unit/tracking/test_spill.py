@@ -455,6 +455,23 @@ def test_what_is_being_read_when_the_queue_is_closed_is_left_on_disk(
     assert [*server.steps, *left] == list(range(200))
 
 
+def test_a_closed_queue_leaves_the_disk_to_who_has_closed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, server = held_up(tmp_path)
+    for step in range(1, 200):
+        queue.put(points([step]))
+    queue.stop()
+    queue._head.clear()
+    assert on_disk(tmp_path)
+    looked: list[int] = []
+    monkeypatch.setattr(queue._spill, "ahead", looked.append)
+
+    queue._read_back()
+
+    assert not looked
+    server.open.set()
+    join(queue._thread)
+
+
 def test_what_is_being_read_is_not_dropped_for_what_comes_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import resource
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,18 +33,20 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.fixture
+@contextmanager
 def little_room() -> Iterator[None]:
     """No file may become larger than a part of the state."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_takes_no_more_is_named_and_nothing_half_is_left(tmp_path: Path, little_room: None) -> None:
+def test_a_disk_that_takes_no_more_is_named_and_nothing_half_is_left(tmp_path: Path) -> None:
     file = tmp_path / "x.ckpt"
-    with pytest.raises(OSError) as caught:
+    with little_room(), pytest.raises(OSError) as caught:
         save_whole(STATE, file)
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
     assert not list(tmp_path.iterdir())
@@ -107,6 +112,25 @@ def test_what_training_does_after_a_snapshot_is_not_in_its_file(tmp_path: Path) 
     torch.testing.assert_close(*moments, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="elsewhere processes begin empty, and hold nothing")
+def test_a_process_that_began_while_a_snapshot_waited_holds_nothing_of_it(tmp_path: Path) -> None:
+    """A data loader's process lives for an epoch: what it holds is charged to the pod."""
+    snapshot = Snapshot(STATE)
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    try:
+        held = [file for file in Path(f"/proc/{child}/fd").iterdir() if "memfd:checkpoint" in str(file.readlink())]
+        assert [file.stat().st_size > 400_000 for file in held] == [True]
+        snapshot.write(tmp_path / "x.ckpt")
+        assert [file.stat().st_blocks for file in held] == [0]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert torch.load(tmp_path / "x.ckpt", weights_only=False)["epoch"] == 3
+
+
 def test_a_snapshot_s_file_is_no_larger_than_what_it_is_of(tmp_path: Path) -> None:
     """Tied weights, and parts of one tensor, are there once."""
     whole = torch.arange(100_000.0)
@@ -163,8 +187,10 @@ def test_a_checkpoint_of_the_user_s_own_that_is_made_meanwhile_is_written_at_onc
         whole(state, file)
 
     trainer.strategy.save_checkpoint = save_both
-    assert save(trainer, tmp_path / "later.ckpt") is not None
+    later = save(trainer, tmp_path / "later.ckpt")
+    assert later is not None
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.ckpt"]
+    later.write(tmp_path / "later.ckpt")
 
 
 def test_a_strategy_that_writes_by_itself_writes_at_once(tmp_path: Path) -> None:
@@ -185,17 +211,17 @@ class Full(io.BytesIO):
 def test_a_state_that_memory_has_no_room_for_is_written_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_io, "BytesIO", Full)
+    monkeypatch.setattr(checkpoint_io, "_memory", Full)
     assert save(through_plugin(STATE), tmp_path / "x.ckpt") is None
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
     assert torch.load(tmp_path / "x.ckpt", weights_only=False)["epoch"] == 3
 
 
-def test_a_disk_that_takes_no_more_is_named_by_whoever_writes_later_too(tmp_path: Path, little_room: None) -> None:
-    file = tmp_path / "x.ckpt"
-    with pytest.raises(OSError) as caught:
-        Snapshot(STATE).write(file)
+def test_a_disk_that_takes_no_more_is_named_by_whoever_writes_later_too(tmp_path: Path) -> None:
+    file, snapshot = tmp_path / "x.ckpt", Snapshot(STATE)
+    with little_room(), pytest.raises(OSError) as caught:
+        snapshot.write(file)
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
     assert not list(tmp_path.iterdir())
 

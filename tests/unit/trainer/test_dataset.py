@@ -247,6 +247,18 @@ def test_the_data_module_divides_by_session(recorded: DataSettings) -> None:
     assert len(set.union(*seen.values())) == SESSIONS["sessions"]
 
 
+def test_what_one_process_of_a_node_has_computed_no_other_reads_again(
+    mine: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HeimdallDataModule(mine, DataSpec()).prepare_data()
+    read: list[Any] = []
+    monkeypatch.setattr(RecordingStore, "read", lambda _, recording: read.append(recording))
+
+    HeimdallDataModule(mine, DataSpec()).setup()
+
+    assert not read
+
+
 def test_only_training_samples_are_augmented(recorded: DataSettings) -> None:
     data = HeimdallDataModule(recorded, DataSpec(), batch_size=4)
     for loader, changes in ((data.train_dataloader(), True), (data.val_dataloader(), False)):

@@ -441,6 +441,29 @@ def test_sigterm_between_the_last_epoch_and_the_model_publishes_nothing_by_halve
     assert load_model(model_of(bench, run_id).artifact_location).metadata.signature is not None
 
 
+def test_a_scheduler_hears_of_the_epoch_whose_end_was_the_last_that_an_attempt_saw(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = user_spec("Plateau")
+    whole, stopped = bench.new_run(), bench.new_run()
+    bench.train(spec, whole)
+    log = user_modules.Plateau.on_train_epoch_end
+
+    def told_to_end(module: Any) -> None:
+        if module.current_epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        log(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(user_modules.Plateau, "on_train_epoch_end", told_to_end)
+        with pytest.raises(TerminatedError, match="at step 2"):
+            bench.train(spec, stopped)
+    bench.train(spec, stopped, attempt=2)
+    rates = [bench.history(run_id, "lr-Adam") for run_id in (whole, stopped)]
+    assert rates[0] == rates[1]
+    assert [value for _, value in rates[0]] == pytest.approx([0.1, 0.1, 0.05, 0.025])
+
+
 @pytest.fixture
 def mine(
     recorded: DataSettings, localizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -669,6 +692,25 @@ def test_a_stream_that_two_optimizers_learn_from_by_hand_is_trained_and_logged(b
     assert (progress.epoch, progress.step, progress.steps) == (epochs, 4 * epochs, None)
     model = load_model(model_of(bench, run_id).artifact_location)
     assert model.predict(model.input_example).shape == (1, 1)
+
+
+def test_recordings_are_left_to_the_one_process_of_a_node_that_lightning_asks(
+    bench: Bench, localizer: dict[str, Any]
+) -> None:
+    tracker = MLflowTracker(load_settings(tracking_uri=bench.uri))
+    tracker.attach(bench.new_run())
+    training = TrainingPipeline(described(localizer), tracker, output_dir=bench.folder)
+    try:
+        assert training.setup_data_loaders()._found is None
+    finally:
+        training.close()
+
+
+def test_how_many_steps_there_are_is_not_said_of_optimizers_that_are_stepped_by_hand(bench: Bench) -> None:
+    run_id = bench.new_run()
+    bench.train(user_spec("ByHandOnPoints", 3), run_id)
+    progress = Progress.model_validate_json(bench.client.get_run(run_id).data.tags[TAG_PROGRESS])
+    assert (progress.epoch, progress.step, progress.steps) == (3, 6, None)
 
 
 def test_a_module_that_keeps_a_part_of_its_weights_finds_the_others_again(bench: Bench) -> None:

@@ -71,6 +71,29 @@ class WorseAndWorse(LineWithoutData):
         self.log("val/loss", float(1 + self.current_epoch))
 
 
+class Plateau(WorseAndWorse):
+    """Learns half as fast after each epoch, since none is better than the first."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), self.lr)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+
+class ByHandOnPoints(Line):
+    """Two steps of its optimizer for each batch, of data whose length is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+
 class TwoInputs(Line):
     """Batches of three, of which two go in."""
 
