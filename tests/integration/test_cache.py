@@ -61,7 +61,9 @@ def test_processes_that_share_a_full_folder_never_read_what_is_not_whole(tmp_pat
     ]
     for process in processes:
         printed, errors = process.communicate(timeout=TIMEOUT_S)
-        assert (process.returncode, printed.strip()) == (0, "0"), errors
+        assert process.returncode == 0, errors
+        # What one has just begun to write another may take for unused here: it says so, and goes on.
+        assert printed.splitlines()[-1] == "0", printed
     sizes = [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()]
     assert set(sizes) == {ENTRY_BYTES}
     assert sum(sizes) <= limit + PROCESSES * ENTRY_BYTES

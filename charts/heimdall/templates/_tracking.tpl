@@ -50,7 +50,7 @@ securityContext:
 {{- end }}
 
 {{- define "heimdall.trackingSmallContainer" -}}
-resources: {requests: {cpu: 50m, memory: 256Mi}, limits: {memory: 1Gi}}
+resources: {{- toYaml .Values.jobs.resources | nindent 2 }}
 securityContext: {{- include "heimdall.containerSecurity" . | nindent 2 }}
 volumeMounts: {{- include "heimdall.trackingMounts" . | nindent 2 }}
 {{- end }}

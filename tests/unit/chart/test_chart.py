@@ -45,6 +45,13 @@ def test_every_pod_is_restricted(rendered: Rendered) -> None:
             assert container["resources"]["requests"]["cpu"], name
 
 
+def test_nothing_is_left_out_where_limits_of_processors_are_asked_for() -> None:
+    wanted = {"requests": {"cpu": "10m", "memory": "100Mi"}, "limits": {"cpu": "7", "memory": "1Gi"}}
+    roles = ("operator", "tracking", "database", "objectStore", "jobs")
+    for name, spec in render({f"{role}.resources": wanted for role in roles}).pods().items():
+        assert [container["resources"] for container in containers(spec)] == [wanted] * len(containers(spec)), name
+
+
 def test_only_the_operator_has_a_service_account_token(rendered: Rendered) -> None:
     with_token = {name for name, spec in rendered.pods().items() if spec.get("automountServiceAccountToken", True)}
     assert with_token == {"Deployment/heimdall-operator"}

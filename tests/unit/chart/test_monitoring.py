@@ -79,6 +79,14 @@ def test_alerts_are_of_metrics_and_reasons_that_there_are_and_lead_to_a_runbook(
     assert runbooks == {alert["alert"] for alert in alerts}
 
 
+def test_alerts_lead_to_the_pages_of_a_site() -> None:
+    values = {**ENABLED, "monitoring.runbookUrl": "https://x.example.md/runbooks/", "monitoring.runbookSuffix": ".html"}
+    rule = render(values).one("PrometheusRule", "heimdall")
+    found = {item["annotations"]["runbook_url"] for group in rule["spec"]["groups"] for item in group["rules"]}
+    assert "https://x.example.md/runbooks/HeimdallErrors.html" in found
+    assert all(url.startswith("https://x.example.md/runbooks/") and url.endswith(".html") for url in found)
+
+
 def test_each_alert_fires_when_it_should(rendered: Rendered, tmp_path: Path) -> None:
     promtool = program("promtool", part="prometheus")
     (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(rendered.one("PrometheusRule", "heimdall")["spec"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import configparser
 import re
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, NAMESPACE, Manifest, Rendered, flags, refused, render
+from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, NAMESPACE, ROOT, Manifest, Rendered, flags, refused, render
 
 EXISTING_SECRETS: dict[str, Any] = {
     "database.existingSecret": "db",
@@ -113,13 +114,18 @@ def test_one_job_migrates_and_the_server_waits_for_it(rendered: Rendered) -> Non
     assert [item["command"][-1] for item in spec["initContainers"]] == ["wait"]
 
 
-def test_a_migration_job_is_another_when_what_it_does_changes() -> None:
-    names = [
-        job(render(values), "-migrate-")["metadata"]["name"]
-        for values in ({}, {}, {"tracking.image.tag": "v3.18.0-full"}, {"tracking.auth.enabled": False})
-    ]
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("-migrate-", [{"tracking.image.tag": "v3.18.0-full"}, {"tracking.auth.enabled": False}]),
+        ("-setup-", [{"objectStore.image.tag": "RELEASE"}, {"objectStore.artifactsBucket": "other"}]),
+    ],
+)
+def test_a_job_is_another_when_anything_of_it_changes(part: str, changes: list[dict[str, Any]]) -> None:
+    values = [{}, {}, *changes, {"jobs.resources.limits.memory": "2Gi"}, {"commonLabels": {"team": "radio"}}]
+    names = [job(render(each), part)["metadata"]["name"] for each in values]
     assert names[0] == names[1]
-    assert len(set(names)) == 3
+    assert len(set(names)) == len(names) - 1
 
 
 def test_several_servers_are_replaced_one_by_one_and_drained_one_at_a_time(rendered: Rendered) -> None:
@@ -175,6 +181,18 @@ def test_without_authentication_there_are_no_logins() -> None:
 
 
 # --- existing Secrets and external services ----------------------------------------------------------------------
+
+
+def test_the_trainer_s_secrets_that_the_documents_show_are_the_charts(rendered: Rendered) -> None:
+    (block,) = re.findall(
+        r"```yaml\n(apiVersion: v1\nkind: Secret\n.*?)```", (ROOT / "docs/chart.md").read_text(), re.DOTALL
+    )
+    for shown in yaml.safe_load_all(block.replace(".heimdall.svc", f".{NAMESPACE}.svc")):
+        made = rendered.one("Secret", shown["metadata"]["name"])["data"]
+        said = {key: base64.b64decode(value).decode() for key, value in made.items()}
+        assert shown["stringData"].keys() == said.keys()
+        for key, value in shown["stringData"].items():
+            assert value in {said[key], "…"}, key
 
 
 @pytest.mark.parametrize(
