@@ -617,8 +617,8 @@ def _stay_finished(observed: Observed, now: datetime) -> Decision:
         actions.append(RemoveFinalizer())
     due = [left] if left is not None and left > 0 else []
     due += [POLL_S] if any(job.finished is None for job in observed.jobs) else []
-    # Who waits for a change to be seen (Flux does) would wait for ever.
-    status = observed.status.model_copy(update={"observed_generation": observed.generation})
+    # Who waits for a change to be seen (Flux and kubectl do) would wait for ever.
+    status = with_conditions(observed.status, observed, now)
     return Decision(tuple(actions), status, min(due, default=None))
 
 

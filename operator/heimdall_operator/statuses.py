@@ -46,9 +46,10 @@ def with_conditions(
             continue
         wanted = value or (False, "Resumed", "Training goes on.")
         conditions[kind] = _condition(kind, wanted, old, observed.generation, now)
-    return status.model_copy(
-        update={"conditions": list(conditions.values()), "observed_generation": observed.generation}
-    )
+    # What is not said anew still holds: kubectl waits for a condition until it speaks of the newest generation.
+    seen = {"observed_generation": observed.generation}
+    current = [condition.model_copy(update=seen) for condition in conditions.values()]
+    return status.model_copy(update={"conditions": current, **seen})
 
 
 def _condition(

@@ -164,7 +164,7 @@ class Cluster(World):
         """Keep pods from starting: their image or a Secret is not there."""
         for pod in self.pods.values():
             if pod["status"]["phase"] == "Pending" and self._is_heard(pod):
-                waiting = {"reason": reason, "message": "it is not there"}
+                waiting = {"reason": reason, "message": "It is not there."}
                 pod["status"]["containerStatuses"] = [_container(waiting=waiting)]
                 self.stamp(pod)
 

@@ -159,7 +159,7 @@ class FakeKube:
             raise ConflictError(name)
         if self.world.is_full:
             self.world.refused.setdefault(name, self._clock())
-            raise ForbiddenError("exceeded quota")
+            raise ForbiddenError("exceeded quota.")
         self.world.unfenced += [name] * (not self._is_fenced(job))
         self.world.overlaps += [f"{pod} and {name}" for pod in self.world.living(self._clock())]
         job = copy.deepcopy(job)

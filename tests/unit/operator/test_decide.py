@@ -674,11 +674,14 @@ def test_a_finished_run_loses_its_jobs_after_its_time() -> None:
 
 
 def test_a_change_of_a_finished_run_is_acknowledged() -> None:
-    done = status(phase="Succeeded", completion_time=ago(100), observed_generation=1)
+    """Also by its conditions: kubectl waits for one that speaks of the newest generation."""
+    done = settled(observed(status=ended(Reason.COMPLETED)))
 
     decision = decide(observed(status=done, generation=2, has_finalizer=False), NOW)
 
-    assert decision == Decision((), done.model_copy(update={"observed_generation": 2}))
+    told = [item.model_copy(update={"observed_generation": 2}) for item in done.conditions]
+    assert told
+    assert decision == Decision((), done.model_copy(update={"observed_generation": 2, "conditions": told}))
 
 
 def test_the_completion_is_estimated_at_the_pace_of_the_attempt() -> None:

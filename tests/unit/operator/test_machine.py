@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -41,10 +42,11 @@ ENDS: dict[str, dict[str, Any]] = {
     "killed": {"exitCode": 137},
     "out of memory": {"exitCode": 137, "reason": "OOMKilled"},
     "configuration": {"exitCode": 78},
-    "user": {"exitCode": 1, "message": '{"reason": "UserError", "message": "boom"}'},
+    "user": {"exitCode": 1, "message": '{"reason": "UserError", "message": "Boom."}'},
 }
 OFTEN: Final = ("success", "success", "sigterm", "sigterm", "crash", "crash", "killed", "killed", *sorted(ENDS))
 """What is followed by something comes more often than what is not."""
+REASON: Final = re.compile(r"[A-Z][A-Za-z]*")
 HELD: Final = ("ImagePullBackOff", "CreateContainerConfigError")
 TAKEN: Final = ("EvictionByEvictionAPI", "PreemptionByScheduler", "for the disk", "for their own disk", "by hand")
 WORKERS: Final = st.sampled_from((None, None, 0, 1))
@@ -76,6 +78,8 @@ class Life(RuleBasedStateMachine):
         self.final: dict[str, Any] | None = None
         self.final_jobs: set[str] = set()
         self.reasons: dict[int, str] = {}
+        self.conditions: dict[str, dict[str, Any]] = {}
+        """As they were seen last, by type."""
         self.left_running = False
         """Whether a deletion has waited for MLflow for as long as it may, and let go."""
 
@@ -276,12 +280,26 @@ class Life(RuleBasedStateMachine):
         assert status.get("failures", 0) <= RETRIES + 1
 
     @invariant()
+    def conditions_keep_to_kubernetes_conventions(self) -> None:
+        status = self._status()
+        conditions = {item["type"]: item for item in status.get("conditions", ())}
+        for kind, item in conditions.items():
+            assert REASON.fullmatch(item["reason"])
+            assert item["message"].endswith("."), "what others say is sentences here, and so is what quotes them"
+            assert item["observedGeneration"] == status["observedGeneration"], "all was looked at together"
+            before = self.conditions.get(kind, item)
+            # What can't be written may change there and back, seen by nobody.
+            if item["status"] == before["status"] and not self.world.refusals:
+                assert item["lastTransitionTime"] == before["lastTransitionTime"]
+        self.conditions = conditions
+
+    @invariant()
     def a_terminal_phase_is_final(self) -> None:
         status = self._status()
         if self.final is not None and self.world.run is not None:
             # That a later change was seen, and means nothing any more, is said.
             seen = status["observedGeneration"]
-            assert without_places(status) == without_places(self.final) | {"observedGeneration": seen}
+            assert without_places(status) == without_places(speaking_of(seen, self.final))
             assert self.final["observedGeneration"] <= seen <= self.world.run["metadata"]["generation"]
             assert set(self.world.jobs) <= self.final_jobs, "a finished run never trains again"
         elif status.get("phase") in TERMINAL:
@@ -325,6 +343,7 @@ class Life(RuleBasedStateMachine):
             return
         status = run["status"]
         assert status["phase"] in ("Succeeded", "Failed", "Suspended")
+        assert status["observedGeneration"] == run["metadata"]["generation"], "every change was seen"
         assert self.world.living(self.world.now) == [], "what holds nothing keeps nothing"
         if status["phase"] in TERMINAL:
             assert not run["metadata"].get("finalizers")
@@ -395,6 +414,12 @@ def without_places(status: dict[str, Any]) -> dict[str, Any]:
     return {**status, "attempts": attempts}
 
 
+def speaking_of(generation: int, status: dict[str, Any]) -> dict[str, Any]:
+    """A status that says the same of another generation."""
+    conditions = [{**each, "observedGeneration": generation} for each in status["conditions"]]
+    return {**status, "observedGeneration": generation, "conditions": conditions}
+
+
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=500, stateful_step_count=40, deadline=None)
 
@@ -461,6 +486,20 @@ def test_a_pod_that_is_deleted_before_it_starts_costs_no_retry(life: Life) -> No
     life.operator_looks(0)
 
     assert (life._status()["attempts"][1]["reason"], life._status()["failures"]) == ("Preempted", 0)
+
+
+@pytest.mark.parametrize("end", ["success", "configuration"])
+def test_a_finished_run_whose_job_is_deleted_never_trains_again(life: Life, end: str) -> None:
+    life.pods_end(end, only=None)
+    life.operator_looks(0)
+    before = life._status()
+    life.somebody_deletes_the_jobs()
+    life.operator_looks(0)
+    life.operator = None
+    life.operator_looks(400)
+
+    assert before["phase"] in TERMINAL
+    assert (life._status(), life.world.jobs, life.world.pods) == (before, {}, {})
 
 
 @pytest.mark.parametrize("life", ["ends"], indirect=True)
