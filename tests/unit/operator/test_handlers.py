@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from types import SimpleNamespace
-from typing import Any
 
 import aiohttp
 import kopf
@@ -15,8 +13,13 @@ from kopf._core.engines.indexing import OperatorIndexers
 from kopf._core.engines.probing import health_reporter
 
 from heimdall_api.contract import GROUP, PLURAL, VERSION
+from heimdall_operator import controller as controllers
+from heimdall_operator import workqueue
 from heimdall_operator.handlers import SELECTOR, Handlers, _tune, register
 from heimdall_operator.settings import OperatorSettings
+from heimdall_operator.store import Key
+from tests.integration.servers import free_port
+from tests.unit.operator.fakes import KEY, World, controller
 
 
 @pytest.mark.parametrize(
@@ -34,35 +37,56 @@ def test_the_server_leaves_out_pods_and_jobs_of_others(resource: Resource, selec
     assert list(settings.watching.label_selectors.collect(resource)) == selectors
 
 
-@pytest.mark.parametrize(
-    ("stuck", "answer"), [(None, 200), ("nothing was looked at for 900 s", 500)], ids=["looks", "stuck"]
-)
-def test_the_probe_answers_at_once(monkeypatch: pytest.MonkeyPatch, stuck: str | None, answer: int) -> None:
-    controller: Any = SimpleNamespace(stuck_reason=lambda resync_s: stuck, queue=[])
-    monkeypatch.setattr(Handlers, "_controller", controller)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{probe.getsockname()[1]}/healthz"
+async def probed() -> int:
+    """What kopf's server answers a probe, from a server of its own: each keeps its answer for some seconds."""
+    address = f"http://127.0.0.1:{free_port()}/healthz"
+    registry, ready = kopf.OperatorRegistry(), asyncio.Event()
+    register(registry, OperatorSettings(tracking_uri="http://mlflow:5000", trainer_image="trainer:1"))
+    serving = health_reporter(
+        address,
+        memo=kopf.Memo(),
+        indices=OperatorIndexers().indices,
+        registry=registry,
+        settings=kopf.OperatorSettings(),
+        ready_flag=ready,
+    )
+    server = asyncio.create_task(serving)
+    try:
+        await asyncio.wait_for(ready.wait(), 30)
+        # Less than kopf would wait before it tried the handler again.
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as client:
+            return (await client.get(address)).status
+    finally:
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
 
-    async def scenario() -> int:
-        registry, ready = kopf.OperatorRegistry(), asyncio.Event()
-        register(registry, OperatorSettings(tracking_uri="http://mlflow:5000", trainer_image="trainer:1"))
-        serving = health_reporter(
-            address,
-            memo=kopf.Memo(),
-            indices=OperatorIndexers().indices,
-            registry=registry,
-            settings=kopf.OperatorSettings(),
-            ready_flag=ready,
-        )
-        server = asyncio.create_task(serving)
-        try:
-            await asyncio.wait_for(ready.wait(), 30)
-            # Less than kopf would wait before it tried the handler again.
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as client:
-                return (await client.get(address)).status
-        finally:
-            server.cancel()
-            await asyncio.gather(server, return_exceptions=True)
 
-    assert asyncio.run(scenario()) == answer
+def test_the_probe_fails_at_once_when_a_look_has_held_up_the_others_for_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    for module in (controllers, workqueue):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def scenario() -> tuple[int, int]:
+        nonlocal now
+        operator, blocked = controller(World()), asyncio.Event()
+        monkeypatch.setattr(Handlers, "_controller", operator)
+
+        async def look(key: Key) -> None:
+            blocked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(operator, "look", look)
+        operator.queue.add(KEY)
+        worker = asyncio.create_task(operator.work())
+        await blocked.wait()
+        operator.queue.add(Key("team", "other"))
+        before = await probed()
+        now = controllers.STUCK_AFTER_S + 1
+        after = await probed()
+        worker.cancel()
+        await asyncio.gather(worker, return_exceptions=True)
+        return before, after
+
+    assert asyncio.run(scenario()) == (200, 500)
