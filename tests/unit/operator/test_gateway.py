@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
+from mlflow.store.entities import PagedList
 
 from heimdall_operator import mlflow_gateway
 from heimdall_operator.mlflow_gateway import MlflowGateway, MlflowSilentError
@@ -196,6 +197,61 @@ def test_a_store_that_hangs_does_not_keep_mlflow_from_being_asked(monkeypatch: p
         asyncio.run(scenario())
     finally:
         gateway.close()
+
+
+class AskedMlflow:
+    """A client of a server on which some runs train; it tells what was asked."""
+
+    def __init__(self, run_ids: list[str]) -> None:
+        self.asked: list[str] = []
+        self._run_ids = run_ids
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        self.asked.append(f"experiment {name}")
+        return SimpleNamespace(experiment_id=name)
+
+    def search_runs(
+        self, experiment_ids: list[str], *, filter_string: str, max_results: int, page_token: str | None
+    ) -> Any:
+        self.asked.append(f"runs of {', '.join(experiment_ids)}")
+        first = int(page_token or 0)
+        page = self._run_ids[first : first + max_results]
+        token = str(first + max_results) if self._run_ids[first + max_results :] else None
+        return PagedList([self._run(run_id) for run_id in page], token)
+
+    def _run(self, run_id: str) -> Any:
+        info = SimpleNamespace(run_id=run_id, experiment_id="1", status="RUNNING")
+        return SimpleNamespace(info=info, data=SimpleNamespace(tags={}, metrics={}))
+
+
+def test_the_progress_of_many_runs_is_read_in_one_query() -> None:
+    run_ids = [f"r{number}" for number in range(50)]
+    server = AskedMlflow(run_ids)
+    gateway = MlflowGateway("http://127.0.0.1:9")
+    gateway._client = server  # type: ignore[assignment]
+
+    async def scenario() -> list[list[str]]:
+        operator = controller(World())
+        operator._mlflow = gateway
+        for number, run_id in enumerate(run_ids):
+            metadata = {"namespace": "team", "name": run_id, "uid": run_id, "resourceVersion": "1"}
+            spec = {"tracking": {"experiment": f"lab{number % 3}"}}
+            operator.store.put({"metadata": metadata, "spec": spec, "status": {"phase": "Running", "runID": run_id}})
+        asked = []
+        for _ in range(2):
+            server.asked = []
+            await operator.read_progress()
+            asked.append(sorted(server.asked))
+        assert len(operator.queue) == len(run_ids), "each was told of"
+        return asked
+
+    try:
+        first, second = asyncio.run(scenario())
+    finally:
+        gateway.close()
+
+    assert first == ["experiment lab0", "experiment lab1", "experiment lab2", "runs of lab0, lab1, lab2"]
+    assert second == ["runs of lab0, lab1, lab2"]
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own use
