@@ -149,29 +149,59 @@ def test_a_namespace_without_the_secret_says_so(release: Cluster, name: str) -> 
         assert bare.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
 
 
-@pytest.mark.parametrize(
-    ("metric", "word"), [("val/loss", "promoted to champion"), ("nowhere", "its nowhere is missing")]
-)
-def test_a_promotion_says_what_decided_it(release: Cluster, name: str, metric: str, word: str) -> None:
-    promotion = {"alias": "champion", "metric": metric, "mode": "min"}
+PROMOTIONS: dict[str, tuple[dict[str, Any], str, set[str]]] = {
+    "nobody before it": ({"metric": "val/loss"}, "; promoted to champion", {"candidate", "champion"}),
+    "no such metric": ({"metric": "nowhere"}, "its nowhere is missing", {"candidate"}),
+    "a threshold out of reach": (
+        {"metric": "val/loss", "threshold": 0.1},
+        "val/loss 0.333333 does not reach the threshold 0.1",
+        {"candidate"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROMOTIONS.values(), ids=PROMOTIONS.keys())
+def test_a_promotion_says_what_decided_it(
+    release: Cluster, mlflow: Mlflow, name: str, case: tuple[dict[str, Any], str, set[str]]
+) -> None:
+    decides, word, aliases = case
+    promotion = {"alias": "champion", "mode": "min", **decides}
     spec = {"registration": {"model": name, "aliases": ["candidate"], "promotion": promotion}}
     release.apply(contract_run(name, spec=spec, steps=3))
 
     status = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
 
     assert word in condition(status, "ModelRegistered")["message"]
+    assert mlflow.client.get_registered_model(name).aliases.keys() == aliases
 
 
-def test_a_worse_model_does_not_become_champion(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    spec = {"registration": {"model": name, "promotion": {"metric": "val/loss", "mode": "min"}}}
-    for suffix, steps in (("good", 20), ("bad", 2)):
-        release.apply(contract_run(f"{name}-{suffix}", spec=spec, steps=steps))
-        status = release.wait_for_phase(f"{name}-{suffix}", "Succeeded", timeout_s=LIFE_S)
-        release.kubectl("delete", "trainingrun", f"{name}-{suffix}", "--timeout=120s")
+def test_only_a_better_model_becomes_champion(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    champions = []
+    for suffix, steps, word in (
+        ("good", 4, "; promoted to champion"),
+        ("bad", 2, "; not promoted to champion: val/loss 0.5 does not beat version 1's 0.25"),
+        ("better", 5, "; promoted to champion over version 1 (val/loss 0.2 against 0.25)"),
+    ):
+        assert word in told_of_the_model(release, f"{name}-{suffix}", name, steps)
+        champions.append(mlflow.client.get_model_version_by_alias(name, "champion").version)
 
-    message = condition(status, "ModelRegistered")["message"]
-    assert "not promoted to champion: val/loss 0.5 does not beat version 1's 0.05" in message
-    assert mlflow.client.get_model_version_by_alias(name, "champion").version == "1"
+    assert champions == ["1", "1", "3"]
+
+
+def told_of_the_model(release: Cluster, name: str, model: str, steps: int) -> str:
+    """What people are told, by an Event, when the model of a run is registered."""
+    spec = {"registration": {"model": model, "promotion": {"metric": "val/loss", "mode": "min"}}}
+    release.apply(contract_run(name, spec=spec, steps=steps))
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+
+    def note() -> str | None:
+        events = release.list("events.events.k8s.io")
+        about = (item for item in events if item["regarding"]["name"] == name and item["reason"] == "ModelRegistered")
+        return next((str(item["note"]) for item in about), None)
+
+    told = wait_for(note, what="the Event", timeout_s=60, tell=lambda: release.explain(name))
+    release.kubectl("delete", "trainingrun", name, "--timeout=120s")
+    return told
 
 
 def test_progress_and_an_estimate_are_there_while_it_runs(release: Cluster, name: str) -> None:
