@@ -74,6 +74,7 @@ DELETED = {
     "while a queue holds it": ({"queue": "team-queue"}, "Pending", ["KILLED"]),
     "before it began": ({"spec": {"suspend": True}}, "Suspended", []),
     "after it failed": ({"fail": "configuration"}, "Failed", ["FAILED"]),
+    "after it succeeded": ({"steps": 1}, "Succeeded", ["FINISHED"]),
 }
 
 
@@ -94,7 +95,10 @@ def test_a_run_can_be_deleted_in_every_phase(
 
     release.kubectl("delete", "trainingrun", name, "--timeout=120s")
 
-    assert [run.info.status for run in mlflow.runs_of(uid)] == ends
+    runs = mlflow.runs_of(uid)
+    assert [run.info.status for run in runs] == ends
+    versions = [item for run in runs for item in mlflow.versions_of("steps", run.info.run_id)]
+    assert len(versions) == ends.count("FINISHED"), "what was registered stays"
     wait_for(
         lambda: not release.list("jobs,pods,services", selector), what="the end of its Job and pods", timeout_s=120
     )
