@@ -241,21 +241,32 @@ def namespace(release: Cluster, suffix: str) -> Iterator[Cluster]:
         release.run("kubectl", "delete", "namespace", made.namespace, "--timeout=180s")
 
 
-@pytest.fixture(scope="module")
-def confined(release: Cluster) -> Iterator[None]:
-    """The release's operator looks at its own namespace alone: operators of other releases work beside it."""
-    operator = "deployment/heimdall-operator"
+@contextmanager
+def operator_setting(release: Cluster, name: str, value: str) -> Iterator[None]:
+    """The release's operator with another value of one of its settings, as the chart would set it.
 
-    def look_at(namespaces: str) -> None:
-        # What the chart's value would set; an upgrade by it starts the servers anew too.
-        release.kubectl("set", "env", operator, f"HEIMDALL_OPERATOR_NAMESPACES={namespaces}")
+    Not by the chart: an upgrade starts the servers anew too.
+    """
+    operator, variable = "deployment/heimdall-operator", f"HEIMDALL_OPERATOR_{name}"
+    chosen = f"jsonpath={{.spec.template.spec.containers[0].env[?(@.name=='{variable}')].value}}"
+    before = release.kubectl("get", operator, "-o", chosen)
+
+    def set_to(wanted: str) -> None:
+        release.kubectl("set", "env", operator, f"{variable}={wanted}")
         release.kubectl("rollout", "status", operator, "--timeout=180s")
 
     try:
-        look_at(release.namespace)
+        set_to(value)
         yield
     finally:
-        look_at("")
+        set_to(before)
+
+
+@pytest.fixture(scope="module")
+def confined(release: Cluster) -> Iterator[None]:
+    """The release's operator looks at its own namespace alone: operators of other releases work beside it."""
+    with operator_setting(release, "NAMESPACES", release.namespace):
+        yield
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.cluster import Cluster, port_forward
-from tests.e2e.conftest import contract_run
+from tests.e2e.cluster import Cluster, port_forward, wait_for
+from tests.e2e.conftest import contract_run, operator_setting
 
 LIFE_S = 240.0
+WRITES_LIMIT = 6
+"""Of one life: the finalizer, the run's ID, the Job, where its pod runs, how it ended, and the finalizer's end."""
 
 
 def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
@@ -17,8 +21,7 @@ def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
     release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
     uid = release.training_run(name)["metadata"]["uid"]
 
-    with port_forward(release, "deployment/heimdall-operator", 8081) as port:
-        text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+    text = scraped(release)
     lines = release.kubectl("logs", "deployment/heimdall-operator", "--tail=-1").splitlines()
 
     for metric in (
@@ -34,4 +37,36 @@ def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
     assert {"acting"} <= {line["event"] for line in about}
     assert all(
         (line["namespace"], line["trainingrun"], line["uid"]) == (release.namespace, name, uid) for line in about
+    )
+
+
+def scraped(release: Cluster) -> str:
+    with port_forward(release, "deployment/heimdall-operator", 8081) as port:
+        return requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+
+
+def test_a_life_takes_few_writes(release: Cluster, name: str) -> None:
+    # How often progress is written is a matter of time: here it is not read.
+    with operator_setting(release, "PROGRESS_SECONDS", "3600"):
+        before = writes(release)
+        release.apply(contract_run(name, steps=2))
+        release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+        wait_for(
+            lambda: "finalizers" not in release.training_run(name)["metadata"], what="the finalizer's end", timeout_s=30
+        )
+        made = writes(release) - before
+
+    assert made["POST jobs"] == 1
+    assert made.total() <= WRITES_LIMIT, made
+
+
+def writes(release: Cluster) -> Counter[str]:
+    """What the operator has written to the API server since it started, without Events."""
+    samples = (item for family in text_string_to_metric_families(scraped(release)) for item in family.samples)
+    return Counter(
+        {
+            f"{item.labels['verb']} {item.labels['resource']}": int(item.value)
+            for item in samples
+            if item.name == "heimdall_api_writes_total" and item.labels["resource"] != "events"
+        }
     )
