@@ -107,15 +107,6 @@ def test_a_file_that_is_no_text_is_refused() -> None:
         load_training_config("model.ckpt")
 
 
-def test_a_flag_beats_the_file_and_the_file_beats_the_default() -> None:
-    run = override(parse(RUN), {"training.epochs": 9, "training.batchSize": None, "model.pretrained": True})
-    assert run.spec.training.epochs == 9
-    assert run.spec.training.learning_rate == 2.0e-4
-    assert run.spec.training.batch_size == 32
-    assert run.spec.model.pretrained
-    assert run.metadata == parse(RUN).metadata
-
-
 def test_a_flag_that_can_not_be_used_is_named() -> None:
     with pytest.raises(ConfigurationError, match=r"spec\.training\.epochs"):
         override(parse(RUN), {"training.epochs": 0})
@@ -134,36 +125,49 @@ def call(*arguments: str) -> None:
     parsed.call(parsed)
 
 
-def test_the_train_command_s_flags_beat_its_file(trained: list[tuple[TrainingRun, Path]]) -> None:
-    file = written(yaml.safe_dump(RUN))
-    flags = "--backbone vit_base_patch16_224 --pretrained --freeze-backbone --batch-size 4 --epochs 5 --run-name mine"
-    call("train", "--config", str(file), *flags.split(), "--output-dir", "out")
-    ((run, output_dir),) = trained
-    assert (run.spec.model.backbone, run.spec.model.pretrained, run.spec.model.freeze_backbone) == (
-        "vit_base_patch16_224",
-        True,
-        True,
-    )
-    assert (run.spec.training.batch_size, run.spec.training.epochs) == (4, 5)
-    assert run.spec.training.learning_rate == 2.0e-4
-    assert run.spec.tracking.run_name == "mine"
-    assert output_dir == Path("out")
+FLAGS: dict[str, tuple[str, Any, Any, Any]] = {
+    "--backbone vit_base_patch16_224": ("model.backbone", None, "resnet50", "vit_base_patch16_224"),
+    "--pretrained": ("model.pretrained", False, False, True),
+    "--no-pretrained": ("model.pretrained", False, True, False),
+    "--freeze-backbone": ("model.freezeBackbone", False, False, True),
+    "--no-freeze-backbone": ("model.freezeBackbone", False, True, False),
+    "--learning-rate 0.01": ("training.learningRate", 1.0e-3, 2.0e-4, 0.01),
+    "--batch-size 4": ("training.batchSize", 32, 8, 4),
+    "--epochs 5": ("training.epochs", 100, 3, 5),
+    "--run-name mine": ("tracking.runName", None, "ours", "mine"),
+}
+"""A flag's field in the spec, its default, what the file says, and what the flag says."""
 
 
-def test_a_flag_can_switch_off_what_the_file_switches_on(trained: list[tuple[TrainingRun, Path]]) -> None:
-    file = written(yaml.safe_dump({"model": {"pretrained": True, "freezeBackbone": True}}))
-    call("train", "--config", str(file), "--no-pretrained", "--no-freeze-backbone")
-    ((run, _),) = trained
-    assert not run.spec.model.pretrained
-    assert not run.spec.model.freeze_backbone
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_beats_the_file_and_the_file_beats_the_default(
+    flag: str, trained: list[tuple[TrainingRun, Path]]
+) -> None:
+    path, default, in_file, asked = FLAGS[flag]
+    part, _, field = path.partition(".")
+
+    def run(value: Any, **rest: Any) -> dict[str, Any]:
+        return {**RUN, "spec": rest if value is None else {part: {field: value}, **rest}}
+
+    rest = {"data": {"arrivals": True}}
+    file = str(written(yaml.safe_dump(run(in_file, **rest))))
+    for arguments in ([], flag.split(), ["--config", file], ["--config", file, *flag.split()]):
+        call("train", *arguments)
+    expected = [run(default), run(asked), run(in_file, **rest), run(asked, **rest)]
+    assert [found.spec for found, _ in trained] == [parse(each).spec for each in expected]
+    assert trained[-1][0].metadata == parse(RUN).metadata
 
 
-def test_the_train_command_without_file_and_flags_has_the_defaults(trained: list[tuple[TrainingRun, Path]]) -> None:
-    call("train", "--learning-rate", "0.01")
-    ((run, output_dir),) = trained
-    assert run.spec.training.learning_rate == 0.01
-    assert run.spec.training.epochs == 100
-    assert output_dir == Path("outputs")
+def test_the_train_command_has_no_other_flags_than_these_and_where_to_read_and_write() -> None:
+    names = {flag.partition(" ")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for flag in FLAGS}
+    known = vars(cli._parser().parse_args(["train"])).keys() - {"command", "call"}
+    assert known == names | {"config", "output_dir"}
+
+
+def test_the_output_folder_is_the_flag_s_or_the_default(trained: list[tuple[TrainingRun, Path]]) -> None:
+    call("train")
+    call("train", "--output-dir", "out")
+    assert [output_dir for _, output_dir in trained] == [Path("outputs"), Path("out")]
 
 
 def test_the_validate_command_says_that_a_file_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
