@@ -25,6 +25,7 @@ from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.settings import DataSettings
 from tests.unit.trainer.builders import SESSIONS, data_settings
+from tests.unit.trainer.test_physics import frequency_of, tone
 
 SAMPLES = 4096
 SMALL: dict[str, Any] = {"sessions": 2, "transmissions_per_session": 2, "receivers": 2, "samples": 256}
@@ -93,10 +94,39 @@ def test_a_farther_receiver_hears_it_later_by_the_time_of_flight() -> None:
 
 def test_a_clock_that_is_fast_sees_the_carrier_low() -> None:
     scene = Scene()
-    carrier = np.ones(SAMPLES + 2 * MARGIN, dtype=complex)
-    heard = quiet_receive(carrier, clock_ppm=2.0, scene=scene)[:-MARGIN]
-    hertz = np.angle(np.vdot(heard[:-1], heard[1:])) * scene.sample_rate_hz / (2 * np.pi)
-    assert hertz == pytest.approx(-2e-6 * scene.frequency_hz, rel=1e-3)
+    heard = quiet_receive(tone(0.0, SAMPLES + 2 * MARGIN), clock_ppm=2.0, scene=scene)
+    assert frequency_of(heard[:-MARGIN]) == pytest.approx(-2e-6 * scene.frequency_hz, rel=1e-3)
+
+
+def test_a_clock_that_is_fast_takes_more_samples_of_each_period() -> None:
+    """Of a tone, as far as it is from the carrier, which the same clock moves."""
+    carrier, sent = (
+        frequency_of(quiet_receive(tone(hertz, SAMPLES + 2 * MARGIN), clock_ppm=100.0)[MARGIN:-MARGIN])
+        for hertz in (0.0, 40e3)
+    )
+    assert sent - carrier == pytest.approx(40e3 * (1 - 100e-6), abs=0.1)
+
+
+def test_each_receiver_of_a_session_has_a_clock_of_its_own_for_carrier_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(noise_figure_db=(QUIET, QUIET), clock_error_ppm=50.0)
+    heard = []
+    for hertz in (0.0, 40e3):
+        for name in physics.MODULATIONS:
+            monkeypatch.setitem(physics.MODULATIONS, name, lambda samples, *_, hertz=hertz: tone(hertz, samples))
+        folder = tmp_path / str(hertz)
+        folder.mkdir()
+        settings = data_settings(folder)
+        run(settings, sessions=1, receivers=3, samples=SAMPLES, scene=scene)
+        read = RecordingStore.open(settings).read
+        heard.append(
+            [[frequency_of(read(each)[MARGIN:-MARGIN]) for each in sent.recordings] for sent in stored(settings)]
+        )
+    carriers, tones = np.array(heard)  # transmissions, receivers
+    assert np.diff(np.sort(carriers[0])).min() > 1000
+    assert carriers[1] == pytest.approx(carriers[0], abs=0.1), "the clock is the receiver's, not the transmission's"
+    assert tones - carriers == pytest.approx(40e3 * (1 + carriers / scene.frequency_hz), abs=0.1)
 
 
 def test_receivers_lie_around_and_transmitters_within() -> None:
