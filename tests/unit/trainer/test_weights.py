@@ -1,15 +1,17 @@
-"""Pretrained weights from a folder of one's own."""
+"""Pretrained weights from a folder of one's own, and from the library's hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from heimdall_trainer.errors import ConfigurationError
-from heimdall_trainer.model.net import make_backbone
+from heimdall_trainer.model.net import LocalizationNet, make_backbone
 from heimdall_trainer.model.weights import find_weights
 from heimdall_trainer.settings import DataSettings
 from tests.unit.trainer.builders import data_settings
@@ -113,3 +115,31 @@ def test_weights_of_another_backbone_name_field_and_file_and_not_every_tensor(se
     with pytest.raises(ConfigurationError, match=r"^spec\.model\.pretrained: .* holds no weights of") as caught:
         loaded(settings)
     assert len(str(caught.value)) < 600
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, empty; the hub is not asked: HF_HUB_CACHE and HF_HUB_OFFLINE, as read when it is imported."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_the_library_s_own_weights_come_from_its_hub_s_cache(hub: Path) -> None:
+    torch.manual_seed(3)
+    published = timm.create_model(SMALL).state_dict()  # with a classifier, as the library's are
+    repository, commit = hub / "models--timm--test_resnet.r160_in1k", "0" * 40
+    for folder in ("refs", f"snapshots/{commit}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    save_file(published, repository / f"snapshots/{commit}/model.safetensors")
+
+    found = LocalizationNet(SMALL, pretrained=True).backbone.state_dict()
+
+    assert published.keys() - found.keys() == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, published[name]) for name, value in found.items())
+
+
+def test_a_hub_that_is_not_to_be_asked_and_has_no_copy_is_an_error_of_the_configuration(hub: Path) -> None:
+    with pytest.raises(ConfigurationError, match=rf"the weights of '{SMALL}' can't be had .*HEIMDALL_WEIGHTS_URL"):
+        LocalizationNet(SMALL, pretrained=True)
