@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_serializer, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_tracking.redact import redact
@@ -101,6 +101,11 @@ class TrackingSettings(BaseSettings):
         if value is not None and not value.exists():
             raise ValueError(f"names {value}, which does not exist")
         return value
+
+    @field_serializer("tracking_uri", "registry_uri", "s3_endpoint_url")
+    def _masked(self, value: str) -> str:
+        # What is dumped is printed and logged, too.
+        return redact(value)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
