@@ -344,13 +344,17 @@ def sigterm_at(hook: str, step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalizationModule, hook, told_to_end)
 
 
-@pytest.mark.parametrize(
-    ("place", "checkpoint"),
-    [(("training_step", 0), 1), (("training_step", 2), 3), (("training_step", 4), 5), (("validation_step", 3), 3)],
-    ids=["first step", "epoch's last step", "mid-epoch", "validation"],
-)
+STOPS = {
+    **{f"step {step}": ("training_step", step, step + 1) for step in range(EPOCHS * BATCHES)},
+    **{f"validation behind step {step}": ("validation_step", step, step) for step in (BATCHES, EPOCHS * BATCHES)},
+}
+"""Where a training is told to end, and the step of the checkpoint that it leaves."""
+
+
+@pytest.mark.parametrize(("hook", "step", "checkpoint"), STOPS.values(), ids=STOPS.keys())
 def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
-    place: tuple[str, int],
+    hook: str,
+    step: int,
     checkpoint: int,
     *,
     trained: Trained,
@@ -360,7 +364,7 @@ def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
 ) -> None:
     run_id = bench.new_run()
     with monkeypatch.context() as patch:
-        sigterm_at(*place, patch)
+        sigterm_at(hook, step, patch)
         with pytest.raises(TerminatedError, match=f"at step {checkpoint}; its checkpoint was delivered"):
             bench.train(localizer, run_id)
     metrics = bench.train(localizer, run_id, attempt=2)
