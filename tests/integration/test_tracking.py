@@ -5,25 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 
 from heimdall_api.contract import TAG_CHECKPOINTS, parse_checkpoints
 from heimdall_api.types import PromotionSpec, RegistrationSpec
 from heimdall_tracking import MLflowTracker, registry, runs
 from heimdall_tracking.experiments import ensure_experiment
+from heimdall_tracking.params import flatten
 from heimdall_tracking.points import INFINITY
 from heimdall_tracking.queue import MetricQueue
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from tests.integration.conftest import Stack
+from tests.unit.tracking.test_params import texts, values
 
 OUTAGE_S = float(os.environ.get("HEIMDALL_OUTAGE_S", "8"))
 """How long a server stays away in mid-training; HEIMDALL_OUTAGE_S=180 for minutes."""
@@ -33,30 +37,38 @@ DELIVERY_TIMEOUT_S = 180
 GIVE_UP_S = 2
 PARAMETERS = 10_000
 """Logged in one call."""
-PROCESSES = 8
+PROCESSES = 4
 
-T = TypeVar("T")
+ENSURE = """
+import sys
+from heimdall_tracking import MLflowTracker, load_settings
+tracker = MLflowTracker(load_settings(tracking_uri=sys.argv[1], experiment_name=sys.argv[2]))
+assert tracker.client
+print("ready", flush=True)
+sys.stdin.readline()
+print(tracker.experiment_id)
+"""
 
 
-def at_once(calls: list[Callable[[], T]]) -> list[T]:
-    """Make calls in threads that all start at the same moment."""
-    barrier = threading.Barrier(len(calls))
-
-    def make(call: Callable[[], T]) -> T:
-        barrier.wait(DELIVERY_TIMEOUT_S)
-        return call()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result(DELIVERY_TIMEOUT_S) for future in [pool.submit(make, call) for call in calls]]
+def found_by_processes(stack: Stack, experiment: str) -> list[str]:
+    """IDs that processes find for an experiment, which all ask for it at the same moment."""
+    command = [sys.executable, "-c", ENSURE, stack.mlflow.url, experiment]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(PROCESSES)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate(timeout=DELIVERY_TIMEOUT_S)[0].strip() for process in processes]
 
 
 def test_an_experiment_made_by_many_at_once_is_one(stack: Stack, name: str) -> None:
-    clients = [stack.client() for _ in range(PROCESSES)]
+    ids = found_by_processes(stack, name)
 
-    ids = at_once([lambda client=client: ensure_experiment(client, name) for client in clients])  # type: ignore[misc]
-
-    assert len(set(ids)) == 1
-    assert [item.name for item in clients[0].search_experiments(filter_string=f"name = '{name}'")] == [name]
+    (made,) = stack.client().search_experiments(filter_string=f"name = '{name}'")
+    assert ids == [made.experiment_id] * PROCESSES
 
 
 def test_a_deleted_experiment_is_restored_by_many_at_once_with_its_runs(stack: Stack, name: str) -> None:
@@ -64,11 +76,10 @@ def test_a_deleted_experiment_is_restored_by_many_at_once_with_its_runs(stack: S
     experiment = ensure_experiment(client, name)
     run_id = client.create_run(experiment).info.run_id
     client.delete_experiment(experiment)
-    clients = [stack.client() for _ in range(PROCESSES)]
 
-    ids = at_once([lambda client=client: ensure_experiment(client, name) for client in clients])  # type: ignore[misc]
+    ids = found_by_processes(stack, name)
 
-    assert set(ids) == {experiment}
+    assert ids == [experiment] * PROCESSES
     assert client.get_experiment(experiment).lifecycle_stage == "active"
     assert client.get_run(run_id).info.lifecycle_stage == "active"
 
@@ -100,6 +111,20 @@ def test_a_training_is_found_whole_at_its_end(stack: Stack, name: str, tmp_path:
     assert run.data.metrics["metrik/ö"] == 1
     assert stack.mlflow.artifact(run, "loss.txt") == b"plot"
     assert stack.mlflow.artifact(run, "plots/loss.txt") == b"plot"
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(texts, values, min_size=20, max_size=40))
+def test_whatever_a_configuration_holds_is_in_the_database_as_text(
+    stack: Stack, name: str, params: dict[str, Any]
+) -> None:
+    tracker = stack.tracker(name)
+    run_id = tracker.start_run("run")
+    tracker.log_params(params)
+
+    assert tracker.end_run(timeout_s=DELIVERY_TIMEOUT_S)
+
+    assert stack.client().get_run(run_id).data.params == flatten(params)
 
 
 def test_the_best_run_is_the_older_of_the_best_numbers(stack: Stack, name: str) -> None:
@@ -220,7 +245,31 @@ def test_a_run_and_its_version_are_made_once_however_often_they_are_asked_for(st
     assert tracker.register_model(name, f"models:/{model.model_id}") == "1"
     best = tracker.get_best_run("loss")
     assert best is not None
-    assert best["run_id"] == facts.run_id
+    assert (best["run_id"], best["status"], best["metrics"]) == (facts.run_id, "FINISHED", {"loss": 0.5})
+    assert tracker.get_run_info() == stack.tracker(name).get_run_info(facts.run_id) == best
+
+
+def test_stages_are_aliases_of_a_model_s_versions(stack: Stack, name: str) -> None:
+    tracker, client = stack.tracker(name), stack.client()
+    for number in ("1", "2"):
+        run_id = tracker.start_run("run")
+        model = client.create_logged_model(tracker.experiment_id, name="model", source_run_id=run_id)
+        client.finalize_logged_model(model.model_id, "READY")
+        assert tracker.register_model(name, f"models:/{model.model_id}") == number
+        tracker.end_run()
+
+    stages: list[tuple[str, Any, list[set[str]]]] = [
+        ("1", "Staging", [{"staging"}, set()]),
+        ("1", "Production", [{"staging", "production"}, set()]),
+        ("2", "Production", [{"staging"}, {"production"}]),
+        ("1", "Archived", [{"archived"}, {"production"}]),
+        ("2", "None", [{"archived"}, set()]),
+    ]
+    for version, stage, aliases in stages:
+        tracker.transition_model_stage(name, version, stage)
+        assert [set(client.get_model_version(name, each).aliases) for each in ("1", "2")] == aliases
+    with pytest.raises(MlflowException, match="not found"):
+        tracker.transition_model_stage(name, "3", "Staging")
 
 
 def train(tracker: MLflowTracker, *, first: int, duration_s: float) -> int:
