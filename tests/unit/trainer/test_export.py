@@ -13,7 +13,7 @@ from heimdall_trainer import export
 from heimdall_trainer.errors import ExportError
 from heimdall_trainer.export import Tolerance, export_localizer, export_module, open_onnx
 from heimdall_trainer.model.net import LocalizationNet
-from tests.unit.trainer.test_net import SMALLEST, scene, step, timed_scene
+from tests.unit.trainer.test_net import REAL, SMALLEST, scene, step, timed_scene
 from tests.unit.trainer.user_modules import Line
 
 pytestmark = pytest.mark.slow
@@ -21,11 +21,15 @@ FILE = Path("model.onnx")
 """In the test's own folder."""
 
 
-@pytest.mark.parametrize("backbone", SMALLEST)
+@pytest.mark.parametrize("backbone", [*SMALLEST, *REAL])
 def test_every_family_is_exported_after_a_step_for_any_batch_and_any_number_of_receivers(backbone: str) -> None:
     torch.manual_seed(1)
     net = LocalizationNet(backbone)
+    first = next(net.parameters())
+    before = first.detach().clone()
     step(net)
+    assert not torch.equal(first, before)
+    assert all(each.isfinite().all() for each in net.parameters())
     exported = export_localizer(net, FILE)
 
     assert set(exported.differences) == {"position", "sigma"}

@@ -40,6 +40,8 @@ FAMILIES = [
     "efficientnet_b4",
 ]
 SMALLEST = ["test_convnext", "test_resnet", "test_vit", "test_efficientnet"]
+REAL = ["convnext_tiny", "resnet50"]
+"""Of the size that people train: weights and graph as they are, not a toy's."""
 
 
 def scene(batch: int = 2, receivers: int = 4, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
