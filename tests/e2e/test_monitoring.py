@@ -14,6 +14,10 @@ from tests.e2e.conftest import contract_run, operator_setting
 LIFE_S = 240.0
 WRITES_LIMIT = 6
 """Of one life: the finalizer, the run's ID, the Job, where its pod runs, how it ended, and the finalizer's end."""
+STATUS_WRITES = 3
+"""Of these."""
+SLOW_WRITES = 2
+"""Of a machine with much else to do: what a pod waits for after ten seconds, and a log that took as long to be kept."""
 
 
 def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
@@ -56,8 +60,10 @@ def test_a_life_takes_few_writes(release: Cluster, name: str) -> None:
         )
         made = writes(release) - before
 
+    print(f"writes of one life: {made.total()} {dict(made)}")
     assert made["POST jobs"] == 1
-    assert made.total() <= WRITES_LIMIT, made
+    assert made.total() - made["PATCH trainingruns/status"] == WRITES_LIMIT - STATUS_WRITES
+    assert made["PATCH trainingruns/status"] <= STATUS_WRITES + SLOW_WRITES, made
 
 
 def writes(release: Cluster) -> Counter[str]:
