@@ -18,11 +18,13 @@ if [ "${1:-postgres}" = postgres ] && [ ! -s "$PGDATA/PG_VERSION" ]; then
   if [ "$database" != postgres ]; then
     psql -v ON_ERROR_STOP=1 --username "$user" --dbname postgres -c "CREATE DATABASE \"$database\""
   fi
+  export POSTGRES_USER="$user" POSTGRES_DB="$database"
   for file in /docker-entrypoint-initdb.d/*; do
     [ -e "$file" ] || continue
     case "$file" in
+      *.sh) if [ -x "$file" ]; then "$file"; else . "$file"; fi ;;
       *.sql) psql -v ON_ERROR_STOP=1 --username "$user" --dbname "$database" -f "$file" ;;
-      *) echo "$file is left out: the stand-in runs SQL alone" >&2 ;;
+      *) echo "$file is left out: it is neither SQL nor a script" >&2 ;;
     esac
   done
   pg_ctl -D "$PGDATA" -m fast -w stop

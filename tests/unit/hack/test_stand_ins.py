@@ -76,3 +76,10 @@ def test_programs_are_what_containers_start(name: str, program: str) -> None:
 def test_nobody_is_asked_for_where_the_official_image_runs_as_root() -> None:
     assert "USER" not in instructions("minio")
     assert "USER" not in instructions("mlflow")
+
+
+def test_postgresql_runs_scripts_and_sql_when_its_volume_is_empty() -> None:
+    """The official image runs a script within its own shell where it is not executable, as a ConfigMap's is."""
+    entry = (ROOT / "images/postgresql/docker-entrypoint.sh").read_text()
+    assert '*.sh) if [ -x "$file" ]; then "$file"; else . "$file"; fi ;;' in entry
+    assert "*.sql) psql" in entry
