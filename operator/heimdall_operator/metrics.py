@@ -80,7 +80,7 @@ def _state(status: dict[str, Any]) -> tuple[str, str]:
     conditions = {item["type"]: item for item in status.get("conditions", ())}
     # Of a run that failed, why; of every other, what it waits for.
     telling = conditions.get("Failed") or conditions.get("Complete") or {}
-    return status.get("phase", "New"), telling.get("reason", "")
+    return status.get("phase", "New"), telling.get("reason", "New")
 
 
 def record_job(observed: Observed, now: Any) -> None:

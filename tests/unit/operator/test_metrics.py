@@ -39,6 +39,10 @@ def test_attempts_are_counted_once_by_reason() -> None:
     assert sample("heimdall_attempts_total", reason="Completed") == before + 1
 
 
+def test_a_run_that_nobody_has_looked_at_has_a_name_in_each_picture() -> None:
+    assert metrics._state({}) == ("New", "New")
+
+
 def test_the_first_job_is_timed_and_later_ones_are_not() -> None:
     before = sample("heimdall_job_seconds_count")
     world = World()
