@@ -139,6 +139,8 @@ class Cluster(World):
 
     def suspend_jobs(self, suspend: bool) -> None:
         """What a queue does, or somebody by hand: a Job is held, or let go on certain nodes."""
+        if not suspend:
+            self.now += timedelta(seconds=1)  # times have seconds: of two within one nobody can tell which was first
         for job in self.jobs.values():
             if not is_over(job) and bool(job["spec"].get("suspend")) != suspend:
                 job["spec"]["suspend"] = suspend
