@@ -439,7 +439,7 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
     message = f"Attempt {attempt.number} is being ended: {attempt.message}"
     status = with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
     if observed.job is not None and not observed.job.deleting:
-        if _has_account(observed, attempt) and attempt.number not in observed.logs:
+        if _has_account(observed, attempt):
             return Decision((KeepLogs(attempt.number, pods_go=True),), status)
         return Decision((DeleteJob(observed.job.name),), status)
     if _living(observed, now):
@@ -480,15 +480,15 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
 
 
 def _has_account(observed: Observed, attempt: Attempt) -> bool:
-    """Whether a pod of an attempt has run, or failed before it could, and its log is not known to be kept."""
-    if attempt.logs is not None:
+    """Whether a pod of an attempt has run, or failed before it could, and its log is to be kept now."""
+    if attempt.logs is not None or attempt.number in observed.logs:
         return False
     return any(pod.running_since is not None or pod.phase == "Failed" for pod in observed.pods_of(attempt.number))
 
 
 def _is_unkept(observed: Observed, attempt: Attempt) -> bool:
     """Whether an attempt has ended whose account is to be kept now."""
-    return attempt.end_time is not None and attempt.number not in observed.logs and _has_account(observed, attempt)
+    return attempt.end_time is not None and _has_account(observed, attempt)
 
 
 def _keeps_logs(observed: Observed) -> bool:
@@ -661,7 +661,7 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
         return Decision((), observed.status)
     overdue = age_s(deleted, now) > DELETION_LIMIT_S
     newest = next(reversed(observed.status.attempts), None)
-    if newest and not overdue and newest.number not in observed.logs and _has_account(observed, newest):
+    if newest and not overdue and _has_account(observed, newest):
         return Decision((KeepLogs(newest.number, pods_go=True),), observed.status)
     if observed.job is not None and not observed.job.deleting:
         return Decision((DeleteJob(observed.job.name),), observed.status)

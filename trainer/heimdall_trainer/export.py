@@ -29,8 +29,9 @@ SIZES: Final = ((1, 1), (1, 5), (3, 1), (2, 4))
 """Batches and receivers that a localizer is verified on: none is the size that it was exported with."""
 SEED: Final = 7
 SPREAD_M: Final = 1000.0
-ARRIVAL_SIGMA_M: Final = 10.0
 """Receivers that a localizer is verified on lie about this far from the origin."""
+ARRIVAL_SIGMA_M: Final = 10.0
+"""Least standard deviation of the arrivals that it is verified on."""
 NOTES: Final = {
     2: "metres east and north of any origin",
     4: "metres east and north of any origin, how many metres later it arrived than at any one of them, and how sure",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,6 +64,24 @@ def test_what_serves_is_probed(rendered: Rendered) -> None:
         if name.startswith(("Deployment/", "StatefulSet/")):
             for container in spec["containers"]:
                 assert {"readinessProbe", "livenessProbe"} <= container.keys(), name
+
+
+@pytest.mark.parametrize(
+    ("code", "lives", "serves"), [(0, True, True), (1, True, False), (2, False, False)], ids=["in", "recovers", "gone"]
+)
+def test_a_database_that_recovers_from_a_crash_is_left_to_it(
+    code: int, lives: bool, serves: bool, rendered: Rendered, tmp_path: Path
+) -> None:
+    """By what pg_isready ends with, as PostgreSQL documents it."""
+    stub = tmp_path / "pg_isready"
+    stub.write_text(f"#!/bin/sh\nexit {code}\n")
+    stub.chmod(0o755)
+    (container,) = rendered.pods()["StatefulSet/heimdall-database"]["containers"]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    for probe, passes in (("startupProbe", lives), ("livenessProbe", lives), ("readinessProbe", serves)):
+        done = subprocess.run(container[probe]["exec"]["command"], env=env, timeout=10, check=False)
+        assert (done.returncode == 0) is passes, probe
 
 
 def secret_values(rendered: Rendered) -> set[str]:
