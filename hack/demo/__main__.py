@@ -34,6 +34,7 @@ POLL_S: Final = 2.0
 def main() -> None:
     """Go the whole way."""
     began = time.monotonic()
+    engine.forget_environment()
     with told("hack/demo"):
         _hack("cluster", "up")
         _hack("images", "build", *SMALL_IMAGES, "trainer")

@@ -119,6 +119,7 @@ def main() -> None:
         for image in CATALOGUE.values():
             print(f"{image.name:12}{image.reference}")
         return
+    engine.forget_environment()
     with told("hack/images"):
         with locked():
             engine.ensure()

@@ -28,6 +28,7 @@ MEMORY_NEEDED_GB: Final = 8
 def main() -> None:
     """Do what the command line asks for."""
     arguments = _parser().parse_args()
+    engine.forget_environment()
     with told("hack/cluster"):
         if arguments.command in ("env", "status"):
             arguments.call(arguments)
@@ -82,7 +83,6 @@ def check_machine() -> None:
     Raises:
         ClusterError: Disk or memory do not suffice.
     """
-    CACHE.mkdir(parents=True, exist_ok=True)
     needed = DISK_NEEDED_WARM_GB
     if _is_cold():
         needed = max(needed, DISK_NEEDED_GB - round(_size(CACHE) / 1e9))
@@ -113,6 +113,7 @@ def _size(folder: Path) -> int:
 
 def _down(arguments: argparse.Namespace) -> None:
     engine.refuse_another_cache()
+    engine.settle_installation()
     there = engine.answers() or not engine.is_ours()
     if not there and kind.MARKER.exists() and not BEFORE.exists():
         raise ClusterError("the cluster is in a Docker engine that does not answer: start Docker first")
@@ -179,7 +180,7 @@ def locked() -> Iterator[None]:
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     told = False
     while True:
-        CACHE.mkdir(parents=True, exist_ok=True)
+        folders.ensure_cache()
         with LOCK.open("w") as lock:
             if _taken(lock):
                 steps.held.append(lock.fileno())

@@ -82,7 +82,18 @@ def environment() -> dict[str, str]:
     """What a Docker client must be told to reach the engine; empty for an engine that is not ours."""
     if not is_ours():
         return {}
+    return _own_environment()
+
+
+def _own_environment() -> dict[str, str]:
     return {"DOCKER_HOST": f"unix://{SOCKET}", "DOCKER_CONFIG": str(CLIENT_CONFIG)}
+
+
+def forget_environment() -> None:
+    """Forget that the shell was told of our engine (`hack/cluster env`): it may be gone, and another one there."""
+    for name, value in _own_environment().items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
 
 
 def docker() -> str:
@@ -160,8 +171,7 @@ def refuse_another_cache() -> None:
 
 
 def _install() -> None:
-    if POLICY.exists() and POLICY.read_text(errors="replace") == NO_SERVICES:
-        POLICY.unlink()  # left by a call that was killed as it installed something
+    _allow_services()
     packages = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap"}
     missing = [package for program, package in packages.items() if not _is_installed(program)]
     was_killed = any(_held_back_by(unit).exists() for unit in UNITS)
@@ -177,6 +187,18 @@ def _install() -> None:
         if not _is_installed("docker"):
             # Since Debian 13 the client is a package of its own.
             _apt("install", "-y", "-qq", "--no-install-recommends", "docker-cli")
+
+
+def settle_installation() -> None:
+    """Take back what a call that was killed as it installed packages has left in the system's own folders."""
+    _allow_services()
+    if any(_held_back_by(unit).exists() for unit in UNITS):
+        _let_units_go()
+
+
+def _allow_services() -> None:
+    if POLICY.exists() and POLICY.read_text(errors="replace") == NO_SERVICES:
+        POLICY.unlink()
 
 
 def _is_installed(program: str) -> bool:
@@ -221,14 +243,19 @@ def _held_back() -> Iterator[None]:
     try:
         yield
     finally:
-        for unit in UNITS:
-            file = _held_back_by(unit)
-            if file.exists():
-                read(["systemctl", "disable", unit])
-                file.unlink()
-                with contextlib.suppress(OSError):  # somebody else's settings may lie beside it
-                    file.parent.rmdir()
-        read(["systemctl", "daemon-reload"])
+        _let_units_go()
+
+
+def _let_units_go() -> None:
+    """Disable the units that were held back, and hold them back no more."""
+    for unit in UNITS:
+        file = _held_back_by(unit)
+        if file.exists():
+            read(["systemctl", "disable", unit])
+            file.unlink()
+            with contextlib.suppress(OSError):  # somebody else's settings may lie beside it
+                file.parent.rmdir()
+    read(["systemctl", "daemon-reload"])
 
 
 def _held_back_by(unit: str) -> Path:

@@ -1,4 +1,4 @@
-"""Folders that are needed for a while, and how folders are removed whole."""
+"""The cache folder, folders in it that are needed for a while, and how folders are removed whole."""
 
 from __future__ import annotations
 
@@ -12,9 +12,40 @@ from pathlib import Path
 from typing import Final
 
 from heimdall_cluster.paths import CACHE
-from heimdall_cluster.steps import read
+from heimdall_cluster.steps import ClusterError, read
 
-PREFIX: Final = "tmp"
+PREFIX: Final = "scratch-"
+TAG: Final = "CACHEDIR.TAG"
+"""Marks the cache as ours, and as one that backups leave out: bford.info/cachedir."""
+TAG_TEXT: Final = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# Made by hack/cluster, which may remove this folder with all that is in it.\n"
+)
+BEFORE_TAG: Final = frozenset({"lock", "install.lock"})
+"""What may lie in a cache that is still to be made: whoever waits for locks makes them first."""
+
+MADE_UNTAGGED: Final = frozenset({"lock", "parts", "bin"})
+"""What lies in every cache that was made before there was a tag."""
+
+
+def ensure_cache() -> None:
+    """Make the cache folder, or take up the one that this tool has made.
+
+    Raises:
+        ClusterError: It holds what somebody else has put there; `down --all` would remove that too.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    tag = CACHE / TAG
+    if tag.exists() and tag.read_text(errors="replace") == TAG_TEXT:
+        return
+    found = {path.name for path in CACHE.iterdir()}
+    others = sorted(found - BEFORE_TAG)
+    if others and not found >= MADE_UNTAGGED:
+        raise ClusterError(
+            f"{CACHE} holds what this tool did not make ({others[0]}), and its cache is removed whole one day: "
+            "set HEIMDALL_CACHE to a folder that is empty or not there yet"
+        )
+    tag.write_text(TAG_TEXT)
 
 
 @contextmanager

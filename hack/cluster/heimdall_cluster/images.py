@@ -172,7 +172,8 @@ def remove_ours() -> None:
     command = [engine.docker(), "image", "ls", "--quiet", "--no-trunc", "--filter", f"label={OURS}"]
     labelled = {each: inspect(each, label(OURS)) for each in (read(command, env=engine.environment()) or "").split()}
     built = {name for each, name in labelled.items() if name and inspect(name, "{{.Id}}") == each}
-    _remove({*built, *_listed("heimdall/*")})
+    # What debootstrap and kind have made carries no label.
+    _remove({*built, *_listed(DEBIAN), *_listed(NODE_NAME)})
 
 
 def _listed(reference: str) -> list[str]:

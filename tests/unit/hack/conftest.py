@@ -18,6 +18,8 @@ def no_real_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name, path in {"RUN": run, "SOCKET": "docker.sock", "PID_FILE": "docker.pid", "EXEC_ROOT": "exec"}.items():
         monkeypatch.setattr(engine, name, run / path)
+    monkeypatch.setattr(engine, "POLICY", run / "policy-rc.d")
+    monkeypatch.setattr(engine, "UNIT_FOLDERS", run / "units")
 
 
 @pytest.fixture(autouse=True)

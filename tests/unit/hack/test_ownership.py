@@ -228,6 +228,57 @@ def test_an_engine_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) 
             process.kill()
 
 
+def tag(cache: Path) -> None:
+    (cache / folders.TAG).write_text(folders.TAG_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("holds", "is_ours"),
+    [
+        ([], True),
+        (["lock", "install.lock"], True),
+        (["lock", "parts", "bin", "engine"], True),
+        (["thesis.tex"], False),
+        (["tmp", "bin"], False),
+        (["lock", "thesis.tex"], False),
+    ],
+    ids=str,
+)
+def test_a_folder_that_somebody_uses_is_not_taken_for_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, holds: list[str], is_ours: bool
+) -> None:
+    monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
+    for module in (cli, folders):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
+    for name in holds:
+        (tmp_path / name).touch()
+    if is_ours:
+        for _ in range(2):
+            with cli.locked():
+                assert (tmp_path / folders.TAG).exists()
+        (tmp_path / "made later").touch()
+        with cli.locked():
+            return
+    with (
+        pytest.raises(steps.ClusterError, match=r"holds what this tool did not make \((tmp|bin|thesis.tex)\)"),
+        cli.locked(),
+    ):
+        pytest.fail("it was taken")
+    assert {path.name for path in tmp_path.iterdir()} == set(holds)
+
+
+@pytest.mark.parametrize("whose", ["ours", "another"])
+def test_a_shell_that_was_told_of_our_engine_finds_others_when_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """`hack/cluster env` was evaluated, our engine ended, and somebody has started one of his own."""
+    told = engine._own_environment() if whose == "ours" else {"DOCKER_HOST": "tcp://other:2375", "DOCKER_CONFIG": "/c"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    engine.forget_environment()
+    assert {name: os.environ.get(name) for name in told} == (dict.fromkeys(told) if whose == "ours" else told)
+
+
 def test_a_lock_whose_file_was_removed_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
     with (tmp_path / "lock").open("w") as old:
@@ -244,10 +295,14 @@ def test_what_a_call_has_begun_holds_the_lock_as_long_as_it_runs(
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
     for module in (cli, folders):
         monkeypatch.setattr(module, "CACHE", tmp_path)
+    tag(tmp_path)
+    left = tmp_path / f"{folders.PREFIX}abc"
+    left.mkdir()
     (tmp_path / "tmpabc").mkdir()
     takes = f"import fcntl; fcntl.flock(open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     with cli.locked():
-        assert not (tmp_path / "tmpabc").exists(), "what a killed call left half-done is removed"
+        assert not left.exists(), "what a killed call left half-done is removed"
+        assert (tmp_path / "tmpabc").exists()
         inherits = "import os; os.fstat(int(os.environ['HELD']))"
         steps.run([sys.executable, "-c", inherits], log=tmp_path / "log", env={"HELD": str(steps.held[0])})
         other = subprocess.run([sys.executable, "-c", takes], capture_output=True, text=True, check=False, timeout=60)
@@ -272,7 +327,7 @@ def test_no_package_starts_a_service_while_it_is_installed(tmp_path: Path, monke
 def test_a_call_that_was_killed_in_an_installation_leaves_services_startable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, stays: bool
 ) -> None:
-    monkeypatch.setattr(engine, "POLICY", tmp_path / "policy-rc.d")
+    engine.POLICY.parent.mkdir()
     monkeypatch.setattr(engine, "_is_installed", lambda _: True)
     engine.POLICY.write_text(text)
     engine._install()
@@ -319,7 +374,7 @@ def debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Debian:
     made.root.mkdir()
     for name in ("iptables", "containerd.service.enabled"):
         (made.root / name).touch()
-    monkeypatch.setattr(engine, "POLICY", tmp_path / "policy-rc.d")
+    engine.POLICY.parent.mkdir()
     monkeypatch.setattr(engine, "UNIT_FOLDERS", made.root)
     for name in ("run", "read"):
         monkeypatch.setattr(engine, name, getattr(made, name))
@@ -336,7 +391,13 @@ def test_an_engine_that_is_installed_does_not_start_with_the_machine(debian: Deb
     assert list(debian.root.glob("*.d")) == [], "nothing is held back for ever"
 
 
-def test_an_engine_that_a_killed_call_has_installed_does_not_start_with_the_machine(debian: Debian) -> None:
+@pytest.mark.parametrize("next_call", ["up", "down"])
+def test_an_engine_that_a_killed_call_has_installed_does_not_start_with_the_machine(
+    debian: Debian, foreign: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, next_call: str
+) -> None:
+    """Nor is what held it back left for ever, though nobody calls `up` again."""
+    monkeypatch.setattr(engine, "_foreign_answers", lambda: False)
+    monkeypatch.setattr(cli, "CACHE", tmp_path / "cache")
     debian.is_killed = True
     child = os.fork()
     if child == 0:
@@ -347,18 +408,22 @@ def test_an_engine_that_a_killed_call_has_installed_does_not_start_with_the_mach
     assert debian.starts_with_the_machine() == {"containerd.service"}
 
     debian.is_killed = False
-    engine._install()
-    engine._install()
-    assert debian.did == ["dpkg --configure -a", "update"], "the next call ends what was begun, once"
+    if next_call == "up":
+        engine._install()
+        engine._install()
+        assert debian.did == ["dpkg --configure -a", "update"], "the next call ends what was begun, once"
+    else:
+        cli._down(Namespace(all=True))
     assert not debian.has("docker.service.enabled")
     assert list(debian.root.glob("*.d")) == []
+    assert not engine.POLICY.exists()
 
 
 def test_a_client_that_a_killed_call_did_not_come_to_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     did: list[tuple[str, ...]] = []
-    monkeypatch.setattr(engine, "POLICY", tmp_path / "policy-rc.d")
+    engine.POLICY.parent.mkdir()
     monkeypatch.setattr(engine, "_is_installed", lambda program: program != "docker")
     monkeypatch.setattr(engine, "_apt", lambda *words: did.append((words[0], words[-1])))
     engine._install()
@@ -396,8 +461,9 @@ def test_modules_half_removed_are_out_of_gos_sight(monkeypatch: pytest.MonkeyPat
         with pytest.raises(KeyboardInterrupt):
             parts.drop_go_caches()
     assert not parts.GO.exists()
+    tag(tmp_path)
     with cli.locked():
-        assert [path.name for path in tmp_path.iterdir()] == ["lock"], "the next call removes the rest"
+        assert {path.name for path in tmp_path.iterdir()} == {"lock", folders.TAG}, "the next call removes the rest"
 
 
 def test_of_base_images_that_were_being_built_a_kill_leaves_what_the_next_call_removes(
@@ -419,6 +485,7 @@ def test_of_base_images_that_were_being_built_a_kill_leaves_what_the_next_call_r
         with pytest.raises(KeyboardInterrupt):
             images._ensure_debian()
     (left,) = tmp_path.iterdir()
+    tag(tmp_path)
 
     unmounted: list[str] = []
     mounted = [f"{left}/tree/proc", f"{left}/tree/sys"]
@@ -430,7 +497,7 @@ def test_of_base_images_that_were_being_built_a_kill_leaves_what_the_next_call_r
     monkeypatch.setattr(folders, "mounts_under", lambda folder: list(mounted) if folder == left else [])
     monkeypatch.setattr(folders, "read", umount)
     with cli.locked():
-        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+        assert {path.name for path in tmp_path.iterdir()} == {"lock", folders.TAG}
     assert unmounted == [f"{left}/tree/sys", f"{left}/tree/proc"]
 
 
@@ -571,17 +638,20 @@ def test_of_an_engine_s_images_those_are_removed_that_were_built_here(monkeypatc
     """Not what somebody has built on one of them, nor what has taken its name since."""
     labels = {"one": "postgres:15", "above": "postgres:15", "replaced": "redis:7.4"}
     names = {"postgres:15": "one", "redis:7.4": "pulled"}
+    unlabelled = [images.DEBIAN, f"{images.NODE_NAME}:v1", "heimdall/my-model:v1"]
     removed: list[str] = []
 
     def read(command: list[str], **_: object) -> str:
-        return "\n".join(labels) if f"label={images.OURS}" in command else ""
+        if f"label={images.OURS}" in command:
+            return "\n".join(labels)
+        return "\n".join(name for name in unlabelled if name.startswith(command[-1].rstrip("*")))
 
     monkeypatch.setattr(engine, "docker", lambda: "docker")
     monkeypatch.setattr(images, "read", read)
     monkeypatch.setattr(images, "inspect", lambda name, template: (names if "Id" in template else labels)[name])
     monkeypatch.setattr(images, "_remove", removed.extend)
     images.remove_ours()
-    assert removed == ["postgres:15"]
+    assert sorted(removed) == sorted(["postgres:15", *unlabelled[:2]])
 
 
 def test_kind_s_own_node_image_is_read_out_of_its_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
