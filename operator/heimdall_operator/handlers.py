@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Final, cast
 
@@ -22,6 +24,7 @@ from heimdall_operator.controller import Controller
 from heimdall_operator.kube import Kube
 from heimdall_operator.manifests import TrainerDefaults
 from heimdall_operator.mlflow_gateway import MlflowGateway
+from heimdall_operator.pauses import doubled_s
 from heimdall_operator.settings import OperatorSettings
 from heimdall_operator.store import ChildKind, Key, Store
 
@@ -29,6 +32,8 @@ SERVER_TIMEOUT_S: Final = 300
 CLIENT_TIMEOUT_S: Final = 310
 CONNECT_TIMEOUT_S: Final = 30
 LAST_EVENTS_TIMEOUT_S: Final = 5
+WATCH_RETRY_S: Final = 1.0
+WATCH_RETRY_LIMIT_S: Final = 30.0
 OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
 SELECTOR: Final = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 
@@ -46,6 +51,18 @@ class NoDiffs(kopf.DiffBaseStorage):
 
     def store(self, **_: Any) -> None:
         """Keep nothing."""
+
+
+class Backoffs:
+    """How long kopf waits after each failure in a row of one of its calls: without end.
+
+    Where these end, kopf ends the process: for one namespace that was deleted with its Role, all others would be left
+    alone too, and what only this process knows (what hangs, since when) would be lost.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        """Seconds before each further try."""
+        return (doubled_s(WATCH_RETRY_S, times, WATCH_RETRY_LIMIT_S) for times in itertools.count())
 
 
 class Handlers:
@@ -136,6 +153,7 @@ def _tune(settings: kopf.OperatorSettings) -> None:
     settings.watching.client_timeout = CLIENT_TIMEOUT_S
     settings.watching.connect_timeout = CONNECT_TIMEOUT_S
     settings.networking.request_timeout = CONNECT_TIMEOUT_S
+    settings.networking.error_backoffs = Backoffs()
     # The CRD is there before the operator is; looking out for new ones would need rights on all of them.
     settings.scanning.disabled = True
     # Events of the resource are written by the controller, one for each transition; kopf's log lines are no Events.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import aiohttp
@@ -35,6 +37,18 @@ def test_the_server_leaves_out_pods_and_jobs_of_others(resource: Resource, selec
     settings = kopf.OperatorSettings()
     _tune(settings)
     assert list(settings.watching.label_selectors.collect(resource)) == selectors
+
+
+def test_a_watch_that_fails_is_tried_again_for_ever() -> None:
+    """kopf ends with the last of its tries: one namespace that was deleted would take the others along."""
+    settings = kopf.OperatorSettings()
+    _tune(settings)
+    backoffs = settings.networking.error_backoffs
+    assert isinstance(backoffs, Iterable)
+    for _ in ("one call", "the next"):
+        first = list(itertools.islice(backoffs, 2000))
+        assert first[:7] == [1, 2, 4, 8, 16, 30, 30]
+        assert first[-1] == 30
 
 
 async def probed() -> int:
