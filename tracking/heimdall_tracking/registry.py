@@ -17,6 +17,7 @@ from heimdall_tracking.runs import RunFacts, find_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
     from heimdall_api.types import PromotionSpec, RegistrationSpec
 
@@ -59,7 +60,9 @@ def register(client: MlflowClient, facts: RunFacts, spec: RegistrationSpec) -> R
         ModelMissingError: The run logged no model.
         MlflowException: The server is away or refuses.
     """
-    found = find_version(client, spec.model, facts.run_id)
+    known = _versions(client, spec.model, facts.run_id)
+    found = str(known[0].version) if known else None
+    _drop_repeats(client, spec.model, known)
     version = found or _create_version(client, facts, spec.model)
     # The alias of a promotion has to be won, whoever names it here too.
     aliases = [alias for alias in spec.aliases if spec.promotion is None or alias != spec.promotion.alias]
@@ -82,10 +85,29 @@ def find_version(client: MlflowClient, name: str, run_id: str) -> str | None:
     Raises:
         MlflowException: The server is away or refuses.
     """
+    found = _versions(client, name, run_id)
+    return str(found[0].version) if found else None
+
+
+def _versions(client: MlflowClient, name: str, run_id: str) -> list[ModelVersion]:
+    """The versions of a model that came from a run, the first one first."""
     # Not searched for by name: MLflow's filters know no way to write a quote, and a run has few versions.
-    versions = client.search_model_versions(f"run_id = '{run_id}'")
-    numbers = sorted(int(item.version) for item in versions if item.name == name)
-    return str(numbers[0]) if numbers else None
+    found = client.search_model_versions(f"run_id = '{run_id}'")
+    return sorted((item for item in found if item.name == name), key=lambda item: int(item.version))
+
+
+def _drop_repeats(client: MlflowClient, name: str, versions: list[ModelVersion]) -> None:
+    """Delete versions that are the first one once more: a server may carry out what nobody waits for any more.
+
+    Whatever somebody has given one of them (an alias, a tag, a word) makes it theirs.
+    """
+    if len(versions) < 2:  # noqa: PLR2004 - one and its repeats
+        return
+    held = {str(version) for version in client.get_registered_model(name).aliases.values()}
+    first, *others = versions
+    for item in others:
+        if item.source == first.source and not (item.tags or item.description or str(item.version) in held):
+            client.delete_model_version(name, str(item.version))
 
 
 def promote(client: MlflowClient, facts: RunFacts, name: str, version: str, spec: PromotionSpec) -> str:

@@ -51,6 +51,8 @@ class RunFacts:
     experiment_id: str
     status: str
     """RUNNING, SCHEDULED, FINISHED, FAILED or KILLED."""
+    uid: str = ""
+    """UID of the TrainingRun that it was made for."""
     attempt: int = 0
     """Number of the newest attempt that it was opened for."""
     progress: Progress | None = None
@@ -139,6 +141,7 @@ def facts_of(run: Run) -> RunFacts:
         run_id=run.info.run_id,
         experiment_id=str(run.info.experiment_id),
         status=str(run.info.status),
+        uid=tags.get(TAG_UID, ""),
         attempt=_number(tags.get(TAG_ATTEMPT)),
         progress=_parsed(Progress, tags.get(TAG_PROGRESS)),
         best=_parsed(BestMetric, tags.get(TAG_BEST)),
@@ -291,6 +294,16 @@ def end_run(client: MlflowClient, run_id: str, status: FinalStatus, past: int | 
         client.set_tag(run_id, TAG_ATTEMPT, str(past + 1), synchronous=True)
     if run.info.status != status:
         client.set_terminated(run_id, status)
+
+
+def discard_run(client: MlflowClient, run_id: str) -> None:
+    """End and delete a run that nobody knows of: it can be restored in MLflow.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    end_run(client, run_id, "KILLED")
+    client.delete_run(run_id)
 
 
 def find_model(client: MlflowClient, facts: RunFacts) -> str | None:

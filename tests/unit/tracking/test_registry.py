@@ -219,6 +219,26 @@ def test_a_version_that_was_made_twice_is_the_first_one(
     assert aliases(client, name) == {"candidate": "1"}
 
 
+@pytest.mark.parametrize("theirs", ["", "alias", "tag", "words", "another model"])
+def test_a_version_that_came_late_is_taken_back_unless_it_is_somebodys(
+    client: MlflowClient, new_run: NewRun, name: str, theirs: str
+) -> None:
+    run_id = new_run(loss=1.0)
+    register_run(client, run_id, RegistrationSpec(model=name))
+    source = client.get_model_version(name, "1").source if theirs != "another model" else "file:///another"
+    client.create_model_version(name, source, run_id)
+    match theirs:
+        case "alias":
+            client.set_registered_model_alias(name, "mine", "2")
+        case "tag":
+            client.set_model_version_tag(name, "2", "mine", "yes")
+        case "words":
+            client.update_model_version(name, "2", "mine")
+
+    assert register_run(client, run_id, spec(name)).version == "1"
+    assert versions(client, name) == (["1", "2"] if theirs else ["1"])
+
+
 def test_a_missing_metric_promotes_nothing(client: MlflowClient, new_run: NewRun, name: str) -> None:
     done = register_run(client, new_run(accuracy=1.0), spec(name))
 

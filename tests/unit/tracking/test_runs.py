@@ -102,6 +102,20 @@ def test_a_run_that_ended_is_found_by_its_uid_too(client: MlflowClient, name: st
     assert (again.run_id, again.status) == (first.run_id, "FAILED")
 
 
+def test_a_run_that_was_made_beside_another_is_taken_back(client: MlflowClient, name: str) -> None:
+    first = runs.ensure_run(client, uid="u1", experiment=name, name="run")
+    again = client.create_run(first.experiment_id, tags={TAG_UID: "u1"}).info.run_id
+    facts = runs.read_active_facts(client, [first.experiment_id])
+    assert {item.run_id: item.uid for item in facts.values()} == {first.run_id: "u1", again: "u1"}
+
+    for _ in range(2):
+        runs.discard_run(client, again)
+
+    assert runs.read_facts(client, again) is None
+    assert client.get_run(again).info.status == "KILLED"
+    assert list(runs.read_active_facts(client, [first.experiment_id])) == [first.run_id]
+
+
 def test_find_run_makes_nothing(client: MlflowClient, name: str) -> None:
     assert runs.find_run(client, uid="u1", experiment=name) is None
     assert client.get_experiment_by_name(name) is None
