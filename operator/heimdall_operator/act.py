@@ -22,7 +22,7 @@ from heimdall_operator.actions import (
     RemoveFinalizer,
 )
 from heimdall_operator.decide import job_name
-from heimdall_operator.kube import ConflictError, Kube, RefusedError
+from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
 from heimdall_operator.mlflow_gateway import MlflowGateway, MlflowSilentError, RunGoneError
 from heimdall_operator.observe import Observed, job_facts, owner_uid, pod_facts
@@ -33,6 +33,8 @@ from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import ModelMissingError
 
 FINALIZERS: Final = "finalizers"
+DENIED: Final = "denied"
+"""The word by which admission webhooks and policies refuse, whichever code their authors chose."""
 
 log = structlog.get_logger()
 
@@ -148,8 +150,7 @@ class Actor:
             memory=observed.status.attempts[-1].memory,
             queue_labels=observed.queue_labels,
         )
-        if number <= observed.attempt_seen and await self._kube.get_job(observed.namespace, plan.job) is None:
-            # It was asked for in an earlier look: its Job may have been made since, and be gone again.
+        if await self._may_have_company(observed, plan):
             await self._check_alone(observed)
         try:
             if plan.workers > 1:
@@ -158,9 +159,19 @@ class Actor:
         except ConflictError:
             job = await self._own_job(observed, number)
         except RefusedError as error:
+            if number > 1 or DENIED in str(error):
+                # Its like was taken before, or a policy of the cluster has its say: that may pass. It is bounded.
+                raise ForbiddenError(str(error)) from error
             return replace(observed, refusal=f"The API server refused the attempt's Job: {error}")
         self._store.put_child("Job", job)
         return replace(observed, jobs=(*observed.jobs, job_facts(job)))
+
+    async def _may_have_company(self, observed: Observed, plan: AttemptPlan) -> bool:
+        """Whether pods may train that are not known of."""
+        if plan.attempt > observed.attempt_seen:
+            return plan.attempt > 1  # the one before may have been judged by what is not seen any more
+        # It was asked for in an earlier look: its Job may have been made since, and be gone again.
+        return await self._kube.get_job(observed.namespace, plan.job) is None
 
     async def _ensure_service(self, plan: AttemptPlan) -> None:
         service = build_service(name=plan.name, namespace=plan.namespace, uid=plan.uid)
@@ -176,7 +187,9 @@ class Actor:
         """The Job that has the attempt's name already: ours, if an earlier look created it."""
         name = job_name(observed.name, number)
         job = await self._kube.get_job(observed.namespace, name)
-        if job is None or owner_uid(job) != observed.uid:
+        if job is None:
+            raise ConflictError(f"{name} was there, and is gone")
+        if owner_uid(job) != observed.uid:
             raise NameTakenError(f"the name {name} is taken by a Job of another owner")
         return job
 
@@ -185,7 +198,8 @@ class Actor:
         return replace(observed, logs={**observed.logs, number: kept})
 
     async def _delete_job(self, observed: Observed, name: str) -> Observed:
-        await self._kube.delete_job(observed.namespace, name)
+        uid = next((job.uid for job in observed.jobs if job.name == name), "")
+        await self._kube.delete_job(observed.namespace, name, uid)
         jobs = (replace(job, deleting=True) if job.name == name else job for job in observed.jobs)
         return replace(observed, jobs=tuple(jobs))
 
@@ -207,7 +221,7 @@ class Actor:
             log.warning(
                 "MLflow was away for too long: the run is left as it is",
                 run_id=observed.status.run_id,
-                error=f"{type(error).__name__}: {error}",
+                error=redact(f"{type(error).__name__}: {error}"),
             )
             facts = None
         if facts is None:

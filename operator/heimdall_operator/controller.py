@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -43,6 +43,8 @@ REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UN
 """Codes of MLflow's errors that waiting may not mend: somebody has to be told."""
 STUCK_AFTER_S: Final = 300
 """A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
+STILL_AFTER_S: Final = 120
+"""A queue in which no look has ended for this long does not move: each of a look's calls is bounded by much less."""
 
 REFUSED_PAUSE_S: Final = 300.0
 """After how long something is tried again that the API server called invalid: its definition may be upgraded."""
@@ -94,7 +96,6 @@ class Controller:
         self._public_url = public_url
         self._namespaces: list[str | None] = list(namespaces) or [None]
         self._lost_pod_s = lost_pod_s
-        self._followed_since: datetime | None = None
         self._troubles: dict[Key, Trouble] = {}
         """Why Jobs could not be created at the last try: only to be told, and to bound the wait."""
         self._unwritten: dict[Key, _Unwritten] = {}
@@ -104,10 +105,17 @@ class Controller:
         self._facts: dict[str, RunFacts] = {}
         """Progress of active runs, as the last poll read it: only to be shown."""
         self._moved: dict[str, datetime] = {}
-        """When a run's step was last seen to change: nodes' clocks may be wrong, and a hang is told by this one."""
+        """When an active run's step was last seen to change, or since when it is active. Nodes' clocks may be wrong: a
+        hang is told by this one."""
+        self._polled: datetime | None = None
+        """When progress was last read."""
+        self._is_deaf = False
+        """Whether it could not be read the last time."""
+        self._in_doubt: dict[Key, Observed] = {}
+        """What was observed before a write whose answer was lost: it may have been made."""
         self._events: deque[_WaitingEvent] = deque(maxlen=EVENTS_LIMIT)
         self._has_events = asyncio.Event()
-        self._last_look = time.monotonic()
+        self._last_look = self._last_end = time.monotonic()
 
     # --- tasks that run as long as the operator ------------------------------------------------------------------
 
@@ -119,7 +127,7 @@ class Controller:
                 await self._look_safely(key)
             finally:
                 self.queue.done(key)
-                self._last_look = time.monotonic()
+                self._last_look = self._last_end = time.monotonic()
 
     async def resync(self, every_s: float) -> None:
         """List everything anew every few minutes, in case an event was missed."""
@@ -128,7 +136,7 @@ class Controller:
             try:
                 await self.refresh()
             except Exception as error:  # noqa: BLE001 - the API server may be away; the next round mends it
-                log.warning("listing everything failed; trying again", error=str(error), again_in_s=every_s)
+                log.warning("listing everything failed; trying again", error=_describe(error), again_in_s=every_s)
 
     async def refresh(self) -> None:
         """List everything and look at every run."""
@@ -167,9 +175,9 @@ class Controller:
             try:
                 await self.read_progress()
             except Exception as error:  # noqa: BLE001 - MLflow away never stops a run from being watched
-                self._followed_since = None
+                self._is_deaf = True
                 metrics.ERRORS.labels("reading progress").inc()
-                log.warning("reading progress from MLflow failed; trying again", error=str(error))
+                log.warning("reading progress from MLflow failed; trying again", error=_describe(error))
 
     async def read_progress(self) -> None:
         """Read the progress of all active runs and look at those that moved."""
@@ -178,20 +186,44 @@ class Controller:
         active = {key: item for key, item in known.items() if _is_active(item, key in self._unwritten)}
         runs = {str(item["status"]["runID"]): _experiment(item) for item in active.values() if item is not None}
         facts = await self._mlflow.active_facts(runs) if runs else {}
-        self._followed_since = self._followed_since or self._clock()
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
-        now = self._clock()
-        # What is seen for the first time may have moved just now.
-        stays = {run_id for run_id, item in facts.items() if _place(item) == _place(self._facts.get(run_id, item))}
-        self._moved = {run_id: self._moved.get(run_id, now) if run_id in stays else now for run_id in facts}
+        self._moved = self._last_moves(runs, facts, self._clock())
         self._facts = facts
         for key, item in active.items():
             if item is not None and item["status"].get("runID") in moved:
                 self.queue.add(key)
+        await self._discard_strays(facts)
+
+    def _last_moves(self, runs: Collection[str], facts: Mapping[str, RunFacts], now: datetime) -> dict[str, datetime]:
+        """When each active run moved last, after a poll."""
+        # Time in which nobody could hear is no silence; one question that fails must not begin all counts anew either.
+        unheard = now - self._polled if self._is_deaf and self._polled is not None else timedelta()
+        self._polled, self._is_deaf = now, False
+        # What is seen for the first time may have moved just now.
+        still = {
+            run_id for run_id in runs if run_id in self._moved and _place(facts, run_id) == _place(self._facts, run_id)
+        }
+        return {run_id: self._moved[run_id] + unheard if run_id in still else now for run_id in runs}
+
+    async def _discard_strays(self, facts: Mapping[str, RunFacts]) -> None:
+        """Take back runs beside those that TrainingRuns name.
+
+        A server may carry out a creation long after its answer was given up, and the next try has made another by then.
+        """
+        named = {}
+        for resource in filter(None, map(self.store.get, self.store.known())):
+            run_id = (resource.get("status") or {}).get("runID")
+            if run_id is not None:
+                named[resource["metadata"]["uid"]] = run_id
+        for item in facts.values():
+            if named.get(item.uid, item.run_id) != item.run_id:
+                log.warning("MLflow has made a run twice; taking one back", run_id=item.run_id, kept=named[item.uid])
+                await self._mlflow.discard_run(item.run_id)
 
     def stuck_reason(self, resync_s: float) -> str | None:
         """Why the operator is taken for stuck, or None: what a liveness probe asks."""
-        if self.queue.oldest_wait_s > STUCK_AFTER_S:
+        # A long queue is no reason to begin it anew, as long as it moves: its length has an alert of its own.
+        if self.queue.oldest_wait_s > STUCK_AFTER_S and time.monotonic() - self._last_end > STILL_AFTER_S:
             return f"a TrainingRun has waited for {self.queue.oldest_wait_s:.0f} s to be looked at"
         silence = time.monotonic() - self._last_look
         if silence > resync_s + STUCK_AFTER_S:
@@ -239,11 +271,12 @@ class Controller:
         """
         resource = self.store.get(key)
         if resource is None:
-            for known in (self._troubles, self._unwritten, self._refusals):
+            for known in (self._troubles, self._unwritten, self._refusals, self._in_doubt):
                 known.pop(key, None)
             self._actor.keeper.forget(key)
             return None
         observed = self._observe(key, resource)
+        self._settle_doubt(key, observed)
         for _ in range(STEP_LIMIT):
             decision = decide(observed, self._clock())
             if decision.actions:
@@ -263,8 +296,7 @@ class Controller:
             self.store.children("Pod", key),
             self._facts.get(run_id),
             lost_pod_s=self._lost_pod_s,
-            followed_since=self._followed_since,
-            moved=self._moved.get(run_id),
+            moved=None if self._is_deaf else self._moved.get(run_id),
             trouble=self._troubles.get(key),
         )
         observed = replace(observed, logs=self._actor.keeper.known(key, observed.uid, observed.status))
@@ -317,14 +349,32 @@ class Controller:
                 written = await self._kube.patch_status(observed.namespace, observed.name, patch, observed.version)
             except RefusedError as error:
                 return self._go_on_unwritten(status, observed, resource, error)
+            except ConflictError:
+                raise
+            except Exception:
+                if not observed.is_unwritten:
+                    self._in_doubt.setdefault(key, observed)
+                raise
             self.store.put(written)
-            before = read_status(resource) if observed.is_unwritten else observed.status
-            metrics.record_status(observed.created, before, status)
-            for event in events_between(before, status):
-                self._tell(event_manifest(event, observed, self._clock()))
+            self._in_doubt.pop(key, None)
+            self._tell_change(read_status(resource) if observed.is_unwritten else observed.status, status, observed)
             observed = replace(observed, version=written["metadata"]["resourceVersion"])
         self._unwritten.pop(key, None)
         return replace(observed, status=status, is_unwritten=False)
+
+    def _settle_doubt(self, key: Key, observed: Observed) -> None:
+        """Tell of a write whose answer was lost, once it is seen that it was made."""
+        before = self._in_doubt.get(key)
+        if before is None or before.version == observed.version:
+            return
+        del self._in_doubt[key]
+        if before.uid == observed.uid and not observed.is_unwritten:
+            self._tell_change(before.status, observed.status, observed)
+
+    def _tell_change(self, before: TrainingRunStatus, after: TrainingRunStatus, observed: Observed) -> None:
+        metrics.record_status(observed.created, before, after)
+        for event in events_between(before, after):
+            self._tell(event_manifest(event, observed, self._clock()))
 
     def _go_on_unwritten(
         self, status: TrainingRunStatus, observed: Observed, resource: Manifest, error: RefusedError
@@ -510,9 +560,13 @@ def _recent_events(resource: Any, now: datetime) -> list[dict[str, Any]]:
     return [event_manifest(event, observed, event.time or now) for event in recent]
 
 
-def _place(facts: RunFacts) -> tuple[int, int] | None:
-    """Where a training is: the end of an epoch is a move too, from which validation has its time."""
-    return (facts.progress.epoch, facts.progress.step) if facts.progress is not None else None
+def _place(facts: Mapping[str, RunFacts], run_id: str) -> tuple[int, ...]:
+    """Where a training is: an attempt is a move too, and the end of an epoch, from which validation has its time."""
+    known = facts.get(run_id)
+    if known is None:
+        return ()
+    step = (known.progress.epoch, known.progress.step) if known.progress is not None else ()
+    return (known.attempt, *step)
 
 
 def _sooner(*delays_s: float | None) -> float | None:
@@ -521,7 +575,7 @@ def _sooner(*delays_s: float | None) -> float | None:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return redact(f"{type(error).__name__}: {error}")
 
 
 def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:

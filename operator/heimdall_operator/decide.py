@@ -212,7 +212,7 @@ def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: d
     if judged is not None and not _evicted(observed):
         return judged
     if observed.refusal:
-        return Outcome(reason=Reason.INVALID_CONFIGURATION, message=observed.refusal, ended=now)
+        return Outcome(reason=Reason.INVALID_CONFIGURATION, message=shorten(observed.refusal), ended=now)
     if spec.suspend:
         return Outcome(reason=Reason.SUSPENDED, message="Suspended by spec.suspend.")
     if spec.active_deadline_seconds and age_s(observed.status.start_time, now) >= spec.active_deadline_seconds:
@@ -241,11 +241,15 @@ def _was_let_go_again(observed: Observed, job: JobFacts) -> bool:
 def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
     """What the Job alone says, once its pod's own account can no longer be expected."""
     job = observed.job
-    if job is None or (job.finished is None and not job.deleting):
+    message = "The pod or its Job was deleted while it was training."
+    if job is None:
+        # Not made again under the same number: a container that its node still runs would publish beside the new one.
+        is_over = observed.status.attempts[-1].running_time is not None and not _living(observed, now)
+        return Outcome(reason=Reason.PREEMPTED, message=message, ended=now) if is_over else None
+    if job.finished is None and not job.deleting:
         return None
     if job.finished is not None and age_s(job.finished, now) < POD_VANISHED_S:
         return None
-    message = "The pod or its Job was deleted while it was training."
     if job.succeeded:
         # Exit 0 is not enough: a Job counts a pod that was deleted and then exited 0, and nothing else tells of that.
         message = "Its Job succeeded, but the pod is gone: nobody saw whether it was deleted while it was training."
@@ -264,11 +268,12 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     # Silence counts only while it can be heard: MLflow away, or an operator that has just started, is no hang. Nor is
     # the grace period of pods that were told to end, when nobody follows them any more.
     ends = any(pod.deleting is not None for pod in observed.attempt_pods)
-    if spec.stall_timeout_seconds is None or observed.followed_since is None or ends:
+    if spec.stall_timeout_seconds is None or observed.moved is None or ends:
         return None
     progress = observed.run.progress if observed.run else observed.status.progress
-    started = [pod.running_since for pod in observed.attempt_pods if pod.running_since is not None]
-    moved = max(*started, observed.followed_since, observed.moved or observed.followed_since)
+    # A node whose clock is ahead is not taken at its word: a hang would be noticed that much later.
+    started = [since for pod in observed.attempt_pods if (since := pod.running_since) is not None and since <= now]
+    moved = max([observed.moved, *started])
     if age_s(moved, now) < spec.stall_timeout_seconds:
         return None
     step = f"step {progress.step}" if progress else "its start"
@@ -470,10 +475,10 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
     if reason == Reason.HOST_OUT_OF_MEMORY and memory is None and spec.retries.memory_growth is not None:
         message += f" It had all that spec.retries.memoryGrowth.max allows ({spec.retries.memory_growth.max})."
     if reason in FINAL and not (reason == Reason.HOST_OUT_OF_MEMORY and memory is not None):
-        return _fail(observed, reason, shorten(message), now)
+        return _fail(observed, reason, message, now)
     if reason not in FREE and observed.status.failures > spec.retries.limit:
         tries = f"{observed.status.failures} attempts failed (spec.retries.limit is {spec.retries.limit}). Last: "
-        return _fail(observed, reason, shorten(tries + message), now)
+        return _fail(observed, reason, tries + message, now)
     if spec.suspend:
         return Decision((), _suspended(observed, now))
     return _retry(observed, attempt, memory, now)
@@ -575,7 +580,7 @@ def _succeed(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
 
 
 def _fail(observed: Observed, reason: Reason, message: str, now: datetime) -> Decision:
-    status = observed.status
+    status, message = observed.status, shorten(message)
     if status.run_id is not None and (observed.run is None or observed.run.status != "FAILED"):
         words = f"{message.rstrip('.')}. Waiting for MLflow to end the run."
         return Decision(

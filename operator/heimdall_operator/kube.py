@@ -151,9 +151,20 @@ class Kube:
                 return names
             onward = [("continue", token)]
 
-    async def delete_job(self, namespace: str, name: str) -> None:
-        """Delete a Job and its pods, which get their grace period."""
-        options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+    async def delete_job(self, namespace: str, name: str, uid: str = "") -> None:
+        """Delete a Job and its pods, which get their grace period.
+
+        Args:
+            namespace: The Job's.
+            name: Its name.
+            uid: Its UID, where it is known: another one of this name is left alone.
+
+        Raises:
+            ConflictError: It is another one.
+        """
+        options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        if uid:
+            options["preconditions"] = {"uid": uid}
         await self._call("DELETE", _path("/apis/batch/v1", namespace, "jobs", name), options, missing_ok=True)
 
     async def patch_finalizers(
@@ -232,7 +243,9 @@ class Kube:
         if response.status == HTTP_NOT_FOUND and missing_ok:
             return b"{}"
         message = _message(text)
-        if response.status == HTTP_CONFLICT or (response.status == HTTP_NOT_FOUND and method == "PATCH"):
+        # A creation that is in conflict with something else's (a quota's count, say) is no name that is taken.
+        is_conflict = response.status == HTTP_CONFLICT and (method != "POST" or _reason(text) == "AlreadyExists")
+        if is_conflict or (response.status == HTTP_NOT_FOUND and method == "PATCH"):
             raise ConflictError(message)  # changed, or gone
         if response.status in HTTP_REFUSED:
             raise RefusedError(message, _fields(text))
@@ -258,6 +271,14 @@ def _message(text: bytes) -> str:
         return str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
         return text[:200].decode(errors="replace")
+
+
+def _reason(text: bytes) -> str:
+    """The API server's word for what is wrong."""
+    try:
+        return str(json.loads(text)["reason"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _fields(text: bytes) -> tuple[str, ...]:

@@ -227,7 +227,7 @@ def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
     return {
         **({"subdomain": service_name(plan.name)} if plan.workers > 1 else {}),
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": defaults.grace_period_s,
+        "terminationGracePeriodSeconds": _grace_period_s(plan, defaults),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
@@ -278,7 +278,7 @@ def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str,
         ENV_TRACKING_URI: defaults.tracking_uri,
         ENV_MLFLOW_RUN_ID: plan.run_id,
         ENV_ATTEMPT: str(plan.attempt),
-        ENV_GRACE_PERIOD: str(defaults.grace_period_s),
+        ENV_GRACE_PERIOD: str(_grace_period_s(plan, defaults)),
         ENV_RUN_FILE: RUN_FILE,
         ENV_TERMINATION_MESSAGE: TERMINATION_MESSAGE_FILE,
         "HOME": SCRATCH_DIR,
@@ -289,6 +289,12 @@ def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str,
         **(dict.fromkeys(CA_VARIABLES, CA_FILE) if defaults.ca else {}),
     }
     return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _grace_period_s(plan: AttemptPlan, defaults: TrainerDefaults) -> int:
+    """Seconds that the pod has to end in: the user's, of whom the trainer must know."""
+    own = (plan.spec.pod_template.get("spec") or {}).get("terminationGracePeriodSeconds")
+    return defaults.grace_period_s if own is None else own
 
 
 def _processes(plan: AttemptPlan) -> int:

@@ -150,6 +150,10 @@ class MlflowGateway:
         if found is not None and found.status == "RUNNING":
             await self._do(runs.end_run, found.run_id, status)
 
+    async def discard_run(self, run_id: str) -> None:
+        """Take back a run that was made beside the one that its TrainingRun names."""
+        await self._do(runs.discard_run, run_id)
+
     async def register(self, observed: Observed) -> tuple[Registration, RunFacts]:
         """Register the run's model."""
         spec = observed.spec

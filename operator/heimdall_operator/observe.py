@@ -86,6 +86,7 @@ class JobFacts:
     name: str
     attempt: int
     created: datetime
+    uid: str = ""
     deleting: bool = False
     finished: datetime | None = None
     """When it ended; None while it has not."""
@@ -149,10 +150,9 @@ class Observed:
     """Pods of every attempt that still exist."""
     is_fresh: bool = False
     """Whether this look itself added the finalizer: before that nobody can have created an MLflow run."""
-    followed_since: datetime | None = None
-    """Since when progress could be read from MLflow without interruption; None while it can't."""
     moved: datetime | None = None
-    """When its step was last seen to change, by the operator's own clock; None where it was not since it started."""
+    """When its step was last seen to change, or since when it is followed, by the operator's own clock; time in which
+    nobody could hear of it left out. None while that is so."""
     trouble: Trouble | None = None
     """What kept a Job from being created at the last try; it may have been another attempt's."""
     run: RunFacts | None = None
@@ -207,7 +207,6 @@ def observe(
     run: RunFacts | None = None,
     *,
     lost_pod_s: float = LOST_POD_S,
-    followed_since: datetime | None = None,
     moved: datetime | None = None,
     trouble: Trouble | None = None,
 ) -> Observed:
@@ -219,7 +218,6 @@ def observe(
         pods: Its pods: those of an older TrainingRun of the same name are left out.
         run: What MLflow says of it, if somebody asked.
         lost_pod_s: See Observed.
-        followed_since: See Observed.
         moved: See Observed.
         trouble: See Observed.
 
@@ -238,7 +236,6 @@ def observe(
         created=_time(metadata["creationTimestamp"]),
         deleted=_time_or_none(metadata.get("deletionTimestamp")),
         lost_pod_s=lost_pod_s,
-        followed_since=followed_since,
         moved=moved,
         trouble=trouble,
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
@@ -268,6 +265,7 @@ def job_facts(job: Manifest) -> JobFacts:
         name=metadata["name"],
         attempt=_attempt(metadata),
         created=_time(metadata["creationTimestamp"]),
+        uid=metadata.get("uid", ""),
         deleting="deletionTimestamp" in metadata,
         finished=_time(ended[0]["lastTransitionTime"]) if ended else None,
         succeeded=any(item["type"] == "Complete" for item in ended),

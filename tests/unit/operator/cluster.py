@@ -222,9 +222,26 @@ class Cluster(World):
         for name, pod in list(self.pods.items()):
             if pod["metadata"]["labels"][JOB_NAME] == job:
                 self.could_be[attempt_of(pod)].add("Preempted")
+                self.released.discard(name)  # no Job is left that would make another for it
                 self.delete_pod(name)
                 if pod["status"]["phase"] in ENDED:
                     del self.pods[name]
+
+    def remove_pods_by_force(self) -> None:
+        """What somebody does with `kubectl delete pod --force`; on a node that is not heard of, it may run on."""
+        status = (self.run or {}).get("status") or {}
+        seen = {each["number"] for each in status.get("attempts", ()) if each.get("runningTime")}
+        for name, pod in list(self.pods.items()):
+            if "deletionTimestamp" not in pod["metadata"] or not is_living(pod):
+                continue
+            number = attempt_of(pod)
+            self.unseen |= {number} & seen
+            self.could_be[number].add("Preempted")
+            del self.pods[name]
+            job = self.jobs.get(pod["metadata"]["labels"][JOB_NAME])
+            if job is not None and not is_over(job):
+                self._fail(job)
+        self.sync()
 
     def evict(self, disruption: str, *, only: int | None = None, node: str | None = None) -> None:
         """Take the pods' place for something else: of all, of one worker, or of those on a node."""

@@ -48,6 +48,8 @@ class World:
         """Pods that may have trained when another attempt's Job was made."""
         self.unfenced: list[str] = []
         """Jobs that were made before older attempts were kept from publishing."""
+        self.unseen: set[int] = set()
+        """Attempts that were seen to train, and of which a trainer may run on that no pod tells of any more."""
         self.refused: dict[str, datetime] = {}
         """Since when there was no room in the namespace's quota for a Job."""
         self.refuses_status = False
@@ -160,9 +162,11 @@ class FakeKube:
         if self.world.is_full:
             self.world.refused.setdefault(name, self._clock())
             raise ForbiddenError("exceeded quota.")
-        self.world.unfenced += [name] * (not self._is_fenced(job))
+        is_fenced = self._is_fenced(job) and int(job["metadata"]["labels"][LABEL_ATTEMPT]) not in self.world.unseen
+        self.world.unfenced += [name] * (not is_fenced)
         self.world.overlaps += [f"{pod} and {name}" for pod in self.world.living(self._clock())]
         job = copy.deepcopy(job)
+        job["metadata"]["uid"] = f"{name}, number {len(self.world.writes)}"
         job["metadata"]["creationTimestamp"] = self._clock().isoformat().replace("+00:00", "Z")
         self.world.jobs[name] = self.world.stamp(job)
         answer = copy.deepcopy(job)
@@ -172,7 +176,9 @@ class FakeKube:
         self.world.wrote(f"create job {name}")
         return answer
 
-    async def delete_job(self, namespace: str, name: str) -> None:
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        if uid and name in self.world.jobs and self.world.jobs[name]["metadata"]["uid"] != uid:
+            raise ConflictError(name)
         self.world.jobs.pop(name, None)
         self.world.terminate(name, self._clock())
         self.world.wrote(f"delete job {name}")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
 from heimdall_api.contract import Progress
 from heimdall_api.types import Condition
-from heimdall_operator.controller import event_manifest, merge_patch, with_words
+from heimdall_operator.controller import Controller, event_manifest, merge_patch, with_words
 from heimdall_operator.events import Event
 from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
 from heimdall_operator.mlflow_gateway import RunGoneError
@@ -244,6 +245,180 @@ def test_a_run_moves_when_its_step_or_epoch_does_by_the_operators_clock(monkeypa
     assert seen == [times[0], times[0], times[2], times[3], times[3]]
 
 
+def polled(monkeypatch: pytest.MonkeyPatch, polls: list[tuple[float, int | None]]) -> list[float | None]:
+    """An active run's progress at given seconds: its step, or None where MLflow is away.
+
+    Returns:
+        Since how many seconds it is taken to stand still, after each poll; None where nobody can tell.
+    """
+    world = World()
+    world.apply({"tracking": {"experiment": "e"}})
+    asyncio.run(look(world))
+    now = NOW
+    operator = controller(world, clock=lambda: now)
+    still: list[float | None] = []
+
+    async def scenario() -> None:
+        nonlocal now
+        await operator.refresh()
+        resource: Any = operator.store.get(KEY)
+        resource["status"]["phase"] = "Running"
+        for at, step in polls:
+
+            async def active_facts(_: object, step: int | None = step) -> dict[str, RunFacts]:
+                if step is None:
+                    raise ConnectionError("away")
+                return {"r1": run(progress=Progress(epoch=0, epochs=1, step=step, time=NOW))}
+
+            now = NOW + timedelta(seconds=at)
+            monkeypatch.setattr(operator._mlflow, "active_facts", active_facts)
+            await one_round(operator)
+            moved = operator._observe(KEY, resource).moved
+            still.append(None if moved is None else (now - moved).total_seconds())
+
+    asyncio.run(scenario())
+    return still
+
+
+async def one_round(operator: Controller) -> None:
+    """One round of what it does every few seconds."""
+    rounds = iter([0.0])
+
+    async def sleep(_: float) -> None:
+        if next(rounds, None) is None:
+            raise StopAsyncIteration
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(StopAsyncIteration):
+        patch.setattr(asyncio, "sleep", sleep)
+        await operator.follow_progress(1)
+
+
+def test_time_in_which_mlflow_could_not_be_asked_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one question that fails begin the count anew: then no hang would ever be noticed."""
+    polls = [(0, 3), (10, 3), (20, None), (30, 3), (40, None), (5000, None), (5010, 3), (5020, 4), (5030, 4)]
+    assert polled(monkeypatch, polls) == [0, 10, None, 10, None, None, 10, 0, 10]
+
+
+def test_a_run_that_begins_to_train_again_is_followed_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two attempts it is Pending: that an image is pulled for long is no silence, whatever its node says."""
+    world = World()
+    world.apply({"tracking": {"experiment": "e"}})
+    asyncio.run(look(world))
+    now = NOW
+    operator = controller(world, clock=lambda: now)
+
+    async def scenario() -> list[datetime | None]:
+        nonlocal now
+        await operator.refresh()
+        other: Any = copy.deepcopy(operator.store.get(KEY))
+        other["metadata"] |= {"name": "other", "uid": "another"}
+        other["status"] |= {"phase": "Running", "runID": "r2"}
+        operator.store.put(other)
+        seen = []
+        for phase in ("Running", "Pending", "Running"):
+            resource: Any = operator.store.get(KEY)
+            resource["status"]["phase"] = phase
+            # MLflow calls it RUNNING all the time, and tells of it as long as any other is asked for.
+            await operator.read_progress()
+            seen.append(operator._observe(KEY, resource).moved)
+            now += timedelta(seconds=1000)
+        return seen
+
+    assert asyncio.run(scenario()) == [NOW, None, NOW + timedelta(seconds=2000)]
+
+
+def test_a_run_that_mlflow_has_made_twice_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server carried out a creation long after its answer was given up."""
+    world = World()
+    world.apply({"tracking": {"experiment": "e"}})
+    asyncio.run(look(world))
+    operator = controller(world)
+    discarded: list[str] = []
+
+    async def active_facts(_: object) -> dict[str, RunFacts]:
+        others = [run(run_id="of another resource", uid="another"), run(run_id="of nobody")]
+        return {item.run_id: item for item in (run(uid=UID), run(run_id="late", uid=UID), *others)}
+
+    async def discard_run(run_id: str) -> None:
+        discarded.append(run_id)
+
+    async def scenario() -> None:
+        await operator.refresh()
+        resource: Any = operator.store.get(KEY)
+        resource["status"]["phase"] = "Running"
+        monkeypatch.setattr(operator._mlflow, "active_facts", active_facts)
+        monkeypatch.setattr(operator._mlflow, "discard_run", discard_run, raising=False)
+        await operator.read_progress()
+
+    asyncio.run(scenario())
+    assert discarded == ["late"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "phase"),
+    [
+        (1, "Job is invalid: spec.template: Invalid value", "Failed"),
+        (1, 'admission webhook "images" denied the request: the registry does not answer', "Pending"),
+        (2, "Job is invalid: spec.template: Invalid value", "Pending"),
+    ],
+    ids=["of itself", "by a policy", "though its like was taken"],
+)
+def test_a_refused_job_is_final_where_only_the_spec_can_be_the_cause(
+    monkeypatch: pytest.MonkeyPatch, number: int, words: str, phase: str
+) -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        operator = controller(world)
+        if number > 1:
+            await look(world)
+            world.pod_of(world.jobs["run-a1"], **SIGTERMED)
+
+        async def refuses(*_: object) -> None:
+            raise RefusedError(words)
+
+        monkeypatch.setattr(operator._kube, "create_job", refuses)
+        await operator.refresh()
+        for _ in ("tried", "told"):
+            await operator._look_safely(KEY)
+        operator.queue.close()
+
+    asyncio.run(scenario())
+    assert world.run is not None
+    status = world.run["status"]
+    assert (status["phase"], status["attempt"]) == (phase, number)
+    assert words in next(item["message"] for item in status["conditions"] if item["type"] == "Complete")
+
+
+@pytest.mark.parametrize("is_made", [True, False])
+def test_a_write_whose_answer_is_lost_is_told_of_once(monkeypatch: pytest.MonkeyPatch, is_made: bool) -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        operator = controller(world)
+        await operator.refresh()
+        write = operator._kube.patch_status
+
+        async def lost(*words: Any) -> Any:
+            if is_made:
+                await write(*words)
+            raise TimeoutError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(operator._kube, "patch_status", lost)
+            await operator._look_safely(KEY)
+        for _ in range(3):
+            await operator._look_safely(KEY)
+        await operator.record_waiting_events()
+        operator.queue.close()
+
+    asyncio.run(scenario())
+    assert sorted(world.events) == ["AttemptStarted", "RunCreated"]
+    assert world.writes.count("create mlflow run") == 1
+
+
 def test_a_stale_observation_writes_nothing() -> None:
     world = World()
     world.apply(SPEC)
@@ -416,15 +591,18 @@ def test_the_probe_tells_an_operator_that_looks_from_one_that_is_stuck(monkeypat
         operator.queue.add(KEY)
         monkeypatch.setattr(time, "monotonic", lambda: clock + 1100)
         operator._last_look = clock + 1100
+        said.append(operator.stuck_reason(300))
+        operator._last_end = clock + 1000
         return [*said, operator.stuck_reason(300)]
 
-    fine, silent, waiting = asyncio.run(scenario())
+    fine, silent, waiting, busy = asyncio.run(scenario())
 
     assert fine is None
     assert silent is not None
     assert "nothing was looked at for 700 s" in silent
     assert waiting is not None
     assert "has waited for 400 s" in waiting
+    assert busy is None, "a long queue moves"
 
 
 def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> None:
@@ -438,7 +616,7 @@ def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> 
         await look(world)
         for _ in ("its end is asked for", "its pod is gone"):
             operator = controller(world, clock=lambda: later)
-            operator._followed_since = NOW
+            operator._moved = {"r1": NOW}
             await operator.refresh()
             await operator.look(KEY)
             assert not world.jobs

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from heimdall_api.contract import Checkpoint, Progress, Reason
+from heimdall_api.contract import MESSAGE_LIMIT, Checkpoint, Progress, Reason
 from heimdall_api.types import Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
@@ -325,13 +325,27 @@ def test_a_hang_is_noticed_by_steps_that_stop() -> None:
         spec=spec(stallTimeoutSeconds=20),
         jobs=(job(),),
         pods=(pod(running_since=ago(40)),),
-        followed_since=ago(40),
+        moved=ago(40),
         # The trainer's clock may be wrong by anything.
         run=run(progress=Progress(epoch=0, epochs=1, step=3, time=ago(100_000))),
     )
 
     assert decide(replace(seen, moved=ago(5)), NOW).status.attempts[-1].reason is None
     assert withdrawn(replace(seen, moved=ago(25))).status.attempts[-1].reason == "Stalled"
+
+
+def test_a_hang_is_noticed_though_a_nodes_clock_is_ahead() -> None:
+    ahead = observed(
+        spec=spec(stallTimeoutSeconds=20), jobs=(job(),), pods=(pod(running_since=ago(-5000)),), moved=ago(25)
+    )
+    assert withdrawn(ahead).status.attempts[-1].reason == "Stalled"
+
+
+def test_a_refusal_of_any_length_fits_into_a_status() -> None:
+    result = settled(observed(refusal="x" * 100_000))
+
+    assert len(result.attempts[-1].message or "") <= MESSAGE_LIMIT
+    assert max(len(item.message) for item in result.conditions) <= MESSAGE_LIMIT
 
 
 def test_suspend_and_resume() -> None:
@@ -427,7 +441,7 @@ def test_what_a_queue_has_evicted_hangs_no_more_than_it_trains() -> None:
         status=status(attempt(running_time=ago(500)), phase="Pending"),
         jobs=(job(queue="team-queue", suspended=True, started=ago(510)),),
         pods=(gone,),
-        followed_since=ago(400),
+        moved=ago(400),
     )
 
     assert decide(waits, NOW).status.attempts[-1].reason is None
@@ -440,7 +454,7 @@ def test_what_a_queue_evicts_does_not_hang_in_its_grace_period() -> None:
         status=status(attempt(running_time=ago(500)), phase="Pending"),
         jobs=(job(queue="team-queue", suspended=True, started=ago(510)),),
         pods=(pod(running_since=ago(500), deleting=ago(-30)),),
-        followed_since=ago(400),
+        moved=ago(400),
     )
 
     assert decide(ending, NOW).status.attempts[-1].reason is None
@@ -703,13 +717,13 @@ STILL = {"spec": spec(stallTimeoutSeconds=20), "jobs": (job(),), "pods": (pod(ru
 
 @pytest.mark.parametrize("since", [None, ago(5)], ids=["MLflow is away", "it has only just come back"])
 def test_silence_that_nobody_could_hear_is_no_hang(since: Any) -> None:
-    assert decide(observed(**STILL, followed_since=since), NOW).status.attempts[-1].reason is None
+    assert decide(observed(**STILL, moved=since), NOW).status.attempts[-1].reason is None
 
 
 def test_an_operator_that_has_just_started_takes_nothing_for_hung() -> None:
     moved = Progress(epoch=0, epochs=1, step=3, time=ago(400))
     known = status(attempt(running_time=ago(500)), phase="Running")
-    first = decide(observed(**STILL, status=known, followed_since=ago(1), run=run(progress=moved)), NOW)
+    first = decide(observed(**STILL, status=known, moved=ago(1), run=run(progress=moved)), NOW)
 
     assert first.status.attempts[-1].reason is None
 

@@ -42,7 +42,7 @@ def test_a_worker_that_is_done_does_not_hide_that_the_other_hangs() -> None:
         jobs=(job(),),
         pods=(worker(0), ended(1, 0, finished=ago(40))),
         run=run(),
-        followed_since=ago(300),
+        moved=ago(300),
     )
 
     assert decide(group, NOW).status.attempts[-1].reason == "Stalled"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
-from heimdall_operator.kube import Kube
+import pytest
+from kubernetes.aio.client.exceptions import ApiException
+
+from heimdall_operator.kube import ConflictError, Kube
 
 
 class Paged(Kube):
@@ -21,6 +25,47 @@ class Paged(Kube):
         items = [{"metadata": {"namespace": "team", "name": name}} for name in self.pages[number]]
         more = {"continue": str(number + 1)} if number + 1 < len(self.pages) else {}
         return {"metadata": more, "items": items}
+
+
+class Server(Kube):
+    """An API server that gives one answer."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        self._timeout_s = 1.0
+        self.sent: list[Any] = []
+        self._client = self
+        self.status, self._body = status, body
+
+    async def param_serialize(self, *words: Any, body: Any, **_: Any) -> tuple[Any, ...]:
+        self.sent.append(body)
+        return words
+
+    async def call_api(self, *_: Any, **__: Any) -> Server:
+        return self
+
+    async def read(self) -> bytes:
+        return json.dumps(self._body).encode()
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"), [("AlreadyExists", ConflictError), ("Conflict", ApiException)], ids=["a name", "a quota"]
+)
+def test_a_name_that_is_taken_is_told_from_a_quota_that_was_just_counted(reason: str, error: type[Exception]) -> None:
+    server = Server(409, {"reason": reason, "message": "Operation cannot be fulfilled on resourcequotas"})
+    with pytest.raises(error, match="Operation cannot be fulfilled on resourcequotas"):
+        asyncio.run(server.create_job("team", {}))
+
+
+def test_a_change_that_came_too_late_is_a_conflict_whatever_it_is_called() -> None:
+    with pytest.raises(ConflictError):
+        asyncio.run(Server(409, {"reason": "Conflict", "message": ""}).patch_status("team", "run", {}, "1"))
+
+
+@pytest.mark.parametrize("uid", ["", "u1"])
+def test_a_job_is_deleted_only_if_it_is_the_one_that_was_seen(uid: str) -> None:
+    server = Server(200, {})
+    asyncio.run(server.delete_job("team", "run-a1", uid))
+    assert server.sent[0].get("preconditions") == ({"uid": uid} if uid else None)
 
 
 def test_the_names_of_all_events_are_read_page_by_page() -> None:

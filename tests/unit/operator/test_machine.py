@@ -80,6 +80,7 @@ class Life(RuleBasedStateMachine):
         self.reasons: dict[int, str] = {}
         self.conditions: dict[str, dict[str, Any]] = {}
         """As they were seen last, by type."""
+        self.was_suspended = False
         self.left_running = False
         """Whether a deletion has waited for MLflow for as long as it may, and let go."""
 
@@ -186,9 +187,14 @@ class Life(RuleBasedStateMachine):
             self.world.terminate(job, self.world.now)
         self.world.jobs.clear()
 
+    @rule()
+    def somebody_removes_pods_by_force(self) -> None:
+        self.world.remove_pods_by_force()
+
     @rule(suspend=st.booleans())
     def suspend(self, suspend: bool) -> None:
         if self.world.run is not None:
+            self.was_suspended |= suspend
             self.world.run["spec"]["suspend"] = suspend
             self.world.run["metadata"]["generation"] += 1
             self.world.stamp(self.world.run)
@@ -368,7 +374,8 @@ class Life(RuleBasedStateMachine):
             case "NodeLost" if any(attempt_of(pod) == number and is_given_up(pod, self.world.now) for pod in pods):
                 return True
             case "Suspended":
-                return bool(run["spec"]["suspend"])
+                # What can't be written is judged when it is seen, and told later.
+                return bool(run["spec"]["suspend"]) or (self.was_suspended and self.world.refusals > 0)
             case "DeadlineExceeded":
                 return self._age_s(status["startTime"]) >= ACTIVE_S
             case "Stalled":
@@ -400,7 +407,7 @@ class Life(RuleBasedStateMachine):
             try:
                 await operator.read_progress()
             except ConnectionError:
-                operator._followed_since = None
+                operator._is_deaf = True
             await operator._look_safely(KEY)
             operator.queue.close()
 
@@ -446,6 +453,20 @@ def test_a_job_that_is_deleted_under_its_pod_is_not_made_again_beside_it(life: L
 
     assert life.world.pods
     assert (life.world.jobs, life.world.overlaps) == ({}, [])
+
+
+def test_a_job_that_is_gone_with_its_pods_is_not_made_again_under_the_same_number(life: Life) -> None:
+    """A lost node may train on for it, and would publish beside the new one."""
+    life.a_node_is("node1", "lost")
+    life.somebody_deletes_the_jobs()
+    life.operator_looks(0)
+    life.somebody_removes_pods_by_force()
+    life.operator_looks(0)
+    life.operator_looks(400)
+
+    attempts = life._status()["attempts"]
+    assert [attempt.get("reason") for attempt in attempts] == ["Preempted", None]
+    assert (list(life.world.jobs), life.world.unfenced, life._status()["failures"]) == (["run-a2"], [], 0)
 
 
 def test_a_job_that_is_deleted_before_its_pod_was_seen_is_not_made_again_beside_it(life: Life) -> None:

@@ -180,3 +180,13 @@ def test_workers_find_each_other_by_a_headless_service() -> None:
     assert pod["spec"]["subdomain"] == service["metadata"]["name"]
     assert environment["PET_MASTER_ADDR"] == f"run-a2-0.{service['metadata']['name']}"
     assert service["metadata"]["ownerReferences"][0]["uid"] == UID
+
+
+@pytest.mark.parametrize(("own", "told"), [({}, 60), ({"terminationGracePeriodSeconds": 600}, 600)])
+def test_the_trainer_is_told_how_long_its_pod_has_to_end(own: dict[str, Any], told: int) -> None:
+    plan = AttemptPlan(
+        name="run", namespace="team", uid=UID, spec=spec(podTemplate={"spec": own}), attempt=1, run_id="r1"
+    )
+    pod = build_job(plan, DEFAULTS)["spec"]["template"]["spec"]
+    environment = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
+    assert (pod["terminationGracePeriodSeconds"], environment["HEIMDALL_GRACE_PERIOD_S"]) == (told, str(told))
