@@ -112,6 +112,19 @@ class Uploader:
                 self._thread.start()
         return future
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until nothing is to be uploaded any more: it was, or that is impossible, or it is kept for later.
+
+        Args:
+            timeout_s: How long to wait at most.
+
+        Returns:
+            Whether that is so, which waiting longer does not change then.
+        """
+        with self._changed:
+            waited_for = list(self._pending)
+        return not wait_for_futures(waited_for, timeout_s).not_done
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until all uploads are done.
 

@@ -258,6 +258,21 @@ class MLflowTracker:
                 delivered = part.flush(max(0.0, deadline - time.monotonic())) and delivered
         return delivered
 
+    def settle(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
+        """Wait until nothing waits any more: it was delivered, was refused, or is kept for later.
+
+        Args:
+            timeout_s: How long to wait at most, in all.
+
+        Returns:
+            Whether that is so. What came of it is said by `flush`.
+        """
+        deadline = time.monotonic() + timeout_s
+        waits = [part.flush for part in (self._metrics, self._outbox) if part is not None]
+        waits += [self._uploader.settle] if self._uploader is not None else []
+        settled = [wait(max(0.0, deadline - time.monotonic())) for wait in waits]
+        return all(settled)
+
     def close(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Deliver what is left and stop the background threads; the run stays as it is.
 

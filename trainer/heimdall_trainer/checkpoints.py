@@ -168,13 +168,20 @@ class CheckpointPublisher:
         if self._failure is not None:
             raise self._failure
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until nothing that was submitted is under way any more; whether that is so.
+
+        It was published then, or is too large, or a newer attempt has taken over: waiting longer changes nothing.
+        """
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not (self._writing or self._pending or self._under_way) or self.fence is not None, timeout_s
+            )
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that was submitted, and could be written, is published; whether it was."""
         with self._changed:
-            done = self._changed.wait_for(
-                lambda: not (self._writing or self._pending or self._under_way) or self.fence is not None, timeout_s
-            )
-            return done and self.fence is None and not self._too_large
+            return self.settle(timeout_s) and self.fence is None and not self._too_large
 
     def close(self, timeout_s: float = 0) -> list[LeftCheckpoint]:
         """End the worker thread.

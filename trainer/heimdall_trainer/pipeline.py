@@ -180,16 +180,16 @@ class TrainingPipeline:
             timeout_s: How long they have; once SIGTERM was received, no longer than the grace period has left.
         """
         deadline = time.monotonic() + timeout_s
-        self._until(deadline, self._publisher.flush)
+        self._until(deadline, self._publisher.settle)
         self._until(time.monotonic() + WRITING_TIMEOUT_S, self._publisher.written)
         for left in self._publisher.close(max(0.0, self._left_s(deadline))):
             self.tracker.leave_checkpoint(left)
-        self._until(deadline, self.tracker.flush)
+        self._until(deadline, self.tracker.settle)
         self.tracker.close(0)
 
-    def _until(self, deadline: float, flush: Callable[[float], bool]) -> None:
-        """Wait for a delivery, looking now and then whether SIGTERM has brought the deadline nearer."""
-        while (left_s := self._left_s(deadline)) > 0 and not flush(min(left_s, LOOK_EVERY_S)):
+    def _until(self, deadline: float, settle: Callable[[float], bool]) -> None:
+        """Wait until nothing is under way, looking now and then whether SIGTERM has brought the deadline nearer."""
+        while (left_s := self._left_s(deadline)) > 0 and not settle(min(left_s, LOOK_EVERY_S)):
             if self._publisher.fence is not None:
                 return
 

@@ -152,7 +152,8 @@ def test_a_file_that_no_proxy_lets_through_is_tried_once_told_once_and_left(uplo
         first = uploader.file(too_large, file)
         uploader.file(too_large, file)
         uploader.file(uploaded.append, file)
-        assert not uploader.flush(PATIENCE_S)
+        assert uploader.settle(PATIENCE_S), "waiting longer changes nothing"
+        assert not uploader.flush(0)
         assert not uploader.flush(PATIENCE_S), "it is kept for good"
     assert isinstance(first.exception(0), TooLargeError)
     assert (len(calls), uploaded) == (2, [str(file)])
@@ -217,9 +218,11 @@ def test_flush_says_false_while_an_upload_is_under_way(uploader: Uploader, file:
     uploader.file(lambda path: go_on.wait(PATIENCE_S), file)
 
     assert not uploader.flush(SOON_S)
+    assert not uploader.settle(0)
 
     go_on.set()
-    assert uploader.flush(PATIENCE_S)
+    assert uploader.settle(PATIENCE_S)
+    assert uploader.flush(0)
 
 
 def test_close_gives_up_what_can_not_be_uploaded_and_says_so(file: Path) -> None:

@@ -55,8 +55,10 @@ class Run:
     def keep_undelivered_in(self, *_: object, **__: object) -> None:
         """It keeps nothing."""
 
-    def flush(self, timeout_s: float) -> bool:
+    def settle(self, timeout_s: float) -> bool:
         return self.clock.wait(timeout_s)
+
+    flush = settle
 
     def close(self, timeout_s: float) -> bool:
         self.done.append("closed")
@@ -84,7 +86,7 @@ def training(clock: Clock, folder: Path) -> tuple[TrainingPipeline, Run]:
     )
     publisher: Any = made._publisher
     publisher.close()
-    publisher.flush = clock.wait
+    publisher.settle = publisher.flush = clock.wait
 
     def close(timeout_s: float = 0) -> list[Any]:
         clock.wait(min(timeout_s, checkpoints.JOIN_S))
@@ -154,8 +156,8 @@ def test_sigterm_while_what_is_left_is_delivered_breaks_nothing_off_and_shortens
         return clock.wait(timeout_s)
 
     monkeypatch.setattr(made, "_train", train)
-    made._publisher.flush = told_meanwhile if waiting == "checkpoint" else lambda _: True  # type: ignore[method-assign]
-    run.flush = told_meanwhile  # type: ignore[method-assign]
+    made._publisher.settle = told_meanwhile if waiting == "checkpoint" else lambda _: True  # type: ignore[method-assign]
+    run.settle = told_meanwhile  # type: ignore[method-assign]
     began = clock.now
     with pytest.raises(type(failure)):
         made.train()
@@ -223,12 +225,39 @@ def test_a_failure_lets_a_checkpoint_arrive_that_is_under_way(
         run.done.append("arrived")
         return True
 
-    made._publisher.flush = arrives  # type: ignore[method-assign]
+    made._publisher.settle = arrives  # type: ignore[method-assign]
     monkeypatch.setattr(made, "_train", lambda: 1 / 0)
     began = clock.now
     with pytest.raises(ZeroDivisionError):
         made.train()
     assert run.done == ["arrived", "closed"]
+
+
+def test_what_is_too_large_is_put_away_and_not_waited_for(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked in a loop, it would cost a core until the time is over: it says at once that it was not delivered."""
+    made, run = training(clock, tmp_path)
+    asked = list[str]()
+
+    def kept(what: str) -> Any:
+        def flush(timeout_s: float) -> bool:
+            asked.append(what)
+            clock.wait(0.01)
+            return False
+
+        return flush
+
+    made._publisher.flush = kept("checkpoint")  # type: ignore[method-assign]
+    run.flush = kept("artifact")  # type: ignore[method-assign]
+    made._publisher.settle = run.settle = lambda _: True  # type: ignore[method-assign]
+    monkeypatch.setattr(made, "_train", lambda: 1 / 0)
+    began = clock.now
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    assert run.done == ["closed"]
+    assert not asked
+    assert clock.now - began == checkpoints.JOIN_S
 
 
 def test_the_waits_at_the_end_share_one_time(clock: Clock, tmp_path: Path) -> None:
