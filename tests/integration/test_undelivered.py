@@ -30,7 +30,7 @@ from heimdall_trainer.pipeline import TrainingPipeline
 deliver = TrainingPipeline._deliver
 
 def impatient(self):
-    self._patience_s = 3
+    self._patience.timeout_s = 3
     deliver(self)
 
 TrainingPipeline._deliver = impatient

@@ -25,6 +25,7 @@ from heimdall_tracking.errors import (
     is_permanent,
     refusal_of,
 )
+from heimdall_tracking.outstanding import Outstanding, Tries, size_of
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import check_attempt
 
@@ -82,6 +83,8 @@ class Uploader:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Upload, Future[None]]] = deque()
         self._under_way: Upload | None = None
+        self._settled = 0
+        self._tries = Tries()
         self._too_large: list[Upload] = []
         self._pending: list[Future[None]] = []
         self._thread: threading.Thread | None = None
@@ -171,6 +174,15 @@ class Uploader:
             first = [] if self._under_way is None else [self._under_way]
             return [*self._too_large, *first, *(upload for upload, _ in self._waiting)]
 
+    def outstanding(self) -> Outstanding:
+        """What is on its way."""
+        with self._changed:
+            settled, begun, under_way = self._settled, self._tries.begun, self._tries.under_way
+            waiting = [] if self._under_way is None else [self._under_way]
+            waiting += [upload for upload, _ in self._waiting]
+        size = sum(size_of(upload.path) for upload in waiting)
+        return Outstanding(settled=settled, size=size, tries=begun, under_way=under_way)
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -182,6 +194,7 @@ class Uploader:
             if not future.set_running_or_notify_cancel():
                 with self._changed:
                     self._under_way = None
+                    self._settled += 1
                 continue
             problem: TrackingError | None = None
             settled = True
@@ -194,6 +207,7 @@ class Uploader:
                     if isinstance(problem, TooLargeError):
                         self._too_large.append(upload)
                     self._under_way = None
+                    self._settled += 1
             else:
                 problem = TrackingError(f"{upload.path} was not uploaded in time")
             # Last: who waits for it must find it done.
@@ -207,7 +221,8 @@ class Uploader:
         path, delay = upload.path, self._retry_s
         while True:
             try:
-                self._make(upload)
+                with self._tries.one(size_of(path)):
+                    self._make(upload)
             except Exception as error:  # noqa: BLE001 - what no other try helps against is raised again
                 if self._closed.wait(self._judge(path, error, delay)):
                     return False

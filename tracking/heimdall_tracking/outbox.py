@@ -15,6 +15,7 @@ import structlog
 
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent
+from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.redact import redact
 
 RETRY_S: Final = 0.5
@@ -48,6 +49,7 @@ class Outbox(Generic[CallT]):
         self._retry_s = retry_s
         self._calls: dict[str, CallT] = {}
         self._under_way: CallT | None = None
+        self._settled = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="heimdall-outbox", daemon=True)
@@ -84,6 +86,11 @@ class Outbox(Generic[CallT]):
             first = {} if self._under_way is None else {self._under_way.key: self._under_way}
             return list({**first, **self._calls}.values())
 
+    def outstanding(self) -> Outstanding:
+        """What is on its way."""
+        with self._changed:
+            return Outstanding(settled=self._settled, calls=len(self.left()))
+
     def _work(self) -> None:
         delay = self._retry_s
         while True:
@@ -102,6 +109,7 @@ class Outbox(Generic[CallT]):
                     self._calls = {call.key: newest, **self._calls}
                     self._changed.wait_for(lambda: self._closed, delay)
                 delay = self._retry_s if done else min(2 * delay, RETRY_LIMIT_S)
+                self._settled += done
                 self._under_way = None
                 self._changed.notify_all()
 

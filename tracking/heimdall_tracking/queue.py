@@ -11,6 +11,7 @@ spill holds older ones.
 from __future__ import annotations
 
 import errno
+import math
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ import structlog
 
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent, is_refusal
+from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.points import Point
 from heimdall_tracking.redact import redact
 from heimdall_tracking.spill import Spill, read
@@ -99,6 +101,11 @@ class MetricQueue:
         """How many points were put and are neither delivered nor given up."""
         with self._changed:
             return self._taken - self._settled
+
+    def outstanding(self) -> Outstanding:
+        """What is on its way."""
+        with self._changed:
+            return Outstanding(settled=self._settled, calls=math.ceil(self.waiting / BATCH))
 
     def put(self, points: Sequence[Point]) -> None:
         """Take points; returns at once. After close they are dropped and counted."""

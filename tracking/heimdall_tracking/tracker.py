@@ -24,6 +24,7 @@ from heimdall_tracking.certificates import check_certificate
 from heimdall_tracking.errors import OvertakenError, Refusal, TrackingError, is_permanent
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
+from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.params import clean_name, clean_text, flatten
 from heimdall_tracking.points import Point, is_number, storable
 from heimdall_tracking.queue import MetricQueue, now_ms
@@ -272,6 +273,11 @@ class MLflowTracker:
         waits += [self._uploader.settle] if self._uploader is not None else []
         settled = [wait(max(0.0, deadline - time.monotonic())) for wait in waits]
         return all(settled)
+
+    def outstanding(self) -> Outstanding:
+        """What is on its way to the server; nothing is asked of it."""
+        parts = (self._metrics, self._outbox, self._uploader)
+        return sum((part.outstanding() for part in parts if part is not None), Outstanding())
 
     def close(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Deliver what is left and stop the background threads; the run stays as it is.

@@ -24,6 +24,7 @@ from heimdall_tracking.artifacts import log_refusal
 from heimdall_tracking.checkpoints import Mode, publish, ranked, remove, sha256_of
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import REFUSED_RETRY_S, OvertakenError, Refusal, refusal_of
+from heimdall_tracking.outstanding import Outstanding, Tries
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import check_attempt
 from heimdall_tracking.undelivered import LeftCheckpoint
@@ -76,6 +77,8 @@ class CheckpointPublisher:
         """Why the last upload was refused; None once one was taken."""
         self._changed = threading.Condition()
         self._under_way: tuple[Path, Checkpoint] | None = None
+        self._settled = 0
+        self._tries = Tries()
         self._closed = False
         self._given_up = False
         """Whether what is under way was handed back; what it still does must have no effect."""
@@ -177,6 +180,14 @@ class CheckpointPublisher:
             return self._changed.wait_for(
                 lambda: not (self._writing or self._pending or self._under_way) or self.fence is not None, timeout_s
             )
+
+    def outstanding(self) -> Outstanding:
+        """What is on its way."""
+        with self._changed:
+            waiting = [*([] if self._under_way is None else [self._under_way]), *self._pending]
+            size = sum(checkpoint.size for _, checkpoint in waiting)
+            tries = self._tries
+            return Outstanding(settled=self._settled, size=size, tries=tries.begun, under_way=tries.under_way)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that was submitted, and could be written, is published; whether it was."""
@@ -300,6 +311,7 @@ class CheckpointPublisher:
                 return
             with self._changed:
                 self._under_way = None
+                self._settled += 1
                 self._changed.notify_all()
 
     def _try_until_done(self, file: Path, checkpoint: Checkpoint) -> bool:
@@ -307,7 +319,8 @@ class CheckpointPublisher:
         delay = RETRY_S
         while not self._closed:
             try:
-                self._publish(file, checkpoint)
+                with self._tries.one(checkpoint.size):
+                    self._publish(file, checkpoint)
             except FencedError as error:
                 self.fence = error
                 return True

@@ -26,6 +26,7 @@ from heimdall_trainer.errors import ConfigurationError, FencedError, Undelivered
 from heimdall_trainer.grace import Grace
 from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
+from heimdall_trainer.patience import LOOK_EVERY_S, Patience
 from heimdall_trainer.results import Results
 from heimdall_trainer.settings import load_data_settings
 from heimdall_trainer.termination import TerminatedError
@@ -35,11 +36,7 @@ if TYPE_CHECKING:
     from heimdall_tracking.errors import Refusal
 
 DELIVERY_TIMEOUT_S: Final = 600
-"""How long the end waits for MLflow before it gives up, all waits together."""
-GROUP_DELIVERY_TIMEOUT_S: Final = 240
-"""The same with several workers: shorter than group.COLLECTIVE_TIMEOUT, for which the others wait for the first."""
-LOOK_EVERY_S: Final = 1.0
-"""How often an end that waits looks whether SIGTERM has made its time shorter."""
+"""How long nothing may arrive in MLflow before the end gives up, all waits together."""
 CURVES_TIMEOUT_S: Final = 60
 """How long the end waits for metrics that loss curves are to show."""
 WRITING_TIMEOUT_S: Final = 600
@@ -99,8 +96,7 @@ class TrainingPipeline:
             mode=self.spec.training.early_stopping.mode,
             fenced=fenced,
         )
-        self._patience_s: float = DELIVERY_TIMEOUT_S if group.world_size() == 1 else GROUP_DELIVERY_TIMEOUT_S
-        """How much longer the end may wait for MLflow."""
+        self._patience = Patience(lambda: self._publisher.outstanding() + tracker.outstanding(), DELIVERY_TIMEOUT_S)
         tracker.keep_undelivered_in(output_dir / "undelivered", attempt=attempt if fenced else None)
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
@@ -163,7 +159,7 @@ class TrainingPipeline:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         metrics |= self._test(trainer)
         if group.is_first():
-            self._wait(self.tracker.flush, CURVES_TIMEOUT_S)
+            self._is_delivered(CURVES_TIMEOUT_S)
             try:
                 self._results.publish(self.module, self.data, self._check_fence)
             except ConfigurationError:
@@ -330,10 +326,7 @@ class TrainingPipeline:
         import torch
 
         self._publisher.wait_for_file()
-        if not self._wait(self._publisher.flush):
-            raise self._publisher.fence or UndeliveredError(
-                f"the last checkpoint could not be delivered to MLflow in time{_because(self._publisher.refusal)}"
-            )
+        self._deliver_checkpoints()
         folder = self.output_dir / "resumed"
         best = group.from_first(self._publisher.best(folder) if group.is_first() else None)
         file = self._publisher.local_file(best, folder) if best else None
@@ -357,8 +350,32 @@ class TrainingPipeline:
         base = package.LightningDataModule if self.data is not None else package.LightningModule
         return overrides and type(source).test_dataloader is not base.test_dataloader
 
+    def _deliver_checkpoints(self) -> None:
+        """Wait until the checkpoints are published, in a group all together.
+
+        What the first process waits for may take longer than the others can wait in a collective, so they hear of it
+        at each look.
+
+        Raises:
+            UndeliveredError: They were not, in every process.
+            FencedError: A newer attempt has taken over.
+        """
+        looks = self._patience.looks(self._publisher.settle)
+        while group.from_first(next(looks) if group.is_first() else None) is None:
+            pass
+        problem = group.from_first(self._problem_of_checkpoints() if group.is_first() else None)
+        if problem is not None:
+            raise problem
+
+    def _problem_of_checkpoints(self) -> Exception | None:
+        if self._publisher.flush(0):
+            return None
+        return self._publisher.fence or UndeliveredError(
+            f"the last checkpoint could not be delivered to MLflow in time{_because(self._publisher.refusal)}"
+        )
+
     def _deliver(self) -> None:
-        if not self._wait(self.tracker.flush):
+        if not self._is_delivered():
             self._check_fence()
             raise UndeliveredError(
                 f"metrics, artifacts or the model could not be delivered to MLflow in time"
@@ -378,12 +395,10 @@ class TrainingPipeline:
         except Exception as error:  # noqa: BLE001 - MLflow is away: nobody knows
             log.warning("whether a newer attempt has taken over is not known", error=redact(error))
 
-    def _wait(self, flush: Callable[[float], bool], at_most_s: float = math.inf) -> bool:
-        """Wait for MLflow, with the patience that earlier waits have left; whether everything was delivered."""
-        began = time.monotonic()
-        done = flush(min(self._patience_s, at_most_s))
-        self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
-        return done
+    def _is_delivered(self, at_most_s: float = math.inf) -> bool:
+        """Wait until nothing is under way to MLflow; whether all of it was delivered."""
+        self._patience.wait(self.tracker.settle, at_most_s)
+        return self.tracker.flush(0)
 
 
 def _because(refusal: Refusal | None) -> str:

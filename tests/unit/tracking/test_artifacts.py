@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from heimdall_tracking import artifacts
 from heimdall_tracking.artifacts import Upload
 from heimdall_tracking.errors import REFUSED_RETRY_S, TooLargeError, TrackingError
+from heimdall_tracking.outstanding import Outstanding
 from tests.unit.tracking.fakes import PATIENCE_S, AnsweredError, AwayError, RefusedError
 
 ENDLESS_S = 3600
@@ -223,6 +224,38 @@ def test_flush_says_false_while_an_upload_is_under_way(uploader: Uploader, file:
     go_on.set()
     assert uploader.settle(PATIENCE_S)
     assert uploader.flush(0)
+
+
+def test_what_is_on_its_way_is_told_with_its_size_and_every_try(uploader: Uploader, file: Path) -> None:
+    go_on, tried, again = threading.Event(), threading.Semaphore(0), [AwayError()]
+    (file.parent / "more").mkdir()
+    (file.parent / "more" / "half.bin").write_bytes(b"half")
+
+    def upload(path: str) -> None:
+        tried.release()
+        if again:
+            raise again.pop()
+        assert go_on.wait(PATIENCE_S)
+
+    uploader.file(upload, file)
+    uploader.folder(lambda path: None, file.parent)
+    for _ in range(2):
+        assert tried.acquire(timeout=PATIENCE_S)
+
+    whole = len(b"weights") + len(b"half")
+    assert uploader.outstanding() == Outstanding(size=len(b"weights") + whole, tries=2, under_way=len(b"weights"))
+    go_on.set()
+    assert uploader.flush(PATIENCE_S)
+    assert uploader.outstanding() == Outstanding(settled=2, tries=3)
+
+
+def test_what_is_too_large_is_on_its_way_no_more(uploader: Uploader, file: Path) -> None:
+    def too_large(path: str) -> None:
+        raise AnsweredError(413)
+
+    uploader.file(too_large, file)
+    assert uploader.settle(PATIENCE_S)
+    assert uploader.outstanding() == Outstanding(settled=1, tries=1)
 
 
 def test_close_gives_up_what_can_not_be_uploaded_and_says_so(file: Path) -> None:

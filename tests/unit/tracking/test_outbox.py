@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from heimdall_tracking.errors import TrackingError
 from heimdall_tracking.outbox import Outbox
+from heimdall_tracking.outstanding import Outstanding
 from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, in_thread, join
 
 ENDLESS_S = 3600
@@ -175,6 +176,17 @@ def test_a_call_whose_answer_is_still_out_at_the_end_is_left_too_the_newest_of_e
     assert outbox.left()[1].made is newest
     desk.go_on.set()
     join(outbox._thread)
+
+
+def test_calls_that_are_on_their_way_are_counted_until_they_are_done() -> None:
+    outbox, desk = busy()
+    outbox.add("progress", desk.note("step 1"))
+    outbox.add("progress", desk.note("step 2"))
+    assert outbox.outstanding() == Outstanding(calls=2)
+
+    desk.go_on.set()
+    assert outbox.close(PATIENCE_S)
+    assert outbox.outstanding() == Outstanding(settled=2)
 
 
 def test_a_secret_in_an_error_does_not_reach_the_log() -> None:

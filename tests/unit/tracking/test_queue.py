@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.points import Point
 from heimdall_tracking.queue import BATCH, MetricQueue, Send
 from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, Server, in_thread, join, points
@@ -194,8 +195,10 @@ def test_flush_says_false_when_the_server_stays_away() -> None:
 
     assert not queue.flush(SOON_S)
     assert queue.waiting == 1
+    assert queue.outstanding() == Outstanding(calls=1)
     server.open.set()
     assert queue.close(PATIENCE_S)
+    assert queue.outstanding() == Outstanding(settled=1)
 
 
 def test_flush_of_an_empty_queue_is_done_at_once() -> None:

@@ -22,6 +22,7 @@ from heimdall_api.types import TrainingSpec
 from heimdall_tracking import MLflowTracker, load_settings
 from heimdall_tracking.checkpoints import Mode, retained
 from heimdall_tracking.errors import REFUSED_RETRY_S, OvertakenError
+from heimdall_tracking.outstanding import Outstanding
 from heimdall_trainer import checkpoints
 from heimdall_trainer.callbacks import Checkpointing
 from heimdall_trainer.checkpoint_io import Snapshot
@@ -359,8 +360,11 @@ def test_handing_over_never_waits_and_of_many_the_newest_are_published(publish: 
     for step in (2, 3, 4):
         submit(publisher, tmp_path, step)
     assert not publisher.flush(0)
+    size = len(b"step-1.ckpt") * 100
+    assert publisher.outstanding() == Outstanding(size=3 * size, tries=1, under_way=size)
     go_on.set()
     assert publisher.flush(TIMEOUT_S)
+    assert publisher.outstanding() == Outstanding(settled=3, tries=3)
     assert [line for line in tracker.done if line.startswith("uploaded")] == [
         f"uploaded step-{step}.ckpt" for step in (1, 3, 4)
     ]

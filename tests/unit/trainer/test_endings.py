@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ from heimdall_api.contract import ENV_GRACE_PERIOD
 from heimdall_api.types import RegistrationSpec
 from heimdall_tracking import registry, runs
 from heimdall_tracking.errors import AwayError
+from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.registry import ModelMissingError
-from heimdall_trainer import callbacks, checkpoints, grace, group, pipeline
+from heimdall_trainer import callbacks, checkpoints, grace, group, patience, pipeline
 from heimdall_trainer.commands import training as training_command
 from heimdall_trainer.config import parse
 from heimdall_trainer.errors import FencedError, UndeliveredError
@@ -44,6 +46,7 @@ class Run:
 
     run_id = "run"
     undelivered = refusal = None
+    outstanding = Outstanding
 
     def __init__(self, clock: Clock) -> None:
         self.client, self.clock = self, clock
@@ -71,7 +74,7 @@ class Run:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for module in (grace, pipeline):
+    for module in (grace, patience, pipeline):
         monkeypatch.setattr(module, "time", made)
     return made
 
@@ -156,7 +159,8 @@ def test_sigterm_while_what_is_left_is_delivered_breaks_nothing_off_and_shortens
         return clock.wait(timeout_s)
 
     monkeypatch.setattr(made, "_train", train)
-    made._publisher.settle = told_meanwhile if waiting == "checkpoint" else lambda _: True  # type: ignore[method-assign]
+    first = told_meanwhile if waiting == "checkpoint" else lambda _: True
+    made._publisher.settle = first  # type: ignore[method-assign]
     run.settle = told_meanwhile  # type: ignore[method-assign]
     began = clock.now
     with pytest.raises(type(failure)):
@@ -269,15 +273,37 @@ def test_the_waits_at_the_end_share_one_time(clock: Clock, tmp_path: Path) -> No
     assert clock.now - began == pipeline.DELIVERY_TIMEOUT_S
 
 
-def test_several_workers_do_not_wait_for_the_first_longer_than_they_can(
+def test_several_workers_hear_of_the_first_sooner_than_they_would_give_it_up(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    heard = [clock.now]
+
+    def from_first(value: Any) -> Any:
+        heard.append(clock.now)
+        return value
+
+    monkeypatch.setattr(group, "from_first", from_first)
     made, _ = training(clock, tmp_path)
-    began = clock.now
-    with pytest.raises(UndeliveredError):
+    with pytest.raises(UndeliveredError, match="the last checkpoint could not be delivered"):
         made._test(None)
-    assert clock.now - began < group.COLLECTIVE_TIMEOUT.total_seconds()
+    assert heard[-1] - heard[0] == pipeline.DELIVERY_TIMEOUT_S
+    waits = [later - sooner for sooner, later in pairwise(heard)]
+    assert max(waits) < group.COLLECTIVE_TIMEOUT.total_seconds() / 10
+
+
+@pytest.mark.parametrize("problem", [None, FencedError("attempt 2 has taken over"), UndeliveredError("too late")])
+def test_the_others_wait_for_the_first_and_end_as_it_does(
+    problem: Exception | None, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    said = iter([None, None, problem is None, problem])
+    monkeypatch.setattr(group, "from_first", lambda mine: next(said))
+    made, _ = training(clock, tmp_path)
+    with nullcontext() if problem is None else pytest.raises(type(problem)):
+        made._deliver_checkpoints()
+    assert list(said) == []
 
 
 class Ended:

@@ -1088,7 +1088,7 @@ def test_a_model_whose_server_stays_away_is_delivered_and_registered_by_the_comm
     deliver = TrainingPipeline._deliver
 
     def impatient(self: TrainingPipeline) -> None:
-        self._patience_s = 1
+        self._patience.timeout_s = 1
         deliver(self)
 
     name = f"stays-{call.replace('_', '-')}"
