@@ -115,7 +115,7 @@ class Results:
             if self._localizer:
                 raise
             # A forward may need what training gives it; exported it will be when that is there.
-            log.warning("the ONNX export could not be rehearsed", error=f"{type(error).__name__}: {error}")
+            log.warning("the ONNX export could not be rehearsed", error=f"{type(error).__name__}: {redact(error)}")
 
     def _export(self, module: Any) -> Path:
         from heimdall_trainer.export import export_localizer, export_module
@@ -143,7 +143,7 @@ class Results:
             # Once more over the test split: it is small, and the metrics of a group lie in several processes.
             draw(predict(module.net, data.dataset(data.split.test)), history, folder)
         except Exception as error:  # noqa: BLE001 - they are for people: a training is no failure without them
-            log.warning("no plots were made", error=f"{type(error).__name__}: {error}")
+            log.warning("no plots were made", error=f"{type(error).__name__}: {redact(error)}")
             return None
         return folder
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from heimdall_tracking.redact import redact
 from heimdall_trainer.errors import ConfigurationError
 
 PREFIX: Final = "HEIMDALL_"
+KEYS: Final = f"{PREFIX}S3_ACCESS_KEY and {PREFIX}S3_SECRET_KEY"
 _POSTGRES: Final = "postgresql+psycopg://"
 
 
@@ -91,12 +94,30 @@ class DataSettings(BaseSettings):
             ) from None
         return value
 
+    @field_validator("recordings_url", "weights_url")
+    @classmethod
+    def _check_place(cls, value: str) -> str:
+        if holds_keys(value):
+            raise ValueError(f"names keys beside the bucket: write s3://BUCKET[/PREFIX], and set {KEYS}")
+        return value
+
     @field_validator("s3_endpoint_url")
     @classmethod
     def _check_endpoint(cls, value: str | None) -> str | None:
+        if value and "@" in value:
+            raise ValueError(f"names keys beside the server: leave them out, and set {KEYS}")
         if value and not value.startswith(("http://", "https://")):
             raise ValueError(f"must begin with http:// or https://, as in http://{value}")
         return value
+
+    @field_serializer("recordings_url", "weights_url", "s3_endpoint_url")
+    def _masked(self, value: str | None) -> str | None:
+        # What is dumped is printed and logged, too.
+        return redact(value) if value else value
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redact(value) if isinstance(value, str) else value
 
     @field_validator("cache_dir")
     @classmethod
@@ -116,6 +137,12 @@ class DataSettings(BaseSettings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def holds_keys(url: str) -> bool:
+    """Whether a URL of S3 names keys, as in `s3://KEY:SECRET@BUCKET`: no bucket has a colon or an @ in its name."""
+    scheme, _, rest = url.partition(":")
+    return scheme == "s3" and not {"@", ":"}.isdisjoint(rest.removeprefix("//").partition("/")[0])
 
 
 def load_data_settings(**overrides: object) -> DataSettings:

@@ -215,6 +215,21 @@ def test_a_url_that_names_no_store_is_refused(url: str, tmp_path: Path) -> None:
         open_objects(data_settings(tmp_path), url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["s3://KEY:canary@bucket/iq", "s3:KEY:canary@bucket", "s3://KEY:1/canary@bucket", "https://KEY:canary@bucket"],
+)
+def test_keys_in_a_url_are_refused_and_not_shown(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="s3://BUCKET") as caught:
+        open_objects(data_settings(tmp_path), url)
+    assert "canary" not in str(caught.value)
+
+
+def test_an_endpoint_that_was_copied_past_the_checks_is_told_without_its_keys(tmp_path: Path) -> None:
+    settings = data_settings(tmp_path).model_copy(update={"s3_endpoint_url": "http://KEY:canary@minio:9000"})
+    assert Bucket(settings, "bucket", "")._where == "http://***@minio:9000, bucket bucket"
+
+
 def s3_refusing(code: str, folder: Path) -> Bucket:
     """A bucket whose server answers with an error, and its retries cost no time."""
     from botocore.stub import Stubber

@@ -49,7 +49,7 @@ class Data(HeimdallDataModule):
         """Without settings: nothing is read."""
 
     def dataset(self, session_ids: tuple[str, ...], *, training: bool = False) -> Any:
-        raise RuntimeError("no such recording")
+        raise RuntimeError("no such recording at https://key:canary@minio")
 
 
 class OwnData:
@@ -145,7 +145,7 @@ def test_plots_that_can_not_be_made_are_warned_about_and_fail_nothing(exports: l
     with capture_logs() as lines:
         results(tracker, export={"onnx": True}).publish(Module(), Data(), no_fence)
     assert tracker.given == ["onnx/model.onnx"]
-    assert ("no plots were made", "RuntimeError: no such recording") in [
+    assert ("no plots were made", "RuntimeError: no such recording at https://***@minio") in [
         (line["event"], line.get("error")) for line in lines
     ]
 

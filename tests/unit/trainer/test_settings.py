@@ -108,6 +108,13 @@ def test_every_way_to_write_postgresql_means_the_driver_that_is_installed(scheme
         ("HEIMDALL_READ_THREADS", "0"),
         ("HEIMDALL_REDIS_URL", f"http://user:{SECRET}@host"),
         ("HEIMDALL_REDIS_URL", f"redis://:{SECRET}/more@host:6379/0"),
+        ("HEIMDALL_RECORDINGS_URL", f"s3://KEY:{SECRET}@bucket"),
+        ("HEIMDALL_RECORDINGS_URL", f"s3://{SECRET}@bucket/iq"),
+        ("HEIMDALL_RECORDINGS_URL", f"s3://KEY:1/{SECRET}@bucket/iq"),
+        ("HEIMDALL_WEIGHTS_URL", f"s3://KEY:{SECRET}@bucket/weights"),
+        ("HEIMDALL_WEIGHTS_URL", f"s3:KEY:{SECRET}@bucket/weights"),
+        ("HEIMDALL_S3_ENDPOINT_URL", f"https://KEY:{SECRET}@minio:9000"),
+        ("HEIMDALL_S3_ENDPOINT_URL", f"KEY:{SECRET}@minio:9000"),
         ("HEIMDALL_S3_ENDPOINT_URL", "minio:9000"),
         ("HEIMDALL_CACHE_LIMIT_GIB", "0"),
         ("HEIMDALL_S3_CA_BUNDLE", "/nowhere/ca.pem"),
@@ -149,3 +156,16 @@ def test_credentials_do_not_show_in_a_representation() -> None:
     )
     assert SECRET not in repr(settings)
     assert SECRET not in settings.model_dump_json()
+
+
+def test_what_was_copied_past_the_checks_is_masked_all_the_same() -> None:
+    urls = dict.fromkeys(("recordings_url", "weights_url", "s3_endpoint_url"), f"https://key:{SECRET}@host")
+    settings = load_data_settings().model_copy(update=urls)
+    for text in (repr(settings), settings.model_dump_json(), str(settings.model_dump())):
+        assert SECRET not in text
+        assert text.count("https://***@host") == 3
+
+
+def test_an_object_s_name_may_hold_what_a_bucket_s_may_not() -> None:
+    assert load_data_settings(recordings_url="s3://bucket/a@b:c").recordings_url == "s3://bucket/a@b:c"
+    assert load_data_settings(recordings_url="file:a@b:c").recordings_url == "file:a@b:c"

@@ -20,9 +20,10 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from heimdall_tracking.redact import redact
 from heimdall_trainer.data.sessions import Receiver, Recording
 from heimdall_trainer.errors import ConfigurationError
-from heimdall_trainer.settings import DataSettings
+from heimdall_trainer.settings import KEYS, DataSettings, holds_keys
 
 META: Final = ".sigmf-meta"
 DATA: Final = ".sigmf-data"
@@ -33,12 +34,11 @@ FULL_SCALE_LIMIT_DBM: Final = 300.0
 """Far beyond any converter's, and nothing that single precision can't hold."""
 READABLE: Final = 0o644
 SAMPLE_BYTES: Final = {"ci16_le": 4, "cf32_le": 8}
-_KEYS: Final = "HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
-_RIGHTS: Final = f"{_KEYS}, and that they may read the bucket and list it (else what is missing is refused too)"
+_RIGHTS: Final = f"{KEYS}, and that they may read the bucket and list it (else what is missing is refused too)"
 _REGION: Final = "HEIMDALL_S3_REGION and HEIMDALL_S3_ENDPOINT_URL"
 REFUSED: Final = {
     **dict.fromkeys(("AccessDenied", "403"), _RIGHTS),
-    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch"), _KEYS),
+    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch"), KEYS),
     **dict.fromkeys(("AuthorizationHeaderMalformed", "PermanentRedirect"), _REGION),
 }
 """Error codes of S3 that waiting does not help against, and what to check."""
@@ -128,7 +128,7 @@ class Bucket:
 
     @property
     def _where(self) -> str:
-        return f"{self._settings.s3_endpoint_url or 'S3'}, bucket {self._bucket}"
+        return redact(f"{self._settings.s3_endpoint_url or 'S3'}, bucket {self._bucket}")
 
     def _read(self, body: Any) -> bytes:
         from botocore.exceptions import BotoCoreError
@@ -167,9 +167,7 @@ class Bucket:
                 "certificate of the authority that signed it, and HEIMDALL_S3_ENDPOINT_URL to a name that it is for"
             ) from None
         except (NoCredentialsError, PartialCredentialsError):
-            raise ConfigurationError(
-                f"no keys of {where} are known: set HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY"
-            ) from None
+            raise ConfigurationError(f"no keys of {where} are known: set {KEYS}") from None
         except ParamValidationError as error:
             raise ConfigurationError(f"{where} can't be asked for {key!r}: {error}") from None
         except BotoCoreError as error:
@@ -206,16 +204,19 @@ def open_objects(settings: DataSettings, url: str = "") -> ObjectStore:
         url: `s3://BUCKET[/PREFIX]`, or `file:` and a folder; `HEIMDALL_RECORDINGS_URL` if empty.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: It is neither, or names keys.
     """
     url = url or settings.recordings_url
+    if holds_keys(url):
+        raise ConfigurationError(f"the place of objects names keys: write s3://BUCKET[/PREFIX], and set {KEYS}")
     scheme, _, rest = url.partition(":")
     if scheme == "file" and rest:
         return Folder(Path(rest.removeprefix("//")))
     bucket, _, prefix = rest.removeprefix("//").partition("/")
     if scheme == "s3" and bucket:
         return Bucket(settings, bucket, f"{prefix.strip('/')}/" if prefix.strip("/") else "")
-    raise ConfigurationError(f"{url!r} is no place for objects: use s3://BUCKET[/PREFIX], or file: and a folder")
+    shown = repr(url) if "@" not in url else "what was given"
+    raise ConfigurationError(f"{shown} is no place for objects: use s3://BUCKET[/PREFIX], or file: and a folder")
 
 
 def write_whole(file: Path, content: bytes) -> None:
