@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from heimdall_trainer.data import sessions
 from heimdall_trainer.data.sessions import SessionStore, receivers
@@ -91,8 +92,6 @@ def test_a_session_that_is_there_is_not_added_again(store: SessionStore) -> None
 
 
 def test_a_session_is_added_as_a_whole_or_not_at_all(store: SessionStore) -> None:
-    import sqlalchemy as sa
-
     doubled = session("e")
     doubled = type(doubled)(**{**vars(doubled), "transmissions": doubled.transmissions * 2})
     with pytest.raises(sa.exc.IntegrityError):
@@ -105,10 +104,32 @@ def test_a_session_has_its_name_whatever_its_status(store: SessionStore) -> None
     assert store.session_name("x") is None
 
 
-@pytest.mark.parametrize("url", ["postgresql://u:canary@host:port/db", "sqlite://:"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:canary@host:port/db",
+        "postgresql://u:p@canary@db/heimdall",
+        "postgresql://u:p@can/canary@db/heimdall",
+        "sqlite://:",
+    ],
+)
 def test_a_url_that_can_not_be_read_names_its_variable_and_no_password(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="HEIMDALL_DATABASE_URL can't be read: its port must") as caught:
         SessionStore.open(data_settings(tmp_path, database_url=url))
+    assert "canary" not in str(caught.value)
+
+
+def test_a_user_may_have_an_at_in_its_name_and_a_file_too(tmp_path: Path) -> None:
+    for url in ("postgresql://me@there:canary@host/db", f"sqlite:///{tmp_path}/me@there.db"):
+        SessionStore.open(data_settings(tmp_path, database_url=url)).close()
+
+
+def test_a_password_that_a_caller_has_put_elsewhere_is_not_shown() -> None:
+    reason = Exception("no route with password=canary to postgresql://u:canary@h")
+    error = sa.exc.OperationalError("SELECT 1", {}, reason)
+    store = SessionStore(sa.create_engine("postgresql+psycopg://host/db?user=u&password=canary&sslpassword=canary"))
+    with pytest.raises(ConnectionError, match=r"host/db.*does not answer") as caught:
+        store._raise_unless_away(error, tries_left=0)
     assert "canary" not in str(caught.value)
 
 

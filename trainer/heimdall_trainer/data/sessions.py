@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
+from heimdall_tracking.redact import redact
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
 
@@ -164,14 +165,7 @@ class SessionStore:
         Raises:
             ConfigurationError: Its URL can't be read.
         """
-        try:
-            url = sa.make_url(settings.database_url.get_secret_value())
-        except (sa.exc.ArgumentError, ValueError):
-            # Its own words may show a part of the password.
-            raise ConfigurationError(
-                "HEIMDALL_DATABASE_URL can't be read: its port must be a number; write / : @ ? # in a password as "
-                "%2F %3A %40 %3F %23"
-            ) from None
+        url = _parse(settings.database_url.get_secret_value())
         options: dict[str, Any] = {"pool_pre_ping": True}
         if url.get_backend_name() == "postgresql":
             connection = {name: value for name, value in CONNECTION.items() if name not in url.query}
@@ -291,8 +285,8 @@ class SessionStore:
         raise AssertionError("the last try raises")
 
     def _raise_unless_away(self, error: sa.exc.DBAPIError, *, tries_left: int) -> None:
-        where = self._engine.url.render_as_string(hide_password=True)
-        reason = str(error.orig).strip()
+        where = redact(self._engine.url.render_as_string(hide_password=True))
+        reason = redact(error.orig).strip()
         if "no such table" in reason or "does not exist" in reason:
             raise DataError(
                 f"the database {where} holds no recording sessions ({reason.splitlines()[0]}): "
@@ -312,6 +306,26 @@ class SessionStore:
             raise DataError(f"the database {where} (HEIMDALL_DATABASE_URL) can't be read: {reason}") from None
         if tries_left == 0:
             raise ConnectionError(f"the database {where} (HEIMDALL_DATABASE_URL) does not answer: {reason}") from None
+
+
+def _parse(text: str) -> sa.URL:
+    """The URL of a database.
+
+    Raises:
+        ConfigurationError: It is none, or seems to be cut in the middle of a password, which is not shown.
+    """
+    try:
+        url = sa.make_url(text)
+        cut = url.get_backend_name() == "postgresql" and "@" in f"{url.host}{url.database}"
+    except (sa.exc.ArgumentError, ValueError):
+        cut = True
+    if cut:
+        # Words of others may show a part of the password.
+        raise ConfigurationError(
+            "HEIMDALL_DATABASE_URL can't be read: its port must be a number; write / : @ ? # in a password as "
+            "%2F %3A %40 %3F %23"
+        ) from None
+    return url
 
 
 def _rows_of(session: Session) -> list[tuple[sa.Table, list[dict[str, Any]]]]:
