@@ -324,10 +324,19 @@ def test_a_database_that_stays_away_is_named_without_its_password(filled: DataSe
 def test_a_wrong_password_is_no_database_that_is_away(filled: DataSettings) -> None:
     url = SecretStr(filled.database_url.get_secret_value().replace(secret_of(filled), "wrong-canary"))
 
-    with pytest.raises(ConfigurationError, match="refuses the password: check HEIMDALL_DATABASE_URL") as caught:
-        HeimdallDataset.open(filled.model_copy(update={"database_url": url}))
+    wrong = filled.model_copy(update={"database_url": url})
+    for ask in (HeimdallDataset.open, generate):
+        with pytest.raises(ConfigurationError, match="refuses the password: check HEIMDALL_DATABASE_URL") as caught:
+            ask(wrong)
+        assert "wrong-canary" not in str(caught.value)
 
-    assert "wrong-canary" not in str(caught.value)
+
+def test_a_database_that_was_never_made_is_not_told_to_be_filled(filled: DataSettings) -> None:
+    url = SecretStr(f"{filled.database_url.get_secret_value()}-other")
+
+    for ask in (HeimdallDataset.open, generate):
+        with pytest.raises(ConfigurationError, match=r"is not there .*check HEIMDALL_DATABASE_URL, or make it"):
+            ask(filled.model_copy(update={"database_url": url}))
 
 
 def test_no_more_connections_are_open_than_the_pool_holds(filled: DataSettings, postgres: Postgres) -> None:

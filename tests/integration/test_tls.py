@@ -180,3 +180,11 @@ def test_a_database_that_is_not_trusted_is_named_with_the_remedy(private: Privat
     with pytest.raises(ConfigurationError, match=r"can't be trusted .*HEIMDALL_DATABASE_URL end in .*sslrootcert") as e:
         HeimdallDataset.open(settings)
     assert private.postgres.password not in str(e.value)
+
+
+def test_a_file_of_certificates_that_is_not_there_is_no_empty_database(private: Private, tmp_path: Path) -> None:
+    authority = private.certificate.authority
+    settings = private.data(tmp_path, authority=authority, database_authority=tmp_path / "gone.pem")
+
+    with pytest.raises(ConfigurationError, match=r"can't be trusted .*gone\.pem"):
+        HeimdallDataset.open(settings)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -126,11 +127,56 @@ def test_a_user_may_have_an_at_in_its_name_and_a_file_too(tmp_path: Path) -> Non
 
 def test_a_password_that_a_caller_has_put_elsewhere_is_not_shown() -> None:
     reason = Exception("no route with password=canary to postgresql://u:canary@h")
-    error = sa.exc.OperationalError("SELECT 1", {}, reason)
     store = SessionStore(sa.create_engine("postgresql+psycopg://host/db?user=u&password=canary&sslpassword=canary"))
     with pytest.raises(ConnectionError, match=r"host/db.*does not answer") as caught:
-        store._raise_unless_away(error, tries_left=0)
+        store._raise_unless_away(sa.exc.OperationalError("SELECT 1", {}, reason), "read", tries_left=0)
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "raised", "words"),
+    [
+        ('root certificate file "/a.pem" does not exist\nOr', ConfigurationError, r"can't be trusted .*sslrootcert"),
+        ('FATAL:  database "db" does not exist', ConfigurationError, "is not there .*: check HEIMDALL_DATABASE_URL"),
+        ('FATAL:  role "u" does not exist', ConfigurationError, "is not there .*: check HEIMDALL_DATABASE_URL"),
+        ('relation "receivers" does not exist\nLINE 1', DataError, "holds no recording sessions .*data generate"),
+        ("connection refused", ConnectionError, "does not answer: connection refused"),
+    ],
+)
+def test_what_postgresql_says_is_told_with_what_helps(reason: str, raised: type[Exception], words: str) -> None:
+    store = SessionStore(sa.create_engine("postgresql+psycopg://host/db"))
+    with pytest.raises(raised, match=words):
+        store._raise_unless_away(sa.exc.OperationalError("SELECT 1", {}, Exception(reason)), "read", tries_left=0)
+
+
+WRITERS: dict[str, Callable[[SessionStore], object]] = {
+    "create_schema": lambda store: store.create_schema(),
+    "add_session": lambda store: store.add_session(session("a")),
+    "set_status": lambda store: store.set_status("a", "approved"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_database_that_is_away_is_told_whatever_was_to_be_written(
+    write: Callable[[SessionStore], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = list[float]()
+    monkeypatch.setattr(time, "sleep", waits.append)
+    store = SessionStore.open(data_settings(tmp_path, database_url="postgresql://u:canary@127.0.0.1:9/db"))
+    with pytest.raises(ConnectionError, match=r"HEIMDALL_DATABASE_URL\) does not answer") as caught:
+        write(store)
+    assert "canary" not in str(caught.value)
+    assert waits == [1, 2, 4, 8]
+    store.close()
+
+
+@pytest.mark.parametrize("write", [WRITERS["create_schema"], WRITERS["set_status"]])
+def test_a_file_that_takes_nothing_is_named(write: Callable[[SessionStore], object], tmp_path: Path) -> None:
+    (tmp_path / "heimdall.db").write_text("no database at all")
+    store = SessionStore.open(data_settings(tmp_path))
+    with pytest.raises(DataError, match=r"heimdall\.db .*can't be written to.*not a database"):
+        write(store)
+    store.close()
 
 
 def test_without_tables_the_error_says_what_to_check(empty: SessionStore) -> None:

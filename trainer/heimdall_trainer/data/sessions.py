@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import sqlalchemy as sa
 
@@ -28,16 +29,19 @@ CONNECTION: Final = {
     "keepalives_count": 2,
 }
 """What libpq is told where the URL says nothing else: a node that is gone must not be waited for for hours."""
-READ_TRIES: Final = 5
-"""Tries at reading from a database that does not answer; the waits between them double from 1 s."""
+TRIES: Final = 5
+"""Tries at a database that does not answer; the waits between them double from 1 s."""
 SCHEMA_LOCK: Final = 0x4845494D
 """Advisory lock of PostgreSQL that two processes making the tables at once wait for."""
 SESSIONS_ASKED: Final = 10_000
 """Sessions that one query asks for: PostgreSQL takes 65,535 values."""
 NAMED_IDS: Final = 10
 """How many sessions an error names."""
+_MISSING: Final = re.compile(r'\b(?:database|role) "[^"]*" does not exist')
+"""How PostgreSQL says that it has no such database or user: no command of ours makes them."""
 
 Status = Literal["pending", "approved", "rejected"]
+T = TypeVar("T")
 
 metadata = sa.MetaData()
 recording_sessions = sa.Table(
@@ -177,14 +181,28 @@ class SessionStore:
         self._engine.dispose()
 
     def create_schema(self) -> None:
-        """Make the tables that are not there; two processes may do so at once."""
-        with self._engine.begin() as connection:
+        """Make the tables that are not there; two processes may do so at once.
+
+        Raises:
+            ConfigurationError: The database can't be used as it is asked.
+            DataError: It can't be written to.
+            ConnectionError: It does not answer.
+        """
+
+        def make(connection: sa.Connection) -> None:
             if self._engine.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
             metadata.create_all(connection)
 
+        self._write(make)
+
     def session_name(self, session_id: str) -> str | None:
-        """Name of a session, whatever its status; None where there is none."""
+        """Name of a session, whatever its status; None where there is none.
+
+        Raises:
+            DataError: The database holds no recording sessions.
+            ConnectionError: The database does not answer.
+        """
         query = sa.select(recording_sessions.c.name).where(recording_sessions.c.id == session_id)
         rows = self._read(query)
         return str(rows[0][0]) if rows else None
@@ -194,14 +212,21 @@ class SessionStore:
 
         Returns:
             False where a session of this ID is there already; it is left as it is.
+
+        Raises:
+            DataError: The database can't be written to.
+            ConnectionError: It does not answer.
         """
         if self.session_name(session.id) is not None:
             return False
+
+        def add(connection: sa.Connection) -> None:
+            for table, rows in _rows_of(session):
+                if rows:
+                    connection.execute(table.insert(), rows)
+
         try:
-            with self._engine.begin() as connection:
-                for table, rows in _rows_of(session):
-                    if rows:
-                        connection.execute(table.insert(), rows)
+            self._write(add)
         except sa.exc.IntegrityError:
             if self.session_name(session.id) is None:
                 raise
@@ -213,11 +238,12 @@ class SessionStore:
 
         Raises:
             ConfigurationError: There is no such session.
+            DataError: The database can't be written to.
+            ConnectionError: It does not answer.
         """
         update = recording_sessions.update().where(recording_sessions.c.id == session_id).values(status=status)
-        with self._engine.begin() as connection:
-            if connection.execute(update).rowcount == 0:
-                raise ConfigurationError(f"there is no recording session {session_id!r} to become {status}")
+        if self._write(lambda connection: connection.execute(update).rowcount) == 0:
+            raise ConfigurationError(f"there is no recording session {session_id!r} to become {status}")
 
     def statuses(self) -> dict[str, Status]:
         """Status of every session by its ID.
@@ -273,25 +299,38 @@ class SessionStore:
         return [_transmission(rows) for rows in grouped.values()]
 
     def _read(self, query: sa.Executable) -> Sequence[Any]:
+        def read() -> Sequence[Any]:
+            with self._engine.connect() as connection:
+                return connection.execute(query).all()
+
+        return self._try(read, "read")
+
+    def _write(self, work: Callable[[sa.Connection], T]) -> T:
+        """Do something in one transaction; done again where nobody knows whether it was done, it must do no harm."""
+
+        def write() -> T:
+            with self._engine.begin() as connection:
+                return work(connection)
+
+        return self._try(write, "written to")
+
+    def _try(self, ask: Callable[[], T], what: str) -> T:
         wait_s = 1.0
-        for left in reversed(range(READ_TRIES)):
+        for left in reversed(range(TRIES)):
             try:
-                with self._engine.connect() as connection:
-                    return connection.execute(query).all()
+                return ask()
+            except sa.exc.IntegrityError:
+                raise  # an answer, which the one who wrote understands
             except sa.exc.DBAPIError as error:
-                self._raise_unless_away(error, tries_left=left)
+                self._raise_unless_away(error, what, tries_left=left)
             time.sleep(wait_s)
             wait_s *= 2
         raise AssertionError("the last try raises")
 
-    def _raise_unless_away(self, error: sa.exc.DBAPIError, *, tries_left: int) -> None:
+    def _raise_unless_away(self, error: sa.exc.DBAPIError, what: str, *, tries_left: int) -> None:
         where = redact(self._engine.url.render_as_string(hide_password=True))
         reason = redact(error.orig).strip()
-        if "no such table" in reason or "does not exist" in reason:
-            raise DataError(
-                f"the database {where} holds no recording sessions ({reason.splitlines()[0]}): "
-                "check HEIMDALL_DATABASE_URL, or make some with `heimdall-train data generate`"
-            ) from None
+        # First: a file with certificates that is not there "does not exist", too.
         if "certificate verify failed" in reason or "root certificate file" in reason:
             raise ConfigurationError(
                 f"the certificate of the database {where} can't be trusted ({reason.splitlines()[0]}): let "
@@ -302,8 +341,17 @@ class SessionStore:
             raise ConfigurationError(
                 f"the database {where} refuses the password: check HEIMDALL_DATABASE_URL, or PGPASSWORD"
             ) from None
+        if _MISSING.search(reason):
+            raise ConfigurationError(
+                f"the database {where} is not there ({reason.splitlines()[0]}): check HEIMDALL_DATABASE_URL, or make it"
+            ) from None
+        if "no such table" in reason or "does not exist" in reason:
+            raise DataError(
+                f"the database {where} holds no recording sessions ({reason.splitlines()[0]}): "
+                "check HEIMDALL_DATABASE_URL, or make some with `heimdall-train data generate`"
+            ) from None
         if not isinstance(error, sa.exc.OperationalError) or self._engine.dialect.name != "postgresql":
-            raise DataError(f"the database {where} (HEIMDALL_DATABASE_URL) can't be read: {reason}") from None
+            raise DataError(f"the database {where} (HEIMDALL_DATABASE_URL) can't be {what}: {reason}") from None
         if tries_left == 0:
             raise ConnectionError(f"the database {where} (HEIMDALL_DATABASE_URL) does not answer: {reason}") from None
 
