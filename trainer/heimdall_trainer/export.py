@@ -221,11 +221,13 @@ def _verify(
     file: Path,
 ) -> dict[str, float]:
     """Compare every output on every batch; the largest differences."""
-    run = open_onnx(file)
+    with _running():
+        run = open_onnx(file)
     largest = dict.fromkeys(interface.outputs, 0.0)
     for batch in batches:
         expected = _named(module(*batch))
-        found = run(dict(zip(interface.inputs, batch, strict=True)))
+        with _running():
+            found = run(dict(zip(interface.inputs, batch, strict=True)))
         shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in zip(interface.inputs, batch, strict=True))
         for name, right in zip(interface.outputs, expected.values(), strict=True):
             if found[name].shape != right.shape:
@@ -241,6 +243,15 @@ def _verify(
                 )
             largest[name] = max(largest[name], difference)
     return largest
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Errors of ONNX Runtime as errors of the graph: PyTorch's exporter writes what it does not know to do."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime can't run it: {type(error).__name__}: {_first_words(error)}") from error
 
 
 def open_onnx(file: Path) -> Any:

@@ -162,7 +162,9 @@ class TrainingPipeline:
             self._is_delivered(CURVES_TIMEOUT_S)
             try:
                 self._results.publish(self.module, self.data, self._check_fence)
-            except ConfigurationError:
+            except FencedError:
+                raise
+            except Exception:
                 self._deliver()  # what could be published was, and is worth the wait as ever
                 raise
             self.is_whole = True

@@ -110,6 +110,19 @@ def test_a_difference_beyond_the_tolerance_names_output_and_difference_and_leave
     assert [item.name for item in Path.cwd().iterdir()] == [FILE.name]
 
 
+@pytest.mark.parametrize("when", ["opened", "run"])
+def test_a_graph_that_onnx_runtime_takes_no_part_in_is_told_in_a_sentence(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED\nand a page of advice")
+
+    monkeypatch.setattr(export, "open_onnx", refuse if when == "opened" else lambda _: refuse)
+    with pytest.raises(ExportError, match=r"^ONNX Runtime can't run it: RuntimeError: .* NOT_IMPLEMENTED$"):
+        export_localizer(Loudest(), FILE)
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_the_tolerance_grows_with_the_value() -> None:
     tolerance = Tolerance(absolute=0.1, relative=1e-3)
     difference, share = tolerance.excess(torch.tensor([1000.9, 0.0]), torch.tensor([1000.0, 0.05]))

@@ -54,7 +54,7 @@ from heimdall_trainer.commands.training import LOCAL_RUN_ID
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
 from heimdall_trainer.data.sessions import SessionStore
-from heimdall_trainer.errors import ConfigurationError, DataError, ExportError
+from heimdall_trainer.errors import ConfigurationError, DataError, ExportError, FencedError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.model.net import make_backbone
@@ -751,6 +751,21 @@ def test_a_graph_that_fails_after_the_training_leaves_the_model_in_the_run(
     with pytest.raises(ConfigurationError, match=r"spec\.export\.onnx: it differs.*The model was logged without it"):
         bench.train(spec, run_id)
     assert load_model(model_of(bench, run_id).artifact_location).predict(np.ones((1, 1), np.float32)).shape == (1, 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), FencedError("attempt 2 has taken over")])
+def test_whatever_fails_after_the_training_is_raised_when_the_model_is_there(
+    error: Exception, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    done = list[str]()
+    monkeypatch.setattr(Results, "publish", fail)
+    monkeypatch.setattr(TrainingPipeline, "_deliver", lambda _: done.append("delivered"))
+    with pytest.raises(type(error), match=str(error)):
+        bench.train(user_spec("Line", epochs=1), bench.new_run())
+    assert done == ([] if isinstance(error, FencedError) else ["delivered"])
 
 
 def test_a_data_module_of_one_s_own_is_used_for_training_validation_and_test(bench: Bench) -> None:
