@@ -26,7 +26,7 @@ from heimdall_tracking.errors import (
     is_refusal,
     refusal_of,
 )
-from heimdall_tracking.points import Point, from_line
+from heimdall_tracking.points import Point, from_line, is_step
 from heimdall_tracking.queue import BATCH, log_refused
 from heimdall_tracking.redact import MASK, redact
 from heimdall_tracking.registry import ModelMissingError, register
@@ -279,7 +279,9 @@ def _batches(file: Path, start: int) -> Iterator[tuple[list[Point], int]]:
         for line in stream:
             start += len(line)
             point = from_line(line)
-            if point is not None:
+            if point is not None and not is_step(point.step):
+                log.warning("a metric whose step is beyond 64 bits is left out", metric=point.name)
+            elif point is not None:
                 points.append(point)
             if len(points) == BATCH:
                 yield points, start

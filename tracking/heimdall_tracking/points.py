@@ -32,6 +32,11 @@ def is_number(value: float) -> bool:
     return abs(value) < INFINITY
 
 
+def is_step(value: int) -> bool:
+    """Whether MLflow takes a number for a step: it keeps 64 bits of it."""
+    return -(2**63) <= value < 2**63
+
+
 def to_lines(points: Iterable[Point]) -> bytes:
     """Points as lines of JSON, each whole by itself; a value comes back as exactly the number it was."""
     return "".join(

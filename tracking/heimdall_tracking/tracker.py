@@ -26,7 +26,7 @@ from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
 from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.params import clean_name, clean_text, flatten
-from heimdall_tracking.points import Point, is_number, storable
+from heimdall_tracking.points import Point, is_number, is_step, storable
 from heimdall_tracking.queue import MetricQueue, now_ms
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import find_version, source_of, wait_until_ready
@@ -389,6 +389,10 @@ class MLflowTracker:
             at = int(step)
         except (TypeError, ValueError, OverflowError):
             log.warning("metrics whose step is no number were left out", metrics=sorted(map(str, metrics))[:10])
+            return
+        if not is_step(at):
+            # It can't be sent at all, and what can't be sent is tried for ever: the server may be away.
+            log.warning("metrics whose step is beyond 64 bits were left out", metrics=sorted(map(str, metrics))[:10])
             return
         for name, value in metrics.items():
             try:

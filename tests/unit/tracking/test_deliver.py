@@ -216,6 +216,22 @@ def test_what_a_killed_process_spilled_can_be_delivered(
     assert [point.step for point in client.get_metric_history(tracker.run_id, "loss")] == list(range(9))
 
 
+def test_a_step_that_no_mlflow_takes_does_not_keep_the_others(tracker: MLflowTracker, client: MlflowClient) -> None:
+    """As an older version has put it away."""
+    from heimdall_tracking.points import Point, to_lines
+    from heimdall_tracking.undelivered import UndeliveredFolder
+
+    folder = UndeliveredFolder(Path("left"), run_id=tracker.run_id, tracking_uri=tracker.settings.tracking_uri)
+    points = [Point("loss", 1.0, step, 1) for step in (1, 2**63, 2)]
+    (folder.open() / "metrics-00000001.jsonl").write_bytes(to_lines(points))
+    folder._release()
+
+    deliver("left", tracker.settings)
+
+    assert [point.step for point in client.get_metric_history(tracker.run_id, "loss")] == [1, 2]
+    assert not Path("left").exists()
+
+
 def test_an_overtaken_attempt_delivers_nothing(
     tracker: MLflowTracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,13 +234,25 @@ def test_to_a_run_that_was_deleted_nothing_more_is_said(
     assert "the run was deleted in MLflow" in str(started.overtaken)
 
 
-@pytest.mark.parametrize("step", [None, float("nan"), float("inf"), "first"])
-def test_a_step_that_is_no_number_raises_nothing(started: MLflowTracker, client: MlflowClient, step: Any) -> None:
-    started.log_metrics({"loss": 1.0}, step=step)
+@pytest.mark.parametrize("step", [None, float("nan"), float("inf"), "first", 2**63, -(2**63) - 1, 1e300])
+def test_a_step_that_is_no_number_of_mlflow_s_raises_nothing(
+    started: MLflowTracker, client: MlflowClient, step: Any
+) -> None:
+    with capture_logs() as lines:
+        started.log_metrics({"loss": 1.0}, step=step)
+    assert [line["log_level"] for line in lines] == ["warning"]
     started.log_metrics({"loss": 2.0}, step=3)
 
     assert started.flush(PATIENCE_S)
     assert [(item.step, item.value) for item in client.get_metric_history(started.run_id, "loss")] == [(3, 2.0)]
+
+
+def test_the_largest_step_of_all_arrives(started: MLflowTracker, client: MlflowClient) -> None:
+    for step in (2**63 - 1, -(2**63)):
+        started.log_metrics({"loss": 1.0}, step=step)
+
+    assert started.flush(PATIENCE_S)
+    assert {item.step for item in client.get_metric_history(started.run_id, "loss")} == {2**63 - 1, -(2**63)}
 
 
 def test_files_and_folders_become_artifacts(started: MLflowTracker, client: MlflowClient, tmp_path: Path) -> None:
