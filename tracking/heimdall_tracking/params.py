@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime, time
 from typing import Any, Final
 
+import structlog
+
 from heimdall_tracking.redact import MASK, names_secret, redact
 
 KEY_LIMIT: Final = 250
@@ -19,6 +21,8 @@ DEPTH_LIMIT: Final = 20
 ARRAY_LIMIT: Final = 1000
 """Elements of an array that is written out; of a larger one, shape and type."""
 _FORBIDDEN: Final = re.compile(r"[^\w\-. /:]")
+
+log = structlog.get_logger()
 
 
 def flatten(params: Mapping[Any, Any]) -> dict[str, str]:
@@ -30,7 +34,48 @@ def flatten(params: Mapping[Any, Any]) -> dict[str, str]:
     Returns:
         Names joined by dots, with the values as text. What looks like a secret is masked; too long a value is cut.
     """
-    return dict(_walk("", params, ()))
+    found = list(_walk("", params, ()))
+    flat: dict[str, str] = {}
+    for name, (_, text) in zip(Names().of(name for name, _ in found), found, strict=True):
+        if flat.get(name, text) != text:
+            log.warning("two parameters have one name; the last is logged", name=name)
+        flat[name] = text
+    return flat
+
+
+class Names:
+    """Names as MLflow takes them, each for one name alone.
+
+    What MLflow takes as it is stays as it is. Of others that would become the same, the first is given it, and the
+    rest what tells them apart.
+    """
+
+    def __init__(self) -> None:
+        """None is given yet."""
+        self._owners: dict[str, str] = {}
+        self._told: set[str] = set()
+
+    def of(self, names: Iterable[object]) -> list[str]:
+        """What things are logged as that are logged together.
+
+        Args:
+            names: Their names, of any type.
+
+        Returns:
+            A name for each, in their order.
+        """
+        pairs = [(text, clean_name(text)) for text in map(_text, names)]
+        self._owners.update((clean, text) for text, clean in pairs if text == clean)
+        return [
+            clean if self._owners.setdefault(clean, text) == text else self._apart(text, clean) for text, clean in pairs
+        ]
+
+    def _apart(self, text: str, clean: str) -> str:
+        name = _with_digest(clean, text)
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("a name would be another's, as MLflow takes it", name=redact(text), logged_as=name)
+        return name
 
 
 def clean_name(name: object) -> str:
@@ -43,9 +88,14 @@ def clean_name(name: object) -> str:
         text = f"_{text}"
     if len(text) > KEY_LIMIT:
         # Names that differ only beyond the limit must stay apart.
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        text = f"{text[: KEY_LIMIT - 9].rstrip('/')}-{digest}"
+        text = _with_digest(text, text)
     return text or "_"
+
+
+def _with_digest(name: str, whole: str) -> str:
+    """A name that ends in a digest of what it stands for."""
+    digest = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name[: KEY_LIMIT - 9].rstrip('/')}-{digest}"
 
 
 def clean_text(text: str, limit: int) -> str:
@@ -66,7 +116,7 @@ def _walk(prefix: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str
         # What lies within something named like a secret is one, whatever it is called itself.
         named = any(names_secret(part) for part in (prefix, *prefix.split(".")))
         secret = named and text not in ("", "None")
-        yield clean_name(prefix), MASK if secret else text
+        yield prefix, MASK if secret else text
 
 
 def _pairs(value: Any) -> list[tuple[Any, Any]]:

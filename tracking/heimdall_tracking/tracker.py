@@ -25,7 +25,7 @@ from heimdall_tracking.errors import OvertakenError, Refusal, TrackingError, is_
 from heimdall_tracking.experiments import ensure_experiment
 from heimdall_tracking.outbox import Outbox
 from heimdall_tracking.outstanding import Outstanding
-from heimdall_tracking.params import clean_name, clean_text, flatten
+from heimdall_tracking.params import Names, clean_name, clean_text, flatten
 from heimdall_tracking.points import Point, is_number, is_step, storable
 from heimdall_tracking.queue import MetricQueue, now_ms
 from heimdall_tracking.redact import redact
@@ -81,6 +81,8 @@ class MLflowTracker:
         self._outbox: Outbox[Call] | None = None
         self._uploader: Uploader | None = None
         self._params_put = 0
+        self._names = Names()
+        """What the run's metrics are called."""
         self._incomplete = False
         self._wanted_folder: Path | None = None
         self._attempt: int | None = None
@@ -359,6 +361,7 @@ class MLflowTracker:
         if self._made_folder is not None:
             self.undelivered = self._made_folder.keep_status(None)
         self._run_id, self._incomplete, self._made_folder = None, False, None
+        self._names = Names()
 
     # --- what is logged ------------------------------------------------------------------------------------------
 
@@ -394,13 +397,13 @@ class MLflowTracker:
             # It can't be sent at all, and what can't be sent is tried for ever: the server may be away.
             log.warning("metrics whose step is beyond 64 bits were left out", metrics=sorted(map(str, metrics))[:10])
             return
-        for name, value in metrics.items():
+        for name, value in zip(self._names.of(metrics), metrics.values(), strict=True):
             try:
                 number = float(value)
             except (TypeError, ValueError, RuntimeError, OverflowError):
-                log.warning("a metric is no number and was left out", metric=str(name))
+                log.warning("a metric is no number and was left out", metric=name)
                 continue
-            points.append(Point(clean_name(name), storable(number), at, stamp))
+            points.append(Point(name, storable(number), at, stamp))
         if self._metrics is None:
             client, run_id, fence = self.client, self.run_id, self._fenced()
             self._metrics = MetricQueue(

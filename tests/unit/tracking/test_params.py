@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param, _validate_tag
 from pydantic import BaseModel, SecretStr
+from structlog.testing import capture_logs
 
-from heimdall_tracking.params import ARRAY_LIMIT, KEY_LIMIT, VALUE_LIMIT, clean_name, clean_text, flatten
+from heimdall_tracking.params import ARRAY_LIMIT, KEY_LIMIT, VALUE_LIMIT, Names, clean_name, clean_text, flatten
 from heimdall_tracking.redact import MASK
 
 CANARY = "canary9d41"
@@ -130,6 +132,52 @@ def test_any_name_becomes_one_that_mlflow_takes_for_metrics_and_tags(name: str) 
     _validate_metric_name(cleaned)
     _validate_tag(cleaned, "")
     assert 0 < len(cleaned) <= KEY_LIMIT
+
+
+alike = st.one_of(st.text("a@#?/ ._", max_size=3), st.text("a@#", max_size=3).map(lambda end: "x" * KEY_LIMIT + end))
+"""Names of which many become the same."""
+
+
+@some
+@given(st.lists(st.one_of(alike, texts), unique=True))
+@example(["a@b", "a#b", "a_b", "a b", ""])
+@example(["\ud800", "\udfff"])
+def test_names_that_differ_stay_apart_and_what_mlflow_takes_as_it_is_stays_so(names: list[str]) -> None:
+    logged = Names().of(names)
+
+    assert len(set(logged)) == len(names)
+    for name, given_name in zip(names, logged, strict=True):
+        _validate_metric_name(given_name)
+        assert len(given_name) <= KEY_LIMIT
+        assert given_name == name or clean_name(name) != name
+
+
+@some
+@given(st.dictionaries(alike, st.integers()))
+def test_no_parameter_takes_the_place_of_another(params: dict[str, int]) -> None:
+    flat = flatten(params)
+
+    assert_accepted(flat)
+    assert list(flat.values()) == [str(value) for value in params.values()]
+
+
+def test_a_name_is_the_same_in_every_call_until_one_claims_it_that_needs_no_change() -> None:
+    names = Names()
+
+    with capture_logs() as lines:
+        first = [*names.of(["loss@train"]), *names.of(["loss#train"]), *names.of(["loss@train"])]
+        assert (first[0], first[2]) == ("loss_train", "loss_train")
+        assert re.fullmatch(r"loss_train-[0-9a-f]{8}", first[1])
+        assert names.of(["loss#train", "loss_train"]) == [first[1], "loss_train"]
+        assert names.of(["loss@train"])[0] not in ("loss_train", first[1])
+        names.of(["loss@train", "loss#train"])
+    assert [line["name"] for line in lines] == ["loss#train", "loss@train"], "each is told once"
+
+
+def test_two_parameters_of_one_name_are_told() -> None:
+    with capture_logs() as lines:
+        assert flatten({"a.b": 1, "a": {"b": 2}}) == {"a.b": "2"}
+    assert [line["name"] for line in lines] == ["a.b"]
 
 
 @some

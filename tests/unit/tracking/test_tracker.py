@@ -183,6 +183,16 @@ def test_values_that_are_no_numbers_are_left_out_or_kept_as_mlflow_can(started: 
     assert metrics == {"up": INFINITY, "down": -INFINITY, "one": 1.0, "a_b": 2.0, "true": 1.0}
 
 
+def test_metrics_that_mlflow_would_call_the_same_stay_apart(started: MLflowTracker) -> None:
+    started.log_metrics({"a@b": 1, "a_b": 2, "a#b": 3}, step=1)
+    started.log_metrics({"a?b": 4}, step=2)
+
+    assert started.flush(PATIENCE_S)
+    metrics = started.get_run_info()["metrics"]
+    assert metrics["a_b"] == 2
+    assert sorted(metrics.values()) == [1, 2, 3, 4]
+
+
 def test_of_tags_that_wait_the_newest_is_sent_without_secrets(started: MLflowTracker) -> None:
     started.put_tag("endpoint", "s3://key:canary@minio")
     started.put_tag("long", "x" * 20_000)
