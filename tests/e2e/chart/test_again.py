@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import requests
 
+from tests.e2e.chart.pages import Typist, section
 from tests.e2e.cluster import Cluster, port_forward, wait_for
 from tests.e2e.conftest import OTHER_NODE, PLACES, Mlflow, contract_run, namespace
 
@@ -77,7 +79,20 @@ def record(mlflow: Mlflow) -> str:
     return str(run.info.run_id)
 
 
-def test_a_release_outlives_upgrade_rollback_and_removal(again: Cluster) -> None:
+def go_back(again: Cluster, folder: Path) -> None:
+    """To the first revision, as docs/upgrading.md says where passwords have changed since."""
+    _, by_upgrade = section("docs/upgrading.md", "Back")
+    named = re.sub(r"(values|upgrade) heimdall ", rf"\1 {NAME} ", by_upgrade)
+    Typist(again, folder).type(named.replace("--revision 3", "--revision 1"))
+
+
+def change_password(again: Cluster, secret: str, key: str) -> None:
+    word = base64.b64encode(b"changed-since").decode()
+    again.kubectl("patch", "secret", secret, "-p", json.dumps({"data": {key: word}}))
+    upgrade(again)
+
+
+def test_a_release_outlives_upgrade_rollback_and_removal(again: Cluster, tmp_path: Path) -> None:
     install(again, RELEASED)
     before = passwords(again, *STORES)
     run_id = with_mlflow(again, record, asks=False)
@@ -120,3 +135,9 @@ def test_a_release_outlives_upgrade_rollback_and_removal(again: Cluster) -> None
     with_mlflow(again, trained_once, asks=True)
     assert again.status(RUN) == ended, "what ended is not trained again"
     assert "Succeeded" in again.helm("test", NAME, "--timeout", INSTALL_TIMEOUT)
+
+    change_password(again, STORES[1], "reader-secret-key")
+    changed = passwords(again, *STORES, LOGINS, "heimdall-trainer")
+    go_back(again, tmp_path)
+    assert passwords(again, *STORES, LOGINS, "heimdall-trainer") == changed
+    assert changed["heimdall-trainer"]["HEIMDALL_S3_SECRET_KEY"] != before[STORES[1]]["reader-secret-key"]

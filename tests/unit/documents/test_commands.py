@@ -53,10 +53,14 @@ KINDS = {
     "trainingrun": {"trainingrun", "trainingruns", "tr"},
     "workload": {"workloads"},
 }
-WITH_VALUE = {"-n", "-l", "-o", "-f", "-p", "-c", "-U", "--namespace", "--timeout", "--patch-file", "--set"}
+WITH_VALUE = {
+    *("-n", "-l", "-o", "-f", "-p", "-c", "-U", "--namespace", "--timeout", "--patch-file", "--set", "--revision"),
+}
 """Flags whose value is the next word."""
 HELM_FLAGS = {
     *("-n", "-f", "--wait", "--create-namespace", "--reset-then-reuse-values", "--reuse-values", "--set", "--timeout"),
+    *("-o", "--reset-values", "--revision"),
+    "-",  # standard input, as a file of values
 }
 RUN_BY = {
     # What a command begins with: where a test runs it, and words by which it is found there.
@@ -85,6 +89,7 @@ RUN_BY = {
     "helm upgrade": ("tests/e2e/chart/test_again.py", 'again.helm("upgrade"'),
     "helm test": ("tests/e2e/chart/test_again.py", 'helm("test"'),
     "helm rollback": ("tests/e2e/chart/test_again.py", 'helm("rollback"'),
+    "helm get values": ("tests/e2e/chart/test_again.py", 'section("docs/upgrading.md", "Back")'),
 }
 RUN_WHOLE = {
     "docs/howto/backup.md": "tests/e2e/chart/test_backup.py",
@@ -182,7 +187,9 @@ def test_a_selector_chooses_something(words: list[str]) -> None:
 @pytest.mark.parametrize("words", typed("helm", in_text=True))
 def test_helm_is_told_values_and_flags_that_there_are(words: list[str]) -> None:
     verb, *rest = plain(words)
-    assert verb in {"install", "upgrade", "test", "rollback", "uninstall", "template", "package"}
+    assert verb in {"install", "upgrade", "test", "rollback", "uninstall", "template", "package", "history", "get"}
+    if verb == "get":
+        assert rest.pop(0) == "values"
     assert {word for word in rest if not PLACE.match(word)} <= {"heimdall"}
     for flag, value in zip(words, [*words[1:], ""], strict=True):
         if flag.startswith("-"):
