@@ -84,6 +84,13 @@ def test_a_database_that_recovers_from_a_crash_is_left_to_it(
         assert (done.returncode == 0) is passes, probe
 
 
+def test_a_database_has_time_to_be_made_on_slow_storage(rendered: Rendered) -> None:
+    """What is cut off before the roles are made is never taken up."""
+    (container,) = rendered.pods()["StatefulSet/heimdall-database"]["containers"]
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 600
+
+
 def secret_values(rendered: Rendered) -> set[str]:
     keys = ("password", "secret-key", "PASSWORD")
     return {
