@@ -106,6 +106,12 @@ def test_everything_of_mlflow_is_quiet(rendered: Rendered) -> None:
         assert said["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
 
 
+@pytest.mark.parametrize("part", ["-migrate-", "-setup-"])
+def test_a_job_outlives_a_pull_secret_that_is_mended_late(part: str, rendered: Rendered) -> None:
+    """The release looks well without it, and nothing else does what it does."""
+    assert job(rendered, part)["spec"]["activeDeadlineSeconds"] >= 3600
+
+
 def test_one_job_migrates_and_the_server_waits_for_it(rendered: Rendered) -> None:
     migration = job(rendered, "-migrate-")
     assert "annotations" not in migration["metadata"], "a hook would not run with every tool"
