@@ -84,7 +84,7 @@ class Services:
         """Values of a release on these stores."""
         here = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.cluster.namespace}}}]
         return {
-            "crd": {"install": False},
+            "crd": {"install": False, "userRoles": False},
             "operator": {"namespaces": [release.namespace], "progressSeconds": 3, "resyncSeconds": 30, **ON_NODE},
             "database": {
                 "external": True,

@@ -47,8 +47,8 @@ def install(again: Cluster, chart: str | Path, *more: str) -> None:
 
 
 def upgrade(again: Cluster, *more: str) -> None:
-    """As docs/upgrading.md says."""
-    kept = ("--reset-then-reuse-values", *more)
+    """As docs/upgrading.md says. What is of the cluster would not go with the namespace."""
+    kept = ("--reset-then-reuse-values", "--set", "crd.userRoles=false", *more)
     again.helm("upgrade", NAME, "charts/heimdall", *kept, "--wait", "--timeout", INSTALL_TIMEOUT)
 
 
@@ -130,7 +130,7 @@ def test_a_release_outlives_upgrade_rollback_and_removal(again: Cluster, tmp_pat
     assert passwords(again, *STORES, LOGINS) == before
     assert {item["metadata"]["name"] for item in again.list("pvc")} == VOLUMES
 
-    install(again, "charts/heimdall")
+    install(again, "charts/heimdall", "--set", "crd.userRoles=false")
     assert passwords(again, *STORES, LOGINS) == before
     with_mlflow(again, trained_once, asks=True)
     assert again.status(RUN) == ended, "what ended is not trained again"

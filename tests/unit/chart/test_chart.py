@@ -274,9 +274,18 @@ def test_built_in_roles_take_up_rights_on_training_runs(rendered: Rendered) -> N
     assert aggregated == {"view": seen, "edit": seen | changed, "admin": seen | changed}
 
 
-@pytest.mark.parametrize("values", [{"crd.userRoles": False}, {"crd.install": False}], ids=str)
-def test_rights_of_people_are_left_out_where_they_are_not_wanted(values: dict[str, bool]) -> None:
-    assert render(values).names("ClusterRole") == {f"{NAMESPACE}-heimdall-operator"}
+def test_rights_of_people_are_left_out_where_they_are_not_wanted() -> None:
+    assert render({"crd.userRoles": False}).names("ClusterRole") == {f"{NAMESPACE}-heimdall-operator"}
+
+
+def test_rights_of_people_are_each_releases_own() -> None:
+    """So they stay when the release is removed that brought the definition, and no two releases make the same role."""
+    beside = {"crd.install": False, "operator.namespaces": ["team"]}
+    roles = {f"{NAMESPACE}-heimdall-view", f"{NAMESPACE}-heimdall-edit"}
+    assert render(beside).names("ClusterRole") == roles
+    done = helm("template", "heimdall", str(CHART), "--namespace", "other", *flags(beside))
+    assert not any(role in done.stdout for role in roles)
+    assert not render({**beside, "crd.userRoles": False}).names("ClusterRole"), "nothing of the cluster is left"
 
 
 @pytest.mark.parametrize(
