@@ -12,7 +12,8 @@ if [ "${1:-postgres}" = postgres ] && [ ! -s "$PGDATA/PG_VERSION" ]; then
   password=$(value POSTGRES_PASSWORD "")
   database=$(value POSTGRES_DB "$user")
   [ -n "$password" ] || { echo "POSTGRES_PASSWORD is needed to make a database" >&2; exit 1; }
-  initdb --username="$user" --pwfile=<(printf '%s\n' "$password") --auth-local=trust --auth-host=scram-sha-256
+  # Its words are arguments. Without any, initdb has whoever comes from 127.0.0.1 let in without a password.
+  initdb --username="$user" --pwfile=<(printf '%s\n' "$password") $(value POSTGRES_INITDB_ARGS "")
   echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"
   pg_ctl -D "$PGDATA" -o "-c listen_addresses=''" -w start
   if [ "$database" != postgres ]; then

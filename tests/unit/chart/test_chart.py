@@ -91,6 +91,12 @@ def test_a_database_has_time_to_be_made_on_slow_storage(rendered: Rendered) -> N
     assert probe["periodSeconds"] * probe["failureThreshold"] >= 600
 
 
+def test_a_database_trusts_nobody_who_comes_by_a_port_forward(rendered: Rendered) -> None:
+    """By initdb's own rules, which the official image keeps, it trusts whoever comes from 127.0.0.1."""
+    (container,) = rendered.pods()["StatefulSet/heimdall-database"]["containers"]
+    assert {"name": "POSTGRES_INITDB_ARGS", "value": "--auth-host=scram-sha-256"} in container["env"]
+
+
 def secret_values(rendered: Rendered) -> set[str]:
     keys = ("password", "secret-key", "PASSWORD")
     return {

@@ -86,6 +86,10 @@ def test_images_are_the_charts(compose: dict[str, Any], values: dict[str, Any]) 
 
 def test_the_database_is_made_as_the_charts_is(compose: dict[str, Any]) -> None:
     assert compose["configs"]["database-init"]["content"] == script("database.yaml", r"  init\.sql: \|\n(.*?)\n---")
+    said = dict(re.findall(r"- \{name: (\w+), value: (\S+)}", (TEMPLATES / "database.yaml").read_text()))
+    del said["PGDATA"]
+    assert said.items() <= compose["services"]["database"]["environment"].items()
+    assert said
 
 
 def test_buckets_and_their_users_are_made_as_the_charts_are(compose: dict[str, Any], values: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 
@@ -63,8 +64,30 @@ def test_postgresql_keeps_its_data_and_ends_as_the_official_one() -> None:
     assert json.loads(said["ENTRYPOINT"][0]) == ["docker-entrypoint.sh"]
     assert json.loads(said["CMD"][0]) == ["postgres"]
     entry = (ROOT / "images/postgresql/docker-entrypoint.sh").read_text()
-    for variable in ("POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"):
+    for variable in ("POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB", "POSTGRES_INITDB_ARGS"):
         assert f"value {variable} " in entry, "with NAME_FILE beside NAME"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [({}, []), ({"POSTGRES_INITDB_ARGS": "--auth-host=md5 --no-sync"}, ["--auth-host=md5", "--no-sync"])],
+    ids=["none", "two"],
+)
+def test_postgresql_makes_its_database_with_the_arguments_that_it_is_told(
+    said: dict[str, str], told: list[str], tmp_path: Path
+) -> None:
+    """And with no others: whom the server trusts is what the chart says, with this image as with the official one."""
+    for program in ("initdb", "pg_ctl", "psql", "postgres"):
+        (tmp_path / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{program}.said\n')
+        (tmp_path / program).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PGDATA": str(tmp_path), "POSTGRES_PASSWORD": "word", **said}
+
+    script = ROOT / "images/postgresql/docker-entrypoint.sh"
+    subprocess.run(["bash", str(script), "postgres"], env=env, check=True, timeout=20)
+
+    user, password, *more = (tmp_path / "initdb.said").read_text().splitlines()
+    assert (user, password.partition("=")[0], more) == ("--username=postgres", "--pwfile", told)
+    assert (tmp_path / "pg_hba.conf").read_text() == "host all all all scram-sha-256\n"
 
 
 @pytest.mark.parametrize(("name", "program"), [("minio", "minio"), ("redis", "redis-server")])
