@@ -172,6 +172,15 @@ HEIMDALL_S3_REGION: {{ $root.Values.objectStore.region | b64enc }}
 {{- if $root.Values.database.external }}
 PGSSLMODE: {{ include "heimdall.sslMode" $root | b64enc }}
 {{- end }}
+{{- /* Training pods are told by the operator, which mounts the file; of what adds recordings nobody else knows. */}}
+{{- if and (eq .who "writer") (include "heimdall.caSource" $root) }}
+{{- if $root.Values.database.external }}
+PGSSLROOTCERT: {{ "/etc/heimdall-ca/ca.crt" | b64enc }}
+{{- end }}
+{{- if and $root.Values.objectStore.external (hasPrefix "https:" $root.Values.objectStore.externalUrl) }}
+HEIMDALL_S3_CA_BUNDLE: {{ "/etc/heimdall-ca/ca.crt" | b64enc }}
+{{- end }}
+{{- end }}
 HEIMDALL_S3_ACCESS_KEY: {{ get $store (printf "%s-access-key" .who) }}
 HEIMDALL_S3_SECRET_KEY: {{ get $store (printf "%s-secret-key" .who) }}
 {{- end }}

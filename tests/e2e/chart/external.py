@@ -192,6 +192,22 @@ def front(behind: str) -> list[dict[str, Any]]:
     return service("mlflow", FRONT_PORT, 65532, container)
 
 
+WRITE = """
+import os, boto3, psycopg2
+
+with psycopg2.connect(os.environ["HEIMDALL_DATABASE_URL"]) as connection, connection.cursor() as cursor:
+    cursor.execute("CREATE TABLE sessions AS SELECT 'seen' AS name")
+store = boto3.client(
+    "s3",
+    endpoint_url=os.environ["HEIMDALL_S3_ENDPOINT_URL"],
+    region_name=os.environ["HEIMDALL_S3_REGION"],
+    aws_access_key_id=os.environ["HEIMDALL_S3_ACCESS_KEY"],
+    aws_secret_access_key=os.environ["HEIMDALL_S3_SECRET_KEY"],
+    verify=os.environ["HEIMDALL_S3_CA_BUNDLE"],
+)
+bucket = os.environ["HEIMDALL_RECORDINGS_URL"].removeprefix("s3://")
+store.put_object(Bucket=bucket, Key="recording", Body=b"iq")
+"""
 READ = """
 import os, boto3, psycopg2
 
@@ -213,12 +229,23 @@ print(store.get_object(Bucket=bucket, Key="recording")["Body"].read().decode())
 def reader() -> dict[str, Any]:
     """A pod that is given what training pods are given, and reads recordings with it."""
     authority = "/etc/heimdall-ca/ca.crt"
+    env = [{"name": name, "value": authority} for name in ("PGSSLROOTCERT", "AWS_CA_BUNDLE")]
+    return of_recordings("reader", READ, access="heimdall-trainer", env=env, labels=TRAINING)
+
+
+def writer() -> dict[str, Any]:
+    """A pod that is given what manifests/examples/recordings.yaml is given, and adds recordings with it."""
+    labels = {"training.heimdall.dev/access": "recordings"}
+    return of_recordings("writer", WRITE, access="heimdall-recordings-writer", env=[], labels=labels)
+
+
+def of_recordings(name: str, script: str, *, access: str, env: list[Any], labels: dict[str, str]) -> dict[str, Any]:
     container = {
-        "name": "reader",
+        "name": name,
         "image": MLFLOW_IMAGE,
-        "command": ["python3", "-c", READ],
-        "envFrom": [{"secretRef": {"name": "heimdall-trainer"}}],
-        "env": [{"name": name, "value": authority} for name in ("PGSSLROOTCERT", "AWS_CA_BUNDLE")],
+        "command": ["python3", "-c", script],
+        "envFrom": [{"secretRef": {"name": access}}],
+        "env": env,
         "volumeMounts": [{"name": "ca", "mountPath": "/etc/heimdall-ca"}],
         "securityContext": UNPRIVILEGED,
     }
@@ -231,7 +258,7 @@ def reader() -> dict[str, Any]:
         "volumes": [{"name": "ca", "configMap": {"name": "heimdall-ca"}}],
         **ON_NODE,
     }
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "reader", "labels": TRAINING}, "spec": spec}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
 
 
 def roles(passwords: dict[str, str]) -> str:

@@ -19,7 +19,6 @@ from tests.e2e.chart.external import (
     ARTIFACTS,
     LOGINS,
     ON_NODE,
-    RECORDINGS,
     S3_IMAGE,
     S3_PORT,
     Services,
@@ -31,6 +30,7 @@ from tests.e2e.chart.external import (
     s3_server,
     secret,
     setup,
+    writer,
 )
 from tests.e2e.cluster import Cluster, hack, port_forward
 from tests.e2e.conftest import Mlflow, contract_run, namespace
@@ -166,14 +166,12 @@ def test_a_release_trains_on_external_postgresql_and_s3(services: Services, stor
     assert "Succeeded" in stores.helm("test", "heimdall", "--timeout", INSTALL_TIMEOUT)
 
 
-def test_training_pods_read_external_recordings(services: Services, stores: Cluster) -> None:
-    with port_forward(services.cluster, "svc/s3", S3_PORT) as port:
-        s3(services, port, "writer").put_object(Bucket=RECORDINGS, Key="recording", Body=b"iq")
-    services.sql("heimdall", "SET ROLE heimdall_writer; CREATE TABLE sessions AS SELECT 'seen' AS name")
+def test_recordings_are_added_to_external_stores_and_read_by_training_pods(stores: Cluster) -> None:
+    for pod in (writer(), reader()):
+        stores.apply(pod)
+        done = ("--for=jsonpath={.status.phase}=Succeeded", f"pod/{pod['metadata']['name']}", "--timeout=60s")
+        stores.kubectl("wait", *done)
 
-    stores.apply(reader())
-
-    stores.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/reader", "--timeout=60s")
     assert stores.kubectl("logs", "reader").split() == ["seen", "iq"]
 
 

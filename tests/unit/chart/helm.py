@@ -83,12 +83,13 @@ class Rendered:
         return specs
 
 
-def render(values: dict[str, Any] | None = None) -> Rendered:
+def render(values: dict[str, Any] | None = None, *, chart: Path = CHART) -> Rendered:
     """The chart rendered without a cluster.
 
     Args:
         values: Values by their dotted names.
+        chart: A changed copy of the chart.
     """
-    done = helm("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *flags(values or {}))
+    done = helm("template", RELEASE, str(chart), "--namespace", NAMESPACE, *flags(values or {}))
     assert done.returncode == 0, done.stderr
     return Rendered([manifest for manifest in yaml.load_all(done.stdout, Loader) if manifest])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import configparser
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, NAMESPACE, ROOT, Manifest, Rendered, flags, refused, render
+from tests.unit.chart.helm import CHART, EVERY_ROLE_EXTERNAL, NAMESPACE, ROOT, Manifest, Rendered, flags, refused, render
 
 EXISTING_SECRETS: dict[str, Any] = {
     "database.existingSecret": "db",
@@ -346,6 +348,45 @@ def test_private_authorities_reach_operator_mlflow_test_and_training_pods(
     assert operator["HEIMDALL_OPERATOR_CA_KEY"] == source.get("configMap", source.get("secret"))["items"][0]["key"]
     assert operator["MLFLOW_TRACKING_SERVER_CERT_PATH"] == "/etc/heimdall-ca/ca.crt"
     assert environment(server(rendered))["AWS_CA_BUNDLE"] == "/etc/heimdall-ca/ca.crt"
+
+
+LOOKUP = 'lookup "v1" "Secret" .root.Release.Namespace .name'
+CA_FILE = base64.b64encode(b"/etc/heimdall-ca/ca.crt").decode()
+
+
+@pytest.fixture(scope="module")
+def among_secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chart in a namespace where each Secret that it looks up is there, which takes a cluster otherwise."""
+    keys = [f"{who}-{what}" for who in ("reader", "writer") for what in ("password", "access-key", "secret-key")]
+    data = " ".join(f'"{key}" "eA=="' for key in keys)
+    chart = tmp_path_factory.mktemp("among-secrets") / "heimdall"
+    shutil.copytree(CHART, chart)
+    helpers = chart / "templates/_helpers.tpl"
+    text = helpers.read_text()
+    assert text.count(LOOKUP) == 1
+    helpers.write_text(text.replace(LOOKUP, f'(dict "data" (dict {data}))'))
+    return chart
+
+
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [
+        ("", {"PGSSLROOTCERT", "HEIMDALL_S3_CA_BUNDLE"}),
+        ("database", {"HEIMDALL_S3_CA_BUNDLE"}),
+        ("objectStore", {"PGSSLROOTCERT"}),
+        ("caBundle", set()),
+    ],
+)
+def test_what_adds_recordings_is_told_where_the_authorities_of_external_servers_lie(
+    left_out: str, told: set[str], among_secrets: Path
+) -> None:
+    values = {**EVERY_ROLE_EXTERNAL, "trainer.createSecrets": True, "caBundle.existingConfigMap": "trusted"}
+    kept = {name: value for name, value in values.items() if not left_out or not name.startswith(left_out)}
+    data = render(kept, chart=among_secrets).one("Secret", "heimdall-recordings-writer")["data"]
+    assert {name for name, value in data.items() if value == CA_FILE} == told
+    manifest = yaml.safe_load((ROOT / "manifests/examples/recordings.yaml").read_text())
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    assert "/etc/heimdall-ca" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 def test_given_certificates_are_put_into_every_training_namespace() -> None:
