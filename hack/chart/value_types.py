@@ -73,7 +73,7 @@ TYPES: Final[dict[str, Type]] = {
     "duration": Type("duration", _text("^([0-9]+(ms|s|m|h))+$")),
     "count": Type("1 to 64", {"type": "integer", "minimum": 1, "maximum": 64}),
     "url": Type("URL or empty", _text(r"^(https?://[^\s/]+\S*)?$")),
-    "host": Type("host or empty", _text("^[A-Za-z0-9.:-]*$")),
+    "host": Type("host or empty", _text("^([A-Za-z0-9.-]*|[0-9A-Fa-f.]*(:[0-9A-Fa-f.]*){2,})$")),
     "hosts": Type("list of hosts", _list(_text(r"^[^,\s]+$"))),
     "bucket": Type("bucket", _text("^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")),
     "quantity": Type("quantity", {"type": ["string", "integer"], "pattern": r"^[0-9]+(\.[0-9]+)?([kMGTPE]i?|m)?$"}),

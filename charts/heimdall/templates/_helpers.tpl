@@ -91,8 +91,11 @@ app.kubernetes.io/component: {{ .role }}
 {{- .Values.database.sslMode }}
 {{- end }}
 
+{{- /* As URLs have it: an IPv6 address in brackets. */}}
 {{- define "heimdall.databaseHost" -}}
-{{- if .Values.database.external }}{{ required "database.externalHost is needed with database.external" .Values.database.externalHost }}
+{{- if .Values.database.external }}
+{{- $host := required "database.externalHost is needed with database.external" .Values.database.externalHost }}
+{{- if contains ":" $host }}[{{ $host }}]{{ else }}{{ $host }}{{ end }}
 {{- else }}{{ include "heimdall.fullname" . }}-database.{{ .Release.Namespace }}.svc{{ end }}
 {{- end }}
 

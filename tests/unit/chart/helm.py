@@ -32,6 +32,8 @@ EVERY_ROLE_EXTERNAL: dict[str, Any] = {
     "tracking.auth.existingSecret": "logins",
     "trainer.createSecrets": False,
 }
+STORES_EXTERNAL = {name: it for name, it in EVERY_ROLE_EXTERNAL.items() if not name.startswith("tracking.external")}
+"""MLflow is the chart's own."""
 
 
 class Loader(yaml.CSafeLoader):

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.chart.helm import NAMESPACE, Manifest, Rendered, render
-from tests.unit.chart.test_services import EVERY_ROLE_EXTERNAL
+from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, NAMESPACE, STORES_EXTERNAL, Manifest, Rendered, render
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,7 @@ def test_training_pods_of_a_namespace_that_is_not_watched_are_strangers() -> Non
 def test_the_ways_to_external_services_are_open_at_their_ports() -> None:
     rendered = render(
         {
-            **EVERY_ROLE_EXTERNAL,
-            "tracking.external": False,
+            **STORES_EXTERNAL,
             "database.port": 6432,
             "objectStore.externalUrl": "http://s3.example.com:7480/",
         }

@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.chart.helm import CHART, EVERY_ROLE_EXTERNAL, NAMESPACE, ROOT, Manifest, Rendered, flags, refused, render
+from tests.unit.chart.helm import (
+    CHART,
+    EVERY_ROLE_EXTERNAL,
+    NAMESPACE,
+    ROOT,
+    STORES_EXTERNAL,
+    Manifest,
+    Rendered,
+    flags,
+    refused,
+    render,
+)
 
 EXISTING_SECRETS: dict[str, Any] = {
     "database.existingSecret": "db",
@@ -270,9 +281,8 @@ def test_an_external_mlflows_credentials_reach_the_operator() -> None:
 
 
 def test_an_external_database_and_store_are_what_mlflow_is_told() -> None:
-    values = {name: value for name, value in EVERY_ROLE_EXTERNAL.items() if not name.startswith("tracking.external")}
     secured = {"database.sslMode": "verify-full", "caBundle.existingConfigMap": "trusted"}
-    rendered = render({**values, **secured, "objectStore.region": "eu-central-1"})
+    rendered = render({**STORES_EXTERNAL, **secured, "objectStore.region": "eu-central-1"})
     assert "StatefulSet" not in {item["kind"] for item in rendered.manifests}
     said = environment(server(rendered))
     assert said["BACKEND_STORE_URI"] == "postgresql+psycopg2://mlflow@db.example.com:5432/mlflow"
@@ -302,13 +312,46 @@ def test_an_external_service_without_its_address_or_secret_is_refused(left_out: 
 
 @pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])
 def test_a_certificate_that_can_not_be_checked_is_refused(mode: str) -> None:
-    said = refused(*flags({**EVERY_ROLE_EXTERNAL, "tracking.external": False, "database.sslMode": mode}))
+    said = refused(*flags({**STORES_EXTERNAL, "database.sslMode": mode}))
     assert f"caBundle is needed with database.sslMode={mode}" in said
 
 
 def test_an_external_database_is_spoken_to_by_tls() -> None:
-    rendered = render({**EVERY_ROLE_EXTERNAL, "tracking.external": False})
-    assert environment(server(rendered))["PGSSLMODE"] == "require"
+    assert environment(server(render(STORES_EXTERNAL)))["PGSSLMODE"] == "require"
+
+
+def test_an_external_database_may_be_an_ipv6_address() -> None:
+    rendered = render({**STORES_EXTERNAL, "database.externalHost": "fd00::1"})
+    uri = environment(server(rendered))["BACKEND_STORE_URI"]
+    assert uri == "postgresql+psycopg2://mlflow@[fd00::1]:5432/mlflow"
+    assert uri in rendered.one("ConfigMap", "heimdall-tracking")["data"]["basic_auth.ini"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"database.externalHost": "db.example.com"},
+            "database.externalHost does nothing without database.external=true",
+        ),
+        (
+            {"objectStore.externalUrl": "https://s3"},
+            "objectStore.externalUrl does nothing without objectStore.external",
+        ),
+        (
+            {"tracking.externalUrl": "https://mlflow"},
+            "tracking.externalUrl does nothing without tracking.external=true",
+        ),
+        ({"tracking.existingSecret": "mine"}, "chart's own are in tracking.auth.existingSecret"),
+        (
+            {**EVERY_ROLE_EXTERNAL, "tracking.ingress.enabled": True},
+            "tracking.ingress.enabled does nothing with tracking.external=true",
+        ),
+    ],
+    ids=lambda it: "" if isinstance(it, str) else list(it)[-1],
+)
+def test_a_value_that_would_do_nothing_is_refused(values: dict[str, Any], words: str) -> None:
+    assert words in refused(*flags(values))
 
 
 # --- certificate authorities -------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ def test_a_value_without_description_or_type_is_refused(tool: ModuleType, text: 
         ({"operator.tolerations": [{"efect": "NoSchedule"}]}, "efect"),
         ({"monitoring.serviceMonitor.interval": "often"}, "interval"),
         ({"database.sslMode": "strict"}, "sslMode"),
+        ({"database.external": True, "database.externalHost": "db.example.com:5432"}, "externalHost"),
     ],
 )
 def test_a_typing_error_is_refused_by_its_name(values: dict[str, Any], name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL
+from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, STORES_EXTERNAL
 from tests.unit.chart.test_services import EXISTING_SECRETS, PEM
 
 NOT_KUBERNETES = {"ServiceMonitor", "PrometheusRule"}
@@ -59,8 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **{f"networkPolicies.{role}.ports": [15432] for role in ROLES if role != "operator"},
     },
     "external database and object store": {
-        **{name: value for name, value in EVERY_ROLE_EXTERNAL.items() if not name.startswith("tracking")},
-        "tracking.auth.existingSecret": "logins",
+        **STORES_EXTERNAL,
         "database.sslMode": "verify-full",
         "caBundle.existingConfigMap": "trusted",
     },
