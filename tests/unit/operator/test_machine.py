@@ -183,8 +183,10 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def somebody_deletes_the_jobs(self) -> None:
-        for job in list(self.world.jobs):
-            self.world.terminate(job, self.world.now)
+        for name, job in self.world.jobs.items():
+            if not is_over(job):
+                self.world.could_be[attempt_of(job)].add("Preempted")
+            self.world.terminate(name, self.world.now)
         self.world.jobs.clear()
 
     @rule()
