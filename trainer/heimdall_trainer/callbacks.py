@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
 from heimdall_trainer import checkpoint_io, group
 from heimdall_trainer.checkpoints import CheckpointPublisher
-from heimdall_trainer.grace import Grace, grace_period_s
+from heimdall_trainer.grace import Grace, grace_period_s, is_lost_batch, is_terminated_loader
 from heimdall_trainer.termination import TerminatedError
 
 if TYPE_CHECKING:
@@ -109,6 +109,20 @@ class Checkpointing:
             return
         if self._grace.passed_s() >= VALIDATION_SHARE * grace_period_s():
             self._stop(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stop if what went wrong is that SIGTERM has ended a process that loads data, too.
+
+        A process alone that was waiting for its next batch makes a checkpoint. A group's processes can't agree on one.
+        """
+        del pl_module
+        if self._grace.began and is_lost_batch(exception):
+            if trainer.training and group.world_size() == 1:
+                self._stop(trainer)
+        elif not is_terminated_loader(exception):
+            return
+        self._grace.begin()
+        raise TerminatedError("Asked to end (SIGTERM), as was a process that loads data; an older checkpoint is used.")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """An epoch is over, its validation included."""

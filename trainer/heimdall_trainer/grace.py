@@ -1,4 +1,9 @@
-"""SIGTERM, and the time after it: one deadline, of which every wait takes what those before it have left."""
+"""SIGTERM, and the time after it: one deadline, of which every wait takes what those before it have left.
+
+torchrun sends it to the process groups of its processes: those that load data get it too, and would end before the
+step that is to be saved. So each process that is forked here has a group of its own. One that began otherwise (spawned)
+ends, and must not take training along.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import os
 import signal
 import threading
 import time
+import traceback
+from functools import cache
 from types import FrameType
 from typing import Final
 
@@ -13,6 +20,10 @@ from heimdall_api.contract import ENV_GRACE_PERIOD
 from heimdall_trainer import group
 from heimdall_trainer.termination import TerminatedError
 
+LOADER: Final = "torch.utils.data.dataloader"
+WAITS_FOR_BATCH: Final = "_get_data"
+TERMINATED_LOADER: Final = ("DataLoader worker", "is killed by signal: Terminated")
+"""Words of torch's error where it was told that such a process has ended, whatever was being done."""
 RESERVE_SHARE: Final = 1 / 6
 RESERVE_S: Final = 2.0
 """What no wait may take of the grace period, the larger of both: for putting away on disk what was not delivered."""
@@ -42,6 +53,7 @@ class Grace:
         """Handle SIGTERM from here on; whoever took it over meanwhile loses it again."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
+            _keep_forks_apart()
 
     def enter_loop(self) -> None:
         """From here on SIGTERM is noted: somebody looks at each step."""
@@ -58,6 +70,8 @@ class Grace:
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.begin()
+        # What is due to the same signal is no failure: torch would raise in the middle of a step.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not (self._in_loop or self._settling):
             raise TerminatedError("Asked to end (SIGTERM) outside of the training loop.")
 
@@ -79,3 +93,29 @@ class Grace:
         """Seconds that may still be waited, all waits together."""
         period = grace_period_s()
         return max(0.0, period - max(RESERVE_S, RESERVE_SHARE * period) - self.passed_s())
+
+
+@cache
+def _keep_forks_apart() -> None:
+    """Have the processes that are forked from now on live apart, once for all of them."""
+    os.register_at_fork(after_in_child=_live_apart)
+
+
+def _live_apart() -> None:
+    """What is sent to the parent's process group does not arrive here; what is sent to the child ends it as ever."""
+    os.setpgid(0, 0)
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Grace):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def is_lost_batch(error: BaseException) -> bool:
+    """Whether a batch was waited for of a process that loads data: nothing was done with it."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_code.co_name == WAITS_FOR_BATCH and frame.f_globals.get("__name__") == LOADER for frame in frames
+    )
+
+
+def is_terminated_loader(error: BaseException) -> bool:
+    """Whether SIGTERM has ended a process that loads data, which the main process gets as well."""
+    return isinstance(error, RuntimeError) and all(words in str(error) for words in TERMINATED_LOADER)

@@ -48,7 +48,7 @@ def become_torchrun(arguments: Sequence[str]) -> None:
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(max(1, grace_s - SHUTDOWN_MARGIN_S)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    command = [sys.executable, "-m", "torch.distributed.run", "-m", "heimdall_trainer.cli", *arguments]
+    command = [sys.executable, "-m", "heimdall_trainer.torchrun", "-m", "heimdall_trainer.cli", *arguments]
     os.execv(sys.executable, command)  # noqa: S606 - no shell wanted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -184,6 +185,35 @@ def test_sigterm_interrupts_except_in_the_loop_and_at_the_end() -> None:
             receive()
     watched.settle()
     receive()
+
+
+@pytest.fixture
+def _child_handler() -> Iterator[None]:
+    """As torch's, which raises where one of its processes has ended; what was there is put back."""
+    before = signal.signal(signal.SIGCHLD, lambda *_: 1 // 0)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("_child_handler")
+def test_processes_that_sigterm_has_ended_too_raise_nothing_in_the_middle_of_a_step() -> None:
+    with pytest.raises(ZeroDivisionError):
+        signal.raise_signal(signal.SIGCHLD)
+    watched = grace.Grace()
+    watched.enter_loop()
+    watched._on_sigterm(signal.SIGTERM, None)
+    signal.raise_signal(signal.SIGCHLD)
+
+
+def test_a_process_that_sigterm_has_ended_first_is_no_error_of_the_users(clock: Clock, tmp_path: Path) -> None:
+    """Who tells each process by itself may reach those that load data before the one that trains."""
+    made, _ = training(clock, tmp_path)
+    told = RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+    with pytest.raises(TerminatedError, match="an older checkpoint is used"):
+        made._checkpointing.on_exception(None, None, told)
+    assert made.grace.began
+    for other in ("DataLoader worker (pid 7) is killed by signal: Killed. ", "Terminated"):
+        made._checkpointing.on_exception(None, None, RuntimeError(other))
 
 
 @pytest.mark.parametrize("how", ["raised", "noticed by the publisher"])
