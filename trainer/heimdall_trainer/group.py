@@ -30,7 +30,12 @@ def is_group() -> bool:
     """Whether torchrun is to start the processes, and has not yet."""
     if under_torchrun():
         return False
-    return int(os.environ.get("PET_NNODES", "1")) > 1 or int(os.environ.get("PET_NPROC_PER_NODE", "1")) > 1
+    return spans_nodes() or int(os.environ.get("PET_NPROC_PER_NODE", "1")) > 1
+
+
+def spans_nodes() -> bool:
+    """Whether this program is called once on each of several nodes."""
+    return int(os.environ.get("PET_NNODES", "1")) > 1
 
 
 def under_torchrun() -> bool:

@@ -331,8 +331,10 @@ class TrainingPipeline:
         self._deliver_checkpoints()
         folder = self.output_dir / "resumed"
         best = group.from_first(self._publisher.best(folder) if group.is_first() else None)
-        file = self._publisher.local_file(best, folder) if best else None
-        if file is not None:
+        if best is not None:
+            file = self._publisher.local_file(best, folder)
+            if file is None:  # with other weights than the first process this one would spoil what they find together
+                raise ConnectionError(f"the best checkpoint, {best.path}, can't be had from MLflow by every process")
             held = torch.load(file, map_location="cpu", weights_only=False)
             self.module.on_load_checkpoint(held)
             self.module.load_state_dict(held["state_dict"], strict=self.module.strict_loading)

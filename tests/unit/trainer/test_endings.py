@@ -22,7 +22,7 @@ from heimdall_tracking.registry import ModelMissingError
 from heimdall_trainer import callbacks, checkpoints, grace, group, patience, pipeline
 from heimdall_trainer.commands import training as training_command
 from heimdall_trainer.config import parse
-from heimdall_trainer.errors import FencedError, UndeliveredError
+from heimdall_trainer.errors import ConfigurationError, FencedError, UndeliveredError
 from heimdall_trainer.pipeline import TrainingPipeline
 from heimdall_trainer.termination import TerminatedError
 
@@ -334,6 +334,31 @@ def test_the_others_wait_for_the_first_and_end_as_it_does(
     with nullcontext() if problem is None else pytest.raises(type(problem)):
         made._deliver_checkpoints()
     assert list(said) == []
+
+
+def test_a_process_that_can_not_have_the_best_weights_tests_no_others(clock: Clock, tmp_path: Path) -> None:
+    made, _ = training(clock, tmp_path)
+    publisher: Any = made._publisher
+    publisher.flush = lambda _: True
+    publisher.best = lambda _: SimpleNamespace(path="checkpoints/best.ckpt")
+    publisher.local_file = lambda *_: None
+    with pytest.raises(ConnectionError, match=r"checkpoints/best\.ckpt, can't be had"):
+        made._test(None)
+
+
+@pytest.mark.parametrize(
+    "started",
+    [{"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, {"PET_NNODES": "2"}],
+    ids=["by torchrun", "on several nodes"],
+)
+def test_processes_that_nobody_has_made_a_run_for_are_refused_before_each_makes_its_own(
+    started: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runs, "ensure_run", lambda *_, **__: pytest.fail("a run was made"))
+    with pytest.raises(ConfigurationError, match=r"PET_NPROC_PER_NODE=N; .* in MLFLOW_RUN_ID$"):
+        training_command._train_locally(parse({"metadata": {"name": "side-by-side"}}), tmp_path, grace.Grace())
 
 
 class Ended:

@@ -111,6 +111,7 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     from heimdall_trainer.errors import UndeliveredError
     from heimdall_trainer.pipeline import TrainingPipeline
 
+    _check_start()
     asked = run.spec.tracking
     # A file that names no experiment leaves it to the environment.
     named = {"experiment_name": asked.experiment} if "experiment" in asked.model_fields_set else {}
@@ -151,6 +152,24 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
         print(f"model:   {registration.uri}")
     if not ended and tracker.undelivered is not None:
         raise UndeliveredError(tracker.undelivered.sentence)
+
+
+def _check_start() -> None:
+    """Processes that were started side by side, and not by this program, would each make a run of its own.
+
+    Raises:
+        ConfigurationError: There are such.
+    """
+    from heimdall_api.contract import ENV_MLFLOW_RUN_ID
+    from heimdall_trainer import group
+    from heimdall_trainer.errors import ConfigurationError
+
+    if LOCAL_RUN_ID not in os.environ and (group.world_size() > 1 or group.spans_nodes()):
+        raise ConfigurationError(
+            "several processes are to train together, and no run was made for all of them: on one machine call "
+            "`heimdall-train` itself, without torchrun and with PET_NPROC_PER_NODE=N; on several nodes make a run, and "
+            f"call `heimdall-train run` on each with its ID in {ENV_MLFLOW_RUN_ID}"
+        )
 
 
 def _end_without_success(
