@@ -93,10 +93,11 @@ class Checkpointing:
         del pl_module, outputs, batch, batch_idx
         self._publisher.raise_if_fenced()
         self._publisher.raise_if_not_written()
+        if trainer.is_last_batch:
+            return  # going on from between an epoch's last step and its validation would leave that out
         due = trainer.is_global_zero and time.monotonic() - self._last_time >= self._every_s
         stop, save = group.any_of([self._grace.began, due], trainer)
-        # Not between an epoch's last step and its validation: going on from there would leave the validation out.
-        if stop and not trainer.is_last_batch:
+        if stop:
             # Lightning logs a step's metrics after this hook, which it won't get past.
             trainer._logger_connector.update_train_step_metrics()  # noqa: SLF001 - there is no other way
             self._stop(trainer)
@@ -150,7 +151,7 @@ class Checkpointing:
 
     def _save(self, trainer: Any, metric: float | None, suffix: str = "") -> None:
         step = int(trainer.global_step)
-        # A name of its own for an epoch's end: its last step may have a checkpoint already, which is being uploaded.
+        # A name of its own for an epoch's end: its last step has a checkpoint where its validation was broken off.
         name = f"step-{step:08}-attempt-{self._attempt}-epoch-{trainer.current_epoch:04}{suffix}.ckpt"
         file = self._folder / name
         self._publisher.wait_for_file()  # there is room for one copy of the state, not for one of each checkpoint

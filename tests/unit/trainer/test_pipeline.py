@@ -232,7 +232,7 @@ def test_metrics_are_tracked_for_every_step_and_every_epoch(trained: Trained, be
 
 
 def test_the_last_value_of_every_metric_is_given_back(trained: Trained) -> None:
-    for name in ("train/loss_step", "train/loss_epoch", "val/loss", "test/loss", "test/coverage_68"):
+    for name in ("train/loss_step", "val/loss", "test/loss", "test/coverage_68"):
         assert trained.metrics[name] == pytest.approx(trained.run.data.metrics[name])
 
 
@@ -406,6 +406,25 @@ def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     bench.train(localizer, run_id, attempt=2)
     stopped, whole = (dict(bench.history(each, "train/loss_step")) for each in (run_id, trained.run.info.run_id))
     assert stopped == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_checkpoint_that_is_due_at_an_epoch_s_last_step_leaves_its_validation_to_who_goes_on(
+    trained: Trained, bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {**localizer, "training": {**localizer["training"], "checkpoints": {"keep": 1, "everyMinutes": 1e-9}}}
+    run_id = bench.new_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalizationModule, "validation_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.train(spec, run_id)
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.last_checkpoint is not None
+    assert facts.last_checkpoint.step == BATCHES - 1
+    bench.train(spec, run_id, attempt=2)
+    stopped, whole = (bench.history(each, "val/loss") for each in (run_id, trained.run.info.run_id))
+    assert [step for step, _ in stopped] == [step for step, _ in whole]
+    assert dict(stopped) == pytest.approx(dict(whole), rel=1e-6)
 
 
 LATE: dict[str, tuple[Any, str]] = {
