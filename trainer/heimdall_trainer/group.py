@@ -98,6 +98,11 @@ def any_of(flags: Sequence[bool], trainer: Any) -> list[bool]:
     return [bool(value > 0) for value in trainer.strategy.reduce(mine, reduce_op="sum")]
 
 
+def is_first_of_node() -> bool:
+    """Whether this process does what is done once on each node."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def from_first(value: Any) -> Any:
     """What the first process has, in every process. It must be picklable."""
     if world_size() == 1:

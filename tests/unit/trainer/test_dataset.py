@@ -330,6 +330,20 @@ def test_all_processes_have_what_the_first_has_found(recorded: DataSettings, mon
         assert other.split == first.split
 
 
+def test_of_a_node_s_processes_the_first_alone_reads_all_recordings(
+    recorded: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = (HeimdallDataModule(recorded, DataSpec()) for _ in range(2))
+    first.prepare_data()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "from_first", lambda _: first._found)
+    monkeypatch.setattr(HeimdallDataModule, "_find", lambda _: pytest.fail("it has read them itself"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    other.setup("fit")
+    assert other.split == first.split
+    assert len(other.train_dataloader().dataset) == len(first.train_dataloader().dataset)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("gone", [1, 4])
 def test_recordings_that_go_while_their_features_are_cached_are_left_out_where_arrivals_are_wanted(
     mine: DataSettings, gone: int

@@ -80,17 +80,16 @@ class HeimdallDataModule(L.LightningDataModule):
             DataError: Too many recordings can't be read.
             ConnectionError: Database or store do not answer.
         """
-        # Without the others: Lightning asks one process of each node alone.
+        # Without the others: Lightning asks one process of each node alone, which they wait for as long as it takes.
         self._found = self._found or self._find()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the data. Every process does, for its own node's cache; all take what the first has found.
+        """Find the data: in a group, one process of each node, for the node's cache; all take what the first has found.
 
         Raises what `prepare_data` does.
         """
         del stage
         self._load()
-        self._agree()
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches for training, in an order that depends on seed and epoch alone."""
@@ -157,15 +156,14 @@ class HeimdallDataModule(L.LightningDataModule):
         }
 
     def _load(self) -> tuple[Split, list[Transmission]]:
-        if self._found is None:
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._found is None and (group.is_first_of_node() or not together):
             self._found = self._find()
-            self._agree()
-        return self._found
-
-    def _agree(self) -> None:
-        """Have the first process's data, once processes can talk: a session may be approved between two queries."""
-        if not self._agreed and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if together and not self._agreed:
+            # Not each its own, which may differ: a session may be approved between two queries.
             self._found, self._agreed = group.from_first(self._found), True
+        assert self._found is not None  # noqa: S101 - the first has found it
+        return self._found
 
     def _find(self) -> tuple[Split, list[Transmission]]:
         database = SessionStore.open(self._settings)
