@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -378,7 +379,24 @@ def silence_s(descriptor: int) -> float:
         return other.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
 
 
-def test_a_store_that_stays_away_is_no_damaged_recording(filled: DataSettings, minio: Minio) -> None:
+def test_a_store_that_is_away_for_a_moment_is_waited_for(filled: DataSettings, minio: Minio) -> None:
+    dataset = HeimdallDataset.open(filled)
+    whole = dataset[0]["spectrograms"]
+    shutil.rmtree(filled.cache_dir)
+    bucket: Any = dataset._source._store._objects
+    minio.kill()
+
+    with ThreadPoolExecutor(1) as pool:
+        sample = pool.submit(dataset.__getitem__, 0)
+        wait_until(lambda: bucket._away_since is not None, what="it was asked in vain", timeout_s=TIMEOUT_S)
+        minio.start()
+        assert (sample.result(TIMEOUT_S)["spectrograms"] == whole).all()
+
+
+def test_a_store_that_stays_away_is_no_damaged_recording(
+    filled: DataSettings, minio: Minio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recordings_module, "PATIENCE_S", 0.0)
     minio.kill()
 
     with pytest.raises(ConnectionError, match="can't be reached"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from heimdall_trainer.data import recordings
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.model.net import make_backbone
 from heimdall_trainer.model.weights import find_weights
@@ -76,7 +77,10 @@ def test_wrong_keys_are_named_without_their_values(minio: Minio, bucket: str, tm
     assert "not-the-key" not in str(caught.value)
 
 
-def test_a_store_that_is_away_is_no_error_of_the_configuration(minio: Minio, bucket: str, tmp_path: Path) -> None:
+def test_a_store_that_is_away_is_no_error_of_the_configuration(
+    minio: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recordings, "PATIENCE_S", 0.0)
     minio.stop()
     with pytest.raises(ConnectionError, match="can't be reached"):
         find_weights(settings(minio, bucket, tmp_path), BACKBONE)

@@ -7,12 +7,17 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+from structlog.testing import capture_logs
+from urllib3.exceptions import SSLError
 
-from heimdall_trainer.data import physics
+from heimdall_trainer import group
+from heimdall_trainer.data import physics, recordings
 from heimdall_trainer.data.recordings import (
     Bucket,
     Capture,
@@ -259,10 +264,75 @@ def s3_refusing(code: str, folder: Path) -> Bucket:
     ],
 )
 def test_what_s3_answers_is_told_and_decides_whether_another_attempt_may_help(
-    code: str, raised: type[Exception], words: str, tmp_path: Path
+    code: str, raised: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(recordings, "PATIENCE_S", 0.0)
     with pytest.raises(raised, match=words):
         s3_refusing(code, tmp_path).get("key")
+
+
+class Body:
+    """An answer's bytes, or what becomes of them on their way."""
+
+    def __init__(self, content: bytes | Exception) -> None:
+        self.content = content
+
+    def read(self) -> bytes:
+        if isinstance(self.content, Exception):
+            raise self.content
+        return self.content
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        IncompleteReadError(actual_bytes=3, expected_bytes=5),
+        ResponseStreamingError(error="the server has ended"),
+        ReadTimeoutError(endpoint_url="http://minio:9000"),
+        SSLError("unexpected end"),
+        ConnectionResetError("by its peer"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_answer_that_breaks_off_is_asked_for_again_and_told_once(
+    broken: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([broken, broken, b"whole", b"whole"])
+    monkeypatch.setattr(Bucket, "_ask", lambda *_: {"Body": Body(next(answers))})
+    monkeypatch.setattr(recordings, "FIRST_WAIT_S", 0.0)
+    bucket = Bucket(data_settings(tmp_path), "bucket", "iq/")
+    with capture_logs() as lines:
+        assert [bucket.get("key"), bucket.get("key")] == [b"whole", b"whole"]
+    assert [line["event"] for line in lines] == ["recordings can't be read or written; trying again"]
+
+
+def test_a_store_that_stays_away_is_waited_for_ever_more_slowly_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, tries = list[float](), list[str]()
+
+    def away(bucket: Bucket, operation: str, key: str) -> None:
+        tries.append(key)
+        raise ConnectionError("does not answer")
+
+    monkeypatch.setattr(Bucket, "_ask", away)
+    monkeypatch.setattr(recordings, "time", SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append))
+    bucket = Bucket(data_settings(tmp_path), "bucket", "iq/")
+    with pytest.raises(ConnectionError, match="does not answer"):
+        bucket.get("key")
+    assert waits[:3] == [1, 2, 4]
+    assert max(waits) == recordings.LONGEST_WAIT_S
+    assert sum(waits) == recordings.PATIENCE_S
+    assert len(tries) == len(waits) + 1
+    for _ in range(3):
+        with pytest.raises(ConnectionError, match="does not answer"):
+            bucket.get("another")
+    assert sum(waits) == recordings.PATIENCE_S, "of many that wait in turn, none does so anew"
+
+
+def test_waiting_for_the_store_ends_before_the_others_of_a_group_have_waited_for_too_long() -> None:
+    last_try_s = recordings.S3_TRIES * (2 * recordings.S3_TIMEOUT_S)
+    assert recordings.PATIENCE_S + last_try_s <= group.COLLECTIVE_TIMEOUT.total_seconds()
 
 
 def test_a_bucket_of_an_impossible_name_is_no_server_that_is_away(tmp_path: Path) -> None:

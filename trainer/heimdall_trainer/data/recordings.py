@@ -12,12 +12,15 @@ import io
 import os
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from heimdall_tracking.redact import redact
@@ -43,11 +46,19 @@ REFUSED: Final = {
 }
 """Error codes of S3 that waiting does not help against, and what to check."""
 S3_TIMEOUT_S: Final = 30
-S3_TRIES: Final = 5
+S3_TRIES: Final = 2
+"""How often boto3 tries by itself, which knows nothing of answers that break off."""
+PATIENCE_S: Final = 180.0
+"""How long a store that is away is waited for. With a last try that takes its time it is less than
+group.COLLECTIVE_TIMEOUT, for which the other processes of a group wait for this one's batch."""
+FIRST_WAIT_S: Final = 1.0
+LONGEST_WAIT_S: Final = 20.0
 _MAKING_CLIENT: Final = threading.Lock()
 """boto3 makes clients in one thread at a time only."""
 
 Datatype = Literal["ci16_le", "cf32_le"]
+Answer = TypeVar("Answer")
+log = structlog.get_logger(__name__)
 
 
 class UnreadableError(Exception):
@@ -90,7 +101,7 @@ class Folder:
 
 
 class Bucket:
-    """Objects of an S3 bucket."""
+    """Objects of an S3 bucket. A server that is away for a while is waited for, in every call."""
 
     def __init__(self, settings: DataSettings, name: str, prefix: str) -> None:
         self._settings = settings
@@ -98,6 +109,7 @@ class Bucket:
         self._prefix = prefix
         self._made: Any = None
         self._made_by = 0
+        self._away_since: float | None = None
 
     @property
     def _client(self) -> Any:
@@ -108,34 +120,61 @@ class Bucket:
         return self._made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}
+        return {**self.__dict__, "_made": None, "_away_since": None}
 
     def get(self, key: str) -> bytes:
         """The object's bytes."""
-        answer = self._ask("get_object", key)
-        if answer is None:
+        content = self._patiently(lambda: self._read(self._ask("get_object", key)))
+        if content is None:
             raise UnreadableError(f"{self._prefix}{key} is missing in bucket {self._bucket}")
-        return self._read(answer["Body"])
+        return content
 
     def put(self, key: str, content: bytes) -> None:
         """Store an object."""
-        if self._ask("put_object", key, Body=content) is None:
+        if self._patiently(lambda: self._ask("put_object", key, Body=content)) is None:
             raise ConfigurationError(f"HEIMDALL_RECORDINGS_URL names the bucket {self._bucket}, which does not exist")
 
     def has(self, key: str) -> bool:
         """Whether there is such an object."""
-        return self._ask("head_object", key) is not None
+        return self._patiently(lambda: self._ask("head_object", key)) is not None
 
     @property
     def _where(self) -> str:
         return redact(f"{self._settings.s3_endpoint_url or 'S3'}, bucket {self._bucket}")
 
-    def _read(self, body: Any) -> bytes:
-        from botocore.exceptions import BotoCoreError
+    def _patiently(self, call: Callable[[], Answer]) -> Answer:
+        """What a call gives, tried again while the server is away, however many threads wait for it."""
+        began, wait_s = time.monotonic(), FIRST_WAIT_S
+        while True:
+            try:
+                answer = call()
+            except ConnectionError as error:
+                left_s = min(began, self._since(error)) + PATIENCE_S - time.monotonic()
+                if left_s <= 0:
+                    raise
+            else:
+                self._away_since = None
+                return answer
+            time.sleep(min(wait_s, left_s))
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
+    def _since(self, error: ConnectionError) -> float:
+        """Since when the server is away; who finds out says so."""
+        since = self._away_since
+        if since is None:
+            since = self._away_since = time.monotonic()
+            log.warning("recordings can't be read or written; trying again", error=str(error), for_s=PATIENCE_S)
+        return since
+
+    def _read(self, answer: Any) -> bytes | None:
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
+
+        if answer is None:
+            return None
         try:
-            content: bytes = body.read()
-        except BotoCoreError as error:
+            content: bytes = answer["Body"].read()
+        except (BotoCoreError, HTTPError, OSError) as error:
             raise ConnectionError(f"{self._where} broke off: {type(error).__name__}") from None
         return content
 
