@@ -232,7 +232,7 @@ def test_metrics_are_tracked_for_every_step_and_every_epoch(trained: Trained, be
 
 
 def test_the_last_value_of_every_metric_is_given_back(trained: Trained) -> None:
-    for name in ("train/loss_step", "val/loss", "test/loss", "test/coverage_68"):
+    for name in ("train/loss_step", "train/loss_epoch", "val/loss", "test/loss", "test/coverage_68"):
         assert trained.metrics[name] == pytest.approx(trained.run.data.metrics[name])
 
 
@@ -368,7 +368,7 @@ def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
         with pytest.raises(TerminatedError, match=f"at step {checkpoint}; its checkpoint was delivered"):
             bench.train(localizer, run_id)
     metrics = bench.train(localizer, run_id, attempt=2)
-    for name in ("train/loss_step", "val/loss", "val/position_error_median_m"):
+    for name in ("train/loss_step", "train/loss_epoch", "val/loss", "val/position_error_median_m"):
         stopped, whole = (bench.history(each, name) for each in (run_id, trained.run.info.run_id))
         assert [step for step, _ in stopped] == [step for step, _ in whole]
         assert dict(stopped) == pytest.approx(dict(whole), rel=1e-6)
@@ -404,8 +404,9 @@ def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
             bench.train(localizer, run_id)
     assert bench.history(run_id, "val/loss") == []
     bench.train(localizer, run_id, attempt=2)
-    stopped, whole = (dict(bench.history(each, "train/loss_step")) for each in (run_id, trained.run.info.run_id))
-    assert stopped == pytest.approx(whole, rel=1e-6)
+    for name in ("train/loss_step", "train/loss_epoch"):
+        stopped, whole = (dict(bench.history(each, name)) for each in (run_id, trained.run.info.run_id))
+        assert stopped == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_checkpoint_that_is_due_at_an_epoch_s_last_step_leaves_its_validation_to_who_goes_on(
@@ -520,7 +521,7 @@ def test_sessions_that_were_approved_or_withdrawn_meanwhile_change_nothing_in_a_
     with capture_logs() as lines:
         metrics = bench.train(localizer, run_id, attempt=2)
 
-    for name in ("train/loss_step", "val/loss"):
+    for name in ("train/loss_step", "train/loss_epoch", "val/loss"):
         stopped, whole = (dict(bench.history(each, name)) for each in (run_id, trained.run.info.run_id))
         assert stopped == pytest.approx(whole, rel=1e-6)
     assert metrics["test/loss"] == pytest.approx(trained.metrics["test/loss"], rel=1e-6)

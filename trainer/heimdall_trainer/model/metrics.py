@@ -101,3 +101,28 @@ class PositionMetrics(Metric):
             result[name] = (squares <= ellipse_bound(level)).float().mean()
         result["sigma_scale"] = fitted_scale(squares)
         return result
+
+
+class MeanLoss(Metric):
+    """Mean loss of samples, gathered over batches and over processes.
+
+    torchmetrics' own looks at each value, for which training would wait for the GPU, or leaves weights out.
+    """
+
+    full_state_update = False
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "samples"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor | float, samples: float) -> None:
+        """Take in the sum of some samples' losses, and how many they are."""
+        self.total += total
+        self.samples += samples
+
+    def compute(self) -> Tensor:
+        """The mean, float32."""
+        return (self.total / self.samples).float()

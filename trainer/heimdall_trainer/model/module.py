@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from heimdall_trainer import group
 from heimdall_trainer.data.dataset import Sample
 from heimdall_trainer.model.losses import loss_by_name
-from heimdall_trainer.model.metrics import PositionMetrics
+from heimdall_trainer.model.metrics import MeanLoss, PositionMetrics
 from heimdall_trainer.model.net import LocalizationNet
 
 WARMUP_SHARE: Final = 0.05
@@ -22,6 +23,8 @@ LARGEST_GRADIENT: Final = 1.0
 """Norm of all weights' gradient where arrivals are given: one that contradicts the others has no bound by itself."""
 FINAL_SHARE: Final = 0.01
 """The learning rate at the end, as a share of the peak."""
+TRAINING_LOSS: Final = "training_loss"
+"""What a checkpoint holds of the epoch that it was made in: the sum of the losses, and of how many samples."""
 
 
 class LocalizationModule(L.LightningModule):
@@ -71,6 +74,7 @@ class LocalizationModule(L.LightningModule):
         # A batch whose loss is no number must be seen: left out, the worst checkpoint could be the best.
         self.validation_loss = MeanMetric(nan_strategy=math.inf)
         self.test_loss = MeanMetric(nan_strategy=math.inf)
+        self.training_loss = MeanLoss()
 
     def forward(self, spectrograms: Tensor, receivers: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Locate transmissions, see LocalizationNet.forward."""
@@ -79,9 +83,18 @@ class LocalizationModule(L.LightningModule):
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Loss of a batch."""
         del batch_idx
-        loss = self._loss(self._predict(batch), batch["position"])
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch["position"]))
+        loss, samples = self._loss(self._predict(batch), batch["position"]), len(batch["position"])
+        self.training_loss.update(loss.detach() * samples, samples)
+        self.log("train/loss_step", loss, prog_bar=True)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the loss of all batches, as early stopping may watch it, too."""
+        # Lightning's own mean is that of one process's share, and of the batches since training was gone on with.
+        mean = self.training_loss.compute()
+        self.log("train/loss_epoch", mean, sync_dist=True)
+        self.log("train/loss", mean, sync_dist=True, logger=False)
+        self.training_loss.reset()
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
         """Take a batch into the metrics."""
@@ -127,9 +140,17 @@ class LocalizationModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds all weights: loading it must fetch none."""
+        """A checkpoint holds all weights: loading it must fetch none. All processes of a group call this."""
         kept = {**checkpoint.get("hyper_parameters", {}), "pretrained": False, "weights": None}
         checkpoint["hyper_parameters"] = kept
+        with self.training_loss.sync_context():
+            checkpoint[TRAINING_LOSS] = float(self.training_loss.total), float(self.training_loss.samples)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the epoch's loss: the first process, on behalf of those that train with it."""
+        self.training_loss.reset()
+        if group.is_first():
+            self.training_loss.update(*checkpoint.get(TRAINING_LOSS, (0.0, 0.0)))
 
     def _predict(self, batch: Sample) -> Tensor:
         return self(batch["spectrograms"], batch["receivers"], batch.get("mask"))  # type: ignore[no-any-return]
