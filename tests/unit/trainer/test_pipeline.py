@@ -47,8 +47,9 @@ from heimdall_api.contract import (
 )
 from heimdall_api.types import DEFAULT_EXPERIMENT, TrainingRun
 from heimdall_tracking import MLflowTracker, load_settings
+from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.runs import find_model, read_facts
-from heimdall_trainer import callbacks, cli, export, modelling, pipeline
+from heimdall_trainer import callbacks, cli, export, modelling, patience, pipeline
 from heimdall_trainer.checkpoint_io import Snapshot
 from heimdall_trainer.commands.training import LOCAL_RUN_ID
 from heimdall_trainer.config import parse
@@ -58,6 +59,7 @@ from heimdall_trainer.errors import ConfigurationError, DataError, ExportError, 
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.model.net import make_backbone
+from heimdall_trainer.patience import Patience
 from heimdall_trainer.pipeline import TrainingPipeline
 from heimdall_trainer.results import Results
 from heimdall_trainer.settings import DataSettings
@@ -1114,6 +1116,36 @@ def test_a_server_that_goes_away_while_the_model_is_logged_gets_it_when_it_is_ba
     (model,) = bench.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     assert str(model.status) == "READY"
     assert [str(item.version) for item in bench.client.search_model_versions(f"name = '{name}'")] == ["1"]
+
+
+def test_a_checkpoint_that_is_under_way_for_longer_than_the_patience_lasts_arrives(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, waited_for = threading.Event(), threading.Event()
+    upload, note = MlflowClient.log_artifact, Patience._note
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        assert waited_for.wait(TIMEOUT_S)
+        upload(*arguments)
+
+    def noted(self: Patience, seen: Outstanding, waited_s: float) -> None:
+        assert begun.wait(TIMEOUT_S)
+        note(self, seen, waited_s)
+        if self._idle_s > 2 * self.timeout_s:
+            assert seen.under_way
+            self.timeout_s = TIMEOUT_S  # for what comes behind it
+            waited_for.set()
+
+    monkeypatch.setattr(pipeline, "DELIVERY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(patience, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(patience, "SLOWEST_BYTES_PER_S", 1)
+    monkeypatch.setattr(Patience, "_note", noted)
+    monkeypatch.setattr(MlflowClient, "log_artifact", slow)
+    run_id = bench.new_run()
+    bench.train(user_spec("Line", epochs=1), run_id)
+    assert waited_for.is_set()
+    assert parse_checkpoints(bench.client.get_run(run_id).data.tags[TAG_CHECKPOINTS])
 
 
 @pytest.mark.parametrize("call", [*MODEL_CALLS, "create_registered_model"])
