@@ -332,7 +332,7 @@ class Controller:
         key = Key(observed.namespace, observed.name)
         known = self._troubles.get(key)
         since = known.since if known is not None and known.is_of(observed.uid, attempt) else self._clock()
-        self._troubles[key] = Trouble(observed.uid, attempt, shorten(message), since)
+        self._troubles[key] = Trouble(observed.uid, attempt, shorten(message), since, tried=self._clock())
 
     async def _write(self, status: TrainingRunStatus, observed: Observed) -> Observed:
         """Write a status that changed, and an Event for each transition."""

@@ -322,9 +322,10 @@ def _is_starting(observed: Observed) -> bool:
 
 def _no_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Outcome | None:
     """A Job that can't be created is not waited for without end either, once it was tried."""
-    # Counted from the first try: MLflow or the operator may have been away for longer than the deadline before it.
+    # From the first try to the last: MLflow or the operator may have been away for longer than the deadline before it,
+    # and this operator for as long since, while another one has created it.
     trouble = observed.job_trouble
-    if trouble is None or (waited := age_s(trouble.since, now)) < spec.pending_deadline_seconds:
+    if trouble is None or (waited := age_s(trouble.since, trouble.tried)) < spec.pending_deadline_seconds:
         return None
     why = f"The Job could not be created within spec.pendingDeadlineSeconds ({waited:.0f} s): {trouble.message}"
     return Outcome(reason=Reason.POD_NOT_STARTED, message=shorten(why), ended=now)

@@ -112,6 +112,8 @@ class Trouble:
     message: str
     since: datetime
     """When it could not be created for the first time."""
+    tried: datetime
+    """When it was tried last."""
 
     def is_of(self, uid: str, attempt: int) -> bool:
         """Whether it is an attempt's."""

@@ -729,7 +729,7 @@ def test_an_operator_that_has_just_started_takes_nothing_for_hung() -> None:
 
 
 def trouble(**more: Any) -> Trouble:
-    return Trouble(**{"uid": UID, "attempt": 1, "message": "exceeded quota: team", **more})
+    return Trouble(**{"uid": UID, "attempt": 1, "message": "exceeded quota: team", "tried": NOW, **more})
 
 
 def test_a_job_that_can_not_be_created_says_why_and_is_not_waited_for_for_ever() -> None:

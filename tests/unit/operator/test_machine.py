@@ -491,6 +491,21 @@ def test_a_job_that_is_deleted_before_its_pod_was_seen_is_not_made_again_beside_
     assert (life.world.jobs, life.world.overlaps) == ({}, [])
 
 
+def test_an_operator_that_fell_behind_does_not_give_up_a_job_that_another_one_has_created() -> None:
+    """Nor does one that was stopped for as long as the deadline, and has not tried since."""
+    life = Life()
+    life.apply(**{flag: flag == "waits" for flag in FLAGS})
+    life.there_is(mlflow=True, store=True, quota=False, refused=False)
+    life.operator_looks(0)
+    life.there_is(mlflow=True, store=True, quota=True, refused=False)
+    life.an_operator_falls_behind()
+    life.operator_looks(PENDING_S)
+    life.the_one_behind_looks()
+
+    assert [attempt.get("reason") for attempt in life._status()["attempts"]] == [None]
+    life.teardown()
+
+
 def test_a_job_that_somebody_suspended_goes_on_as_the_same_attempt(life: Life) -> None:
     life.jobs_are_suspended(suspend=True)
     life.pods_end("sigterm", only=None)
