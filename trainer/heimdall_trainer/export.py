@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.errors import ExportError
 from heimdall_trainer.model.net import PLACE_VALUES
+from heimdall_trainer.termination import NO_ROOM
 
 OPSET: Final = 20
 """Version of the operators: ONNX 1.15 of 2023 and every runtime since."""
@@ -211,6 +212,8 @@ def _write(module: nn.Module, example: Sequence[Tensor], interface: _Interface, 
                 value.doc_string = interface.notes.get(str(value.name), "")
             program.save(file)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise  # it is no fault of the graph
         raise ExportError(f"it can't be exported to ONNX: {type(error).__name__}: {_first_words(error)}") from error
 
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from heimdall_api.contract import ENV_GRACE_PERIOD
+from heimdall_trainer.errors import ConfigurationError
 
 DEFAULT_GRACE_PERIOD_S: Final = 60
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=5)
@@ -30,12 +31,26 @@ def is_group() -> bool:
     """Whether torchrun is to start the processes, and has not yet."""
     if under_torchrun():
         return False
-    return spans_nodes() or int(os.environ.get("PET_NPROC_PER_NODE", "1")) > 1
+    return spans_nodes() or _count("PET_NPROC_PER_NODE") > 1
 
 
 def spans_nodes() -> bool:
     """Whether this program is called once on each of several nodes."""
-    return int(os.environ.get("PET_NNODES", "1")) > 1
+    return _count("PET_NNODES") > 1
+
+
+def _count(name: str) -> int:
+    """How many of something torchrun is told to start.
+
+    Raises:
+        ConfigurationError: It is told more than one number, or a word.
+    """
+    told = os.environ.get(name, "1")
+    if not told.isdecimal():
+        raise ConfigurationError(
+            f"{name} is {told!r}: give one number. A group whose size changes would not go on as it began"
+        )
+    return int(told)
 
 
 def under_torchrun() -> bool:

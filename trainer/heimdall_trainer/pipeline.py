@@ -251,7 +251,7 @@ class TrainingPipeline:
             as_callback(pl, self._progress),
             as_callback(pl, self._checkpointing),
             # Only then is the data there: in a group, one process of each node reads it first, for all of the node.
-            pl.callbacks.LambdaCallback(on_train_start=lambda *_: self._log_data()),
+            pl.callbacks.LambdaCallback(on_train_start=lambda *_: self._begin()),
         ]
         if stopping.patience > 0 and self._has_validation():
             stopper = pl.callbacks.EarlyStopping(
@@ -310,6 +310,18 @@ class TrainingPipeline:
         self.tracker.log_params({"environment": environment})
         if self._weights is not None:
             self.tracker.log_params({"weights": f"{self._weights.parent.name}/{self._weights.name}"})
+
+    def _begin(self) -> None:
+        """Nothing was trained yet, and all processes are there.
+
+        Raises:
+            ConnectionError: They would go on from different places.
+        """
+        mine = self._resumed.name if self._resumed is not None else "the beginning"
+        first = group.from_first(mine)
+        if mine != first:
+            raise ConnectionError(f"this process goes on from {mine}, the first of its group from {first}")
+        self._log_data()
 
     def _log_data(self) -> None:
         if group.is_first() and hasattr(self.data, "dataset_identity"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,13 @@ def test_what_the_exporter_does_not_understand_is_told_in_a_sentence() -> None:
     with pytest.raises(ExportError, match=r"^it can't be exported to ONNX: \w+: .+") as caught:
         export_module(Odd(torch.ones(2, 1)), FILE)
     assert len(str(caught.value)) < 450
+
+
+def test_a_full_disk_is_no_fault_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.onnx, "export", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_localizer(Loudest(), FILE)
+    assert list(Path.cwd().iterdir()) == []

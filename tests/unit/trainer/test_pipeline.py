@@ -140,9 +140,7 @@ def _bounded() -> Iterator[None]:
 def _process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a training changes in its process is put back."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    handler = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, handler)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
 
@@ -248,6 +246,24 @@ def test_parameters_tell_spec_module_environment_and_data(trained: Trained) -> N
     assert params["environment.precision"] == "32-true"
     assert params["dataset.transmissions"] == "20"
     assert len(params["dataset.digest"]) == 64
+
+
+def test_a_localizer_trains_in_half_precision(bench: Bench, localizer: dict[str, Any], trained: Trained) -> None:
+    run_id = bench.new_run()
+    training = {**localizer["training"], "precision": "bf16-mixed"}
+
+    metrics = bench.train({**localizer, "training": training, "export": {"onnx": True}}, run_id)
+
+    assert bench.client.get_run(run_id).data.params["environment.precision"] == "bf16-mixed"
+    assert metrics["train/loss_epoch"] != trained.metrics["train/loss_epoch"], "something was rounded"
+    for name in ("train/loss_epoch", "val/loss", "test/loss"):
+        assert metrics[name] == pytest.approx(trained.metrics[name], abs=0.1)
+
+
+def test_processes_that_would_go_on_from_different_places_do_not(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.group, "from_first", lambda _: "step-00000004.ckpt")
+    with pytest.raises(ConnectionError, match=r"goes on from the beginning, the first of its group from step-00000004"):
+        bench.train(user_spec("Line", epochs=1), bench.new_run())
 
 
 def test_the_run_tells_progress_and_the_best_value_and_is_left_to_its_owner(trained: Trained, bench: Bench) -> None:
