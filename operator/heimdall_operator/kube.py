@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.request import getproxies
@@ -11,7 +12,8 @@ from urllib.request import getproxies
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, LABEL_UID, MANAGED_BY, PLURAL, VERSION
 from heimdall_operator import metrics
 
-EVENTS_PAGE: Final = 500
+PAGE: Final = 500
+"""Objects that one call lists."""
 LOG_LINES: Final = 10_000
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
@@ -141,15 +143,9 @@ class Kube:
 
     async def event_names(self, namespace: str | None, kind: str) -> set[tuple[str, str]]:
         """Namespace and name of every Event about objects of a kind; page by page, there may be tens of thousands."""
-        names: set[tuple[str, str]] = set()
-        query = [("fieldSelector", f"involvedObject.kind={kind}"), ("limit", str(EVENTS_PAGE))]
-        onward: list[tuple[str, str]] = []
-        while True:
-            page = await self._call("GET", _path("/api/v1", namespace, "events"), query=[*query, *onward])
-            names |= {(item["metadata"]["namespace"], item["metadata"]["name"]) for item in page["items"]}
-            if not (token := page["metadata"].get("continue")):
-                return names
-            onward = [("continue", token)]
+        query = [("fieldSelector", f"involvedObject.kind={kind}")]
+        pages = self._pages(_path("/api/v1", namespace, "events"), query)
+        return {(item["metadata"]["namespace"], item["metadata"]["name"]) async for page in pages for item in page}
 
     async def delete_job(self, namespace: str, name: str, uid: str = "") -> None:
         """Delete a Job and its pods, which get their grace period.
@@ -199,8 +195,17 @@ class Kube:
     async def _list(self, path: str, *, labelled: bool = False, uid: str | None = None) -> list[dict[str, Any]]:
         selector = f"{LABEL_MANAGED_BY}={MANAGED_BY}" + (f",{LABEL_UID}={uid}" if uid is not None else "")
         query = [("labelSelector", selector)] if labelled else []
-        items: list[dict[str, Any]] = (await self._call("GET", path, query=query))["items"]
-        return items
+        return [item async for page in self._pages(path, query) for item in page]
+
+    async def _pages(self, path: str, query: list[tuple[str, str]]) -> AsyncIterator[list[dict[str, Any]]]:
+        """What a listing holds, page by page: the text of all at once would take as much memory as what it says."""
+        onward: list[tuple[str, str]] = []
+        while True:
+            page = await self._call("GET", path, query=[*query, ("limit", str(PAGE)), *onward])
+            yield page["items"]
+            if not (token := page["metadata"].get("continue")):
+                return
+            onward = [("continue", token)]
 
     async def _get(self, path: str) -> dict[str, Any] | None:
         return await self._call("GET", path, missing_ok=True) or None

@@ -76,3 +76,13 @@ def test_the_names_of_all_events_are_read_page_by_page() -> None:
     assert names == {("team", "a"), ("team", "b"), ("team", "c")}
     assert [page.get("continue") for page in kube.asked] == [None, "1", "2"]
     assert {page["fieldSelector"] for page in kube.asked} == {"involvedObject.kind=TrainingRun"}
+
+
+def test_everything_is_listed_page_by_page() -> None:
+    kube = Paged(["a"], ["b", "c"])
+
+    pods = asyncio.run(kube.list_pods("team"))
+
+    assert [pod["metadata"]["name"] for pod in pods] == ["a", "b", "c"]
+    assert [page.get("continue") for page in kube.asked] == [None, "1"]
+    assert {page["limit"] for page in kube.asked} == {"500"}
