@@ -26,7 +26,7 @@ import pytest
 import urllib3
 
 from tests.e2e.cluster import ROOT, wait_for
-from tests.e2e.conftest import own_engine
+from tests.e2e.conftest import cluster_tool, own_engine
 from tests.programs import CACHE
 
 UP_S, STOP_S = 1800, 60
@@ -145,6 +145,8 @@ def machine(tmp_path: Path, mirror: Mirror) -> Iterator[Machine]:
     parts.mkdir(parents=True)
     for part in (CACHED / "parts").iterdir():
         (parts / part.name).symlink_to(part)  # `down --all` removes the links alone
+    folders = cluster_tool("folders")
+    (tmp_path / "cache" / folders.TAG).write_text(folders.TAG_TEXT)  # or it would be taken for somebody's folder
     plugins = tmp_path / "config/cli-plugins"
     plugins.mkdir(parents=True)
     (plugins / "docker-buildx").symlink_to(CACHED / "parts/buildx/buildx")
