@@ -81,12 +81,13 @@ class Machine:
         print(said)
         return said
 
-    def publish(self, image: str, name: str) -> None:
-        """Move an image out of the engine into the mirror, where it has a name of Docker's registry."""
-        there = f"{self.mirror.address}/library/{name}"
+    def publish(self, image: str, name: str) -> str:
+        """Move an image into the mirror, under a name of Docker's registry; its digest there."""
+        there = f"{self.mirror.address}/{name}"
         self.run("docker", "tag", image, there)
-        self.run("docker", "push", there)
+        pushed = self.run("docker", "push", there)
         self.run("docker", "image", "rm", there, image)
+        return re.findall(r"sha256:[0-9a-f]{64}", pushed)[-1]
 
     def listed(self, kind: str) -> set[str]:
         """What the engine has of a kind."""
@@ -221,7 +222,7 @@ def make_image(machine: Machine, name: str) -> None:
 def test_what_a_mirror_has_is_pulled_and_the_rest_built(machine: Machine) -> None:
     for image in ("postgres:15", "redis:7.4"):
         make_image(machine, "made")
-        machine.publish("made", image)
+        machine.publish("made", f"library/{image}")
 
     said = machine.hack("images", "build", "postgresql", "redis")
 
@@ -237,7 +238,7 @@ def test_what_a_mirror_has_is_pulled_and_the_rest_built(machine: Machine) -> Non
     assert HTTPStatus.NOT_FOUND in machine.mirror.asked_for("library/python/manifests/3.11-slim-bookworm")
     machine.run("sh", "-c", f"printf 'FROM {PYTHON}\nLABEL dev.heimdall.image=theirs' | docker build --tag made -")
     machine.run("docker", "image", "rm", PYTHON)
-    machine.publish("made", PYTHON)
+    machine.publish("made", f"library/{PYTHON}")
 
     said = machine.hack("images", "build", "minio")
 
@@ -252,6 +253,30 @@ def test_what_a_mirror_has_is_pulled_and_the_rest_built(machine: Machine) -> Non
 
     left = machine.run("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
     assert set(left) == {f"{THEIRS}:latest", "postgres:15", "redis:7.4", PYTHON}, "what was built here is gone, alone"
+
+
+def test_kind_s_node_image_is_pulled_where_a_registry_has_it(machine: Machine) -> None:
+    """kind names it by its digest: here one that the mirror has, in place of the real one's, which nobody can make."""
+    make_image(machine, "made")
+    digest = machine.publish("made", "kindest/node:v0")
+    part = machine.cache / "parts/kind"
+    part.unlink()
+    shutil.copytree(CACHED / "parts/kind", part)
+    program = (part / "kind").read_bytes()
+    (part / "kind").write_bytes(
+        re.sub(rb"(kindest/node:v[0-9.]+@)sha256:[0-9a-f]{64}", rb"\1" + digest.encode(), program)
+    )
+    asks = "from heimdall_cluster import images; print(images.ensure_node())"
+
+    for first in (True, False):
+        said = machine.run("sh", "-c", f'PYTHONPATH=hack/cluster {sys.executable} -c "{asks}" 2>&1')
+        assert ("pulling kindest/node:" in said) is first
+        assert said.endswith("None\n"), "kind's own, of which it needs no name"
+    assert HTTPStatus.OK in machine.mirror.asked_for(f"kindest/node/manifests/{digest}")
+
+    machine.hack("cluster", "down", "--all")
+
+    assert "kindest/node" in machine.listed("image"), "what was pulled stays"
 
 
 def test_a_cluster_in_somebody_s_engine_comes_and_goes(machine: Machine) -> None:
