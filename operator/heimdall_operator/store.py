@@ -77,7 +77,7 @@ class Store:
         key = Key(resource["metadata"]["namespace"], resource["metadata"]["name"])
         if not _is_news(resource, self._resources.get(key)):
             return None
-        self._resources[key] = resource
+        self._resources[key] = without_managers(resource)
         return key
 
     def drop(self, key: Key) -> None:
@@ -92,7 +92,7 @@ class Store:
         named = self._children[kind][key]
         if not _is_news(child, named.get(child["metadata"]["name"])):
             return None
-        named[child["metadata"]["name"]] = child
+        named[child["metadata"]["name"]] = without_managers(child)
         return key
 
     def drop_child(self, kind: ChildKind, child: Manifest) -> Key | None:
@@ -162,6 +162,12 @@ class Store:
                 self.drop_child(kind, child)
         for child in listed.values():
             self.put_child(kind, child)
+
+
+def without_managers(item: Manifest) -> Manifest:
+    """An object without who has set which of its fields: nobody here asks, and it is as large as all the rest."""
+    metadata = {name: value for name, value in item["metadata"].items() if name != "managedFields"}
+    return {**item, "metadata": metadata}
 
 
 def run_of(child: Manifest) -> Key | None:

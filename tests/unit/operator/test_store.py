@@ -27,7 +27,17 @@ def test_an_echo_of_an_own_write_gives_no_reason_to_look() -> None:
 
     assert store.put(state(7)) is None
     assert store.put_child("Job", state(7)) is None
-    assert store.get(KEY) is written
+    assert store.get(KEY) == written
+
+
+def test_who_set_which_field_is_not_kept() -> None:
+    store, item = Store(), state(7)
+    item["metadata"]["managedFields"] = [{"manager": "kubectl"}]
+    store.put(item)
+    store.put_child("Job", item)
+
+    assert [store.get(KEY), *store.children("Job", KEY)] == [state(7), state(7)]
+    assert item["metadata"]["managedFields"], "it is somebody else's, too"
 
 
 def test_versions_are_compared_as_numbers() -> None:
@@ -55,7 +65,7 @@ def test_a_listing_that_began_before_a_deletion_brings_no_older_object_back() ->
     store.put(newer)
 
     assert store.put(older) is None
-    assert store.get(KEY) is newer
+    assert store.get(KEY) == newer
 
 
 def pod_of(job: str, name: str, **status: Any) -> dict[str, Any]:
