@@ -198,7 +198,7 @@ class Kube:
         return [item async for page in self._pages(path, query) for item in page]
 
     async def _pages(self, path: str, query: list[tuple[str, str]]) -> AsyncIterator[list[dict[str, Any]]]:
-        """What a listing holds, page by page: the text of all at once would take as much memory as what it says."""
+        """What a listing holds, page by page: no answer is larger than one page, however many objects there are."""
         onward: list[tuple[str, str]] = []
         while True:
             page = await self._call("GET", path, query=[*query, ("limit", str(PAGE)), *onward])

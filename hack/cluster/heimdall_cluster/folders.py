@@ -23,7 +23,6 @@ TAG_TEXT: Final = (
 )
 BEFORE_TAG: Final = frozenset({"lock", "install.lock"})
 """What may lie in a cache that is still to be made: whoever waits for locks makes them first."""
-
 MADE_UNTAGGED: Final = frozenset({"lock", "parts", "bin"})
 """What lies in every cache that was made before there was a tag."""
 
