@@ -192,7 +192,7 @@ class Controller:
         for key, item in active.items():
             if item is not None and item["status"].get("runID") in moved:
                 self.queue.add(key)
-        await self._discard_strays(facts)
+        await self._discard_strays([item for run_id, item in facts.items() if run_id not in runs])
 
     def _last_moves(self, runs: Collection[str], facts: Mapping[str, RunFacts], now: datetime) -> dict[str, datetime]:
         """When each active run moved last, after a poll."""
@@ -205,20 +205,26 @@ class Controller:
         }
         return {run_id: self._moved[run_id] + unheard if run_id in still else now for run_id in runs}
 
-    async def _discard_strays(self, facts: Mapping[str, RunFacts]) -> None:
+    async def _discard_strays(self, others: Collection[RunFacts]) -> None:
         """Take back runs beside those that TrainingRuns name.
 
         A server may carry out a creation long after its answer was given up, and the next try has made another by then.
         """
+        if not others:
+            return
         named = {}
         for resource in filter(None, map(self.store.get, self.store.known())):
             run_id = (resource.get("status") or {}).get("runID")
             if run_id is not None:
                 named[resource["metadata"]["uid"]] = run_id
-        for item in facts.values():
-            if named.get(item.uid, item.run_id) != item.run_id:
-                log.warning("MLflow has made a run twice; taking one back", run_id=item.run_id, kept=named[item.uid])
+        for item in others:
+            if named.get(item.uid, item.run_id) == item.run_id:
+                continue
+            log.warning("MLflow has made a run twice; taking one back", run_id=item.run_id, kept=named[item.uid])
+            try:
                 await self._mlflow.discard_run(item.run_id)
+            except Exception as error:  # noqa: BLE001 - progress was read all the same: a hang must be noticed
+                log.warning("the run could not be taken back; trying again", error=_describe(error))
 
     def stuck_reason(self, resync_s: float) -> str | None:
         """Why the operator is taken for stuck, or None: what a liveness probe asks."""

@@ -327,7 +327,8 @@ def test_a_run_that_begins_to_train_again_is_followed_from_then_on(monkeypatch: 
     assert asyncio.run(scenario()) == [NOW, None, NOW + timedelta(seconds=2000)]
 
 
-def test_a_run_that_mlflow_has_made_twice_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_run_that_mlflow_has_made_twice_is_taken_back(monkeypatch: pytest.MonkeyPatch, is_refused: bool) -> None:
     """The server carried out a creation long after its answer was given up."""
     world = World()
     world.apply({"tracking": {"experiment": "e"}})
@@ -341,6 +342,8 @@ def test_a_run_that_mlflow_has_made_twice_is_taken_back(monkeypatch: pytest.Monk
 
     async def discard_run(run_id: str) -> None:
         discarded.append(run_id)
+        if is_refused:
+            raise ConnectionError("no rights")
 
     async def scenario() -> None:
         await operator.refresh()
@@ -348,7 +351,8 @@ def test_a_run_that_mlflow_has_made_twice_is_taken_back(monkeypatch: pytest.Monk
         resource["status"]["phase"] = "Running"
         monkeypatch.setattr(operator._mlflow, "active_facts", active_facts)
         monkeypatch.setattr(operator._mlflow, "discard_run", discard_run, raising=False)
-        await operator.read_progress()
+        await one_round(operator)
+        assert operator._observe(KEY, resource).moved == NOW, "hangs are noticed all the same"
 
     asyncio.run(scenario())
     assert discarded == ["late"]
