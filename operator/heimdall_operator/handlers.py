@@ -21,7 +21,7 @@ from heimdall_operator import metrics
 from heimdall_operator.accounts import Keeper
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
-from heimdall_operator.kube import Kube
+from heimdall_operator.kube import PAGE, Kube
 from heimdall_operator.manifests import TrainerDefaults
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.pauses import doubled_s
@@ -31,6 +31,7 @@ from heimdall_operator.store import ChildKind, Key, Store
 SERVER_TIMEOUT_S: Final = 300
 CLIENT_TIMEOUT_S: Final = 310
 CONNECT_TIMEOUT_S: Final = 30
+IDLE_TIMEOUT_S: Final = 0.1
 LAST_EVENTS_TIMEOUT_S: Final = 5
 WATCH_RETRY_S: Final = 1.0
 WATCH_RETRY_LIMIT_S: Final = 30.0
@@ -154,6 +155,10 @@ def _tune(settings: kopf.OperatorSettings) -> None:
     settings.watching.connect_timeout = CONNECT_TIMEOUT_S
     settings.networking.request_timeout = CONNECT_TIMEOUT_S
     settings.networking.error_backoffs = Backoffs()
+    # kopf gives each object a task that keeps its last event, and ends it when no other has come for so long: of a
+    # listing there are as many as objects, for what is taken in at once.
+    settings.watching.chunk_size = PAGE
+    settings.queueing.idle_timeout = IDLE_TIMEOUT_S
     # The CRD is there before the operator is; looking out for new ones would need rights on all of them.
     settings.scanning.disabled = True
     # Events of the resource are written by the controller, one for each transition; kopf's log lines are no Events.

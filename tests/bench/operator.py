@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +55,7 @@ def main() -> None:
     cluster = Cluster(cluster_environment(), NAMESPACE)
     os.environ["KUBECONFIG"] = cluster.env["KUBECONFIG"]
     refuse_another_operator(cluster)
+    shipped_python()  # made before anything is measured
     with servers(artifacts=False) as started, namespace(cluster):
         figures = asyncio.run(measure(cluster, started.mlflow.url, arguments))
         publish("operator", figures)  # before anything that may fail is removed
@@ -445,6 +447,19 @@ class Process:
         return int(found.group(1)) / 1024
 
 
+@cache
+def shipped_python() -> Path:
+    """An interpreter with what the operator's image holds: MLflow imports more where more is installed."""
+    python = ROOT / "build/bench/operator-environment/bin/python"
+    uv = [Path(sys.executable).with_name("uv"), "--quiet"]
+    if not python.exists():
+        subprocess.run([*uv, "venv", "--python", sys.executable, python.parents[1]], check=True)
+    locked = ROOT / "requirements/operator.txt"
+    sync = [*uv, "pip", "sync", "--python", python, "--require-hashes", locked]
+    subprocess.run(sync, check=True, timeout=STEP_TIMEOUT_S)
+    return python
+
+
 @asynccontextmanager
 async def operator(tracking_uri: str) -> AsyncIterator[Process]:
     """The operator, as it runs in its pod, but on this machine."""
@@ -457,10 +472,11 @@ async def operator(tracking_uri: str) -> AsyncIterator[Process]:
         "METRICS_PORT": str(metrics),
     }
     env = {**os.environ, **{f"HEIMDALL_OPERATOR_{name}": value for name, value in settings.items()}}
+    env["PYTHONPATH"] = os.pathsep.join(str(ROOT / room) for room in ("api", "tracking", "operator"))
     log = ROOT / "build/bench/operator.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
-        command = [sys.executable, "-m", "heimdall_operator.main"]
+        command = [shipped_python(), "-m", "heimdall_operator.main"]
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)  # noqa: ASYNC220 - it is brief
     try:
         started = Process(process, f"http://127.0.0.1:{metrics}/metrics")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
 import kopf
 import pytest
+from kopf._cogs.clients import fetching
 from kopf._cogs.structs.references import Resource
 from kopf._core.engines.indexing import OperatorIndexers
 from kopf._core.engines.probing import health_reporter
@@ -49,6 +53,26 @@ def test_a_watch_that_fails_is_tried_again_for_ever() -> None:
         first = list(itertools.islice(backoffs, 2000))
         assert first[:7] == [1, 2, 4, 8, 16, 30, 30]
         assert first[-1] == 30
+
+
+@pytest.mark.parametrize("resource", [Resource(GROUP, VERSION, PLURAL), Resource("batch", "v1", "jobs")], ids=str)
+def test_kopf_lists_page_by_page(resource: Resource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one answer that holds all of 10,000 runs, much would stay in memory."""
+    settings, asked = kopf.OperatorSettings(), []
+    _tune(settings)
+
+    async def get(url: str, **_: Any) -> dict[str, Any]:
+        asked.append(parse_qs(urlsplit(url).query))
+        return {"items": [], "metadata": {"resourceVersion": "1", "continue": "next" if len(asked) == 1 else ""}}
+
+    async def fetch() -> None:
+        listing = fetching.fetch_objs(settings=settings, resource=resource, namespace=None, logger=logging.getLogger())
+        async for _ in listing:
+            pass
+
+    monkeypatch.setattr(fetching.api, "get", get)
+    asyncio.run(fetch())
+    assert [(query["limit"], query.get("continue")) for query in asked] == [(["500"], None), (["500"], ["next"])]
 
 
 async def probed() -> int:
