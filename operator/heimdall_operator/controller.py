@@ -140,7 +140,7 @@ class Controller:
 
     async def refresh(self) -> None:
         """List everything and look at every run."""
-        # What the watches bring while the listing is under way is newer than the listing.
+        # What the watches bring and take while the listing is under way is newer than the listing.
         before = self.store.snapshot()
         resources, jobs, pods = [], [], []
         for namespace in self._namespaces:
@@ -151,7 +151,7 @@ class Controller:
                     raise
                 # Its Role went with it: a namespace that was deleted is no reason to leave the others alone.
                 log.warning("a namespace can't be read; take it out of operator.namespaces", error=str(error))
-                before = frozenset(known for known in before if known[1].namespace != namespace)
+                before = {known: uid for known, uid in before.items() if known[1].namespace != namespace}
                 continue
             resources += found[0]
             jobs += found[1]
@@ -282,6 +282,8 @@ class Controller:
             self._actor.keeper.forget(key)
             return None
         observed = self._observe(key, resource)
+        if observed.job is not None:
+            self._troubles.pop(key, None)  # it was made after all: trouble with the next one begins anew
         self._settle_doubt(key, observed)
         for _ in range(STEP_LIMIT):
             decision = decide(observed, self._clock())
@@ -430,15 +432,19 @@ class Controller:
 
         One listing for a start, and then only what is missing: nothing has to be written down beforehand.
         """
-        told: set[tuple[str, str]] = set()
         for namespace in self._namespaces:
             try:
-                told |= await self._kube.event_names(namespace, KIND)
+                told = await self._kube.event_names(namespace, KIND)
             except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
-                log.warning("Events could not be listed; what is missing stays so", error=_describe(error))
-                return
+                where = namespace or "all"
+                log.warning("Events could not be listed; what is missing stays so", of=where, error=_describe(error))
+                continue
+            self._recall_events(namespace, told)
+
+    def _recall_events(self, namespace: str | None, told: Collection[tuple[str, str]]) -> None:
         now = self._clock()
-        for resource in filter(None, map(self.store.get, self.store.known())):
+        keys = [key for key in self.store.known() if namespace in (None, key.namespace)]
+        for resource in filter(None, map(self.store.get, keys)):
             for manifest in _recent_events(resource, now):
                 if (manifest["metadata"]["namespace"], manifest["metadata"]["name"]) not in told:
                     self._tell(manifest)
@@ -485,7 +491,8 @@ class Controller:
             log.warning("a run that changed was not settled; trying again", error=_describe(error), again_in_s=delay)
             return
         if fresh is None:
-            self.store.drop(key)
+            if known is not None:
+                self.store.drop(key, known["metadata"]["uid"])
         else:
             self.store.put(fresh)
             self.queue.add_after_failure(key)

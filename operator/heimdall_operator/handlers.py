@@ -106,9 +106,11 @@ class Handlers:
         """A TrainingRun changed."""
         body = cast("dict[str, Any]", event["object"])
         if event["type"] == "DELETED":
-            self._controller.store.drop(Key(body["metadata"]["namespace"], body["metadata"]["name"]))
-        elif (key := self._controller.store.put(body)) is not None:
-            self._controller.queue.add(key)
+            key = Key(body["metadata"]["namespace"], body["metadata"]["name"])
+            self._controller.store.drop(key, body["metadata"]["uid"])
+            self._controller.queue.add(key)  # a look at what is gone forgets all that was known of it
+        elif (known := self._controller.store.put(body)) is not None:
+            self._controller.queue.add(known)
 
     async def job(self, event: kopf.RawEvent, **_: Any) -> None:
         """A Job of ours changed."""

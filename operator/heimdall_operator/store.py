@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 from heimdall_api.contract import LABEL_RUN
@@ -42,6 +42,8 @@ class Store:
         }
         self._ended: dict[Key, dict[str, Manifest]] = defaultdict(dict)
         """Pods that are gone, as they ended: an attempt is judged by all of its pods. Kept as long as their Job is."""
+        self._gone: set[str] | None = None
+        """UIDs of what has gone since a listing began that is still under way."""
 
     def known(self) -> list[Key]:
         """Every TrainingRun that is known."""
@@ -80,9 +82,16 @@ class Store:
         self._resources[key] = without_managers(resource)
         return key
 
-    def drop(self, key: Key) -> None:
-        """Forget a TrainingRun; its Jobs and pods are forgotten as they go."""
-        self._resources.pop(key, None)
+    def drop(self, key: Key, uid: str) -> None:
+        """Forget a TrainingRun, unless another of its name is there; its Jobs and pods are forgotten as they go."""
+        self._note_gone(uid)
+        known = self._resources.get(key)
+        if known is not None and known["metadata"]["uid"] == uid:
+            del self._resources[key]
+
+    def _note_gone(self, uid: str) -> None:
+        if self._gone is not None:
+            self._gone.add(uid)
 
     def put_child(self, kind: ChildKind, child: Manifest) -> Key | None:
         """Take in a Job or pod; None where it belongs to no TrainingRun, or brings nothing new."""
@@ -99,6 +108,7 @@ class Store:
         """Forget a Job or pod."""
         key = run_of(child)
         if key is not None:
+            self._note_gone(child["metadata"]["uid"])
             children = self._children[kind].get(key, {})
             known = children.pop(child["metadata"]["name"], None)
             if not children:
@@ -119,24 +129,27 @@ class Store:
             if not left:
                 del self._ended[key]
 
-    def snapshot(self) -> frozenset[Name]:
-        """What is known now: a listing that begins now may say that it is gone."""
-        children = (
-            (kind, key, name)
+    def snapshot(self) -> dict[Name, str]:
+        """What is known now, with its UID: a listing that begins now may say that it is gone."""
+        self._gone = set()
+        runs: dict[Name, str] = {
+            ("TrainingRun", key, key.name): item["metadata"]["uid"] for key, item in self._resources.items()
+        }
+        return runs | {
+            (kind, key, name): child["metadata"]["uid"]
             for kind, by_run in self._children.items()
             for key, named in by_run.items()
-            for name in named
-        )
-        return frozenset({*(("TrainingRun", key, key.name) for key in self._resources), *children})
+            for name, child in named.items()
+        }
 
     def replace(
         self,
         resources: Iterable[Manifest],
         jobs: Iterable[Manifest],
         pods: Iterable[Manifest],
-        before: frozenset[Name],
+        before: Mapping[Name, str],
     ) -> None:
-        """Take over a fresh listing: what was missed by the watches is mended.
+        """Take over a fresh listing: what was missed by the watches is mended, what they brought meanwhile stays.
 
         Args:
             resources: Every TrainingRun.
@@ -144,24 +157,30 @@ class Store:
             pods: Every pod of ours.
             before: What was known when the listing began.
         """
+        gone, self._gone = self._gone or set(), None
         fresh = {Key(item["metadata"]["namespace"], item["metadata"]["name"]): item for item in resources}
-        for kind, key, _ in before:
+        for (kind, key, _), uid in before.items():
             if kind == "TrainingRun" and key not in fresh:
-                self.drop(key)
+                self.drop(key, uid)
         for item in fresh.values():
-            self.put(item)
-        self._replace_children("Job", jobs, before)
-        self._replace_children("Pod", pods, before)
+            if item["metadata"]["uid"] not in gone:
+                self.put(item)
+        self._replace_children("Job", jobs, before, gone)
+        self._replace_children("Pod", pods, before, gone)
 
-    def _replace_children(self, kind: ChildKind, fresh: Iterable[Manifest], before: frozenset[Name]) -> None:
+    def _replace_children(
+        self, kind: ChildKind, fresh: Iterable[Manifest], before: Mapping[Name, str], gone: Collection[str]
+    ) -> None:
         listed = {(run_of(item), item["metadata"]["name"]): item for item in fresh}
         known = [child for children in list(self._children[kind].values()) for child in children.values()]
         for child in known:
-            key, name = run_of(child), child["metadata"]["name"]
-            if (key, name) not in listed and (kind, key, name) in before:
+            key, metadata = run_of(child), child["metadata"]
+            was_there = key is not None and before.get((kind, key, metadata["name"])) == metadata["uid"]
+            if was_there and (key, metadata["name"]) not in listed:
                 self.drop_child(kind, child)
         for child in listed.values():
-            self.put_child(kind, child)
+            if child["metadata"]["uid"] not in gone:
+                self.put_child(kind, child)
 
 
 def without_managers(item: Manifest) -> Manifest:

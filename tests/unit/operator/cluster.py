@@ -119,6 +119,7 @@ class Cluster(World):
             "namespace": "team",
             "labels": {**job["metadata"]["labels"], JOB_NAME: job["metadata"]["name"]},
             "annotations": {COMPLETION_INDEX: str(worker)},
+            "uid": f"pod {self._pods_made}",
             "creationTimestamp": self.time(),
         }
         spec = {"workers": workers_of(job)}

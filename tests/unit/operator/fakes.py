@@ -99,6 +99,7 @@ class World:
                 "metadata": {
                     "name": name,
                     "namespace": "team",
+                    "uid": f"pod of {job['metadata']['uid']}",
                     "labels": {**job["metadata"]["labels"], JOB_NAME: job["metadata"]["name"]},
                     "creationTimestamp": STAMP,
                 },

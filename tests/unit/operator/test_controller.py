@@ -15,8 +15,10 @@ from heimdall_api.contract import Progress
 from heimdall_api.types import Condition
 from heimdall_operator.controller import Controller, event_manifest, merge_patch, with_words
 from heimdall_operator.events import Event
+from heimdall_operator.handlers import Handlers
 from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
 from heimdall_operator.mlflow_gateway import RunGoneError
+from heimdall_operator.settings import OperatorSettings
 from heimdall_operator.store import Key
 from heimdall_tracking.runs import RunFacts
 from tests.unit.operator.builders import NOW, UID, observed, run, status
@@ -497,6 +499,66 @@ def test_what_the_api_server_has_forgotten_is_not_told_again() -> None:
 
     assert asyncio.run(recalled(timedelta(hours=2))) == []
     assert "Completed" in asyncio.run(recalled(timedelta(minutes=50)))
+
+
+def test_events_of_a_namespace_that_can_not_be_read_keep_no_others_back() -> None:
+    world = lived(SUCCEEDED)
+    world.events.clear()
+    world.event_names.clear()
+
+    async def scenario() -> None:
+        operator = controller(world)
+        operator._namespaces = ["gone", "team"]
+        names = operator._kube.event_names
+
+        async def listed(namespace: str | None, kind: str) -> set[tuple[str, str]]:
+            if namespace == "gone":
+                raise ForbiddenError("events is forbidden")
+            return await names(namespace, kind)
+
+        operator._kube.event_names = listed  # type: ignore[method-assign]
+        await operator.refresh()
+        await operator.recall_events()
+        await operator.record_waiting_events()
+
+    asyncio.run(scenario())
+    assert "Completed" in world.events
+
+
+def test_what_is_gone_is_forgotten() -> None:
+    """Nothing else may come of it: a run whose Job had gone before, or that never had one."""
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> dict[Key, Any]:
+        operator = controller(world)
+        handlers = Handlers(OperatorSettings(tracking_uri="http://mlflow:5000", trainer_image="trainer:1"))
+        handlers._started = operator
+        await operator.refresh()
+        operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, "no quota")
+        await handlers.training_run({"type": "DELETED", "object": operator.store.get(KEY)})  # type: ignore[typeddict-item]
+        assert await asyncio.wait_for(operator.queue.get(), 10) == KEY
+        await operator.look(KEY)
+        return operator._troubles
+
+    assert asyncio.run(scenario()) == {}
+
+
+def test_trouble_with_a_job_that_was_made_after_all_is_over() -> None:
+    """Its answer was lost: hours later, the first failure of the next try would be taken for the last of many."""
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> dict[Key, Any]:
+        operator = controller(world)
+        await operator.refresh()
+        await operator.look(KEY)
+        operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, "the answer was lost")
+        await operator.refresh()
+        await operator.look(KEY)
+        return operator._troubles
+
+    assert asyncio.run(scenario()) == {}
 
 
 def test_an_event_is_tried_again_behind_the_others_unless_it_is_refused() -> None:

@@ -481,7 +481,7 @@ def test_a_job_that_is_deleted_before_its_pod_was_seen_is_not_made_again_beside_
     life.somebody_deletes_the_jobs()
     assert life.behind is not None
     life.behind.store.drop_child(
-        "Job", {"metadata": {"namespace": "team", "name": "run-a1", "labels": {LABEL_RUN: "run"}}}
+        "Job", {"metadata": {"namespace": "team", "name": "run-a1", "uid": "gone", "labels": {LABEL_RUN: "run"}}}
     )
 
     life.the_one_behind_looks()

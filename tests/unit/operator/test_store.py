@@ -68,6 +68,49 @@ def test_a_listing_that_began_before_a_deletion_brings_no_older_object_back() ->
     assert store.get(KEY) == newer
 
 
+@pytest.mark.parametrize("was_known", [True, False], ids=["there before", "come meanwhile"])
+def test_what_has_gone_while_it_was_listed_does_not_come_back(was_known: bool) -> None:
+    """As a pod that was preempted: its ghost would be waited for until the next listing."""
+    store, pod = Store(), state(3, uid="pod", name="one-a1-x")
+    before = store.snapshot()
+    if was_known:
+        store.put(state(2))
+        store.put_child("Pod", pod)
+        before = store.snapshot()
+    listed = ([state(2)], [], [pod])
+    store.drop_child("Pod", pod)
+    store.drop(KEY, "a")
+    store.replace(*listed, before)
+
+    assert (store.get(KEY), store.children("Pod", KEY)) == (None, [])
+    store.replace(*listed, store.snapshot())
+    assert (store.get(KEY), store.children("Pod", KEY)) == (listed[0][0], [pod]), "only of that listing"
+
+
+def test_what_has_come_while_it_was_listed_stays() -> None:
+    store = Store()
+    store.put(state(2))
+    store.put_child("Job", state(2, uid="first", name="one-a1"))
+    before = store.snapshot()
+    store.drop(KEY, "a")
+    store.put(state(5, uid="b"))
+    store.put_child("Job", state(6, uid="second", name="one-a1"))
+    store.replace([], [], [], before)
+
+    assert [item and item["metadata"]["uid"] for item in (store.get(KEY), *store.children("Job", KEY))] == [
+        "b",
+        "second",
+    ]
+
+
+def test_the_end_of_another_of_its_name_is_not_its_end() -> None:
+    store = Store()
+    store.put(state(5, uid="b"))
+    store.drop(KEY, "a")
+
+    assert store.get(KEY) == state(5, uid="b")
+
+
 def pod_of(job: str, name: str, **status: Any) -> dict[str, Any]:
     made = state(3, uid=name, name=name)
     made["metadata"]["labels"]["batch.kubernetes.io/job-name"] = job
