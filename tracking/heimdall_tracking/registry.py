@@ -10,9 +10,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from heimdall_tracking.errors import TrackingError
 from heimdall_tracking.params import clean_name
 from heimdall_tracking.points import is_number
+from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import RunFacts, find_model
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from heimdall_api.types import PromotionSpec, RegistrationSpec
 
+log = structlog.get_logger()
 READY_POLL_S: Final = 1.0
 READY_TIMEOUT_S: Final = 30
 """How long a new version may take to become ready before the next look asks again."""
@@ -101,13 +105,23 @@ def _drop_repeats(client: MlflowClient, name: str, versions: list[ModelVersion])
 
     Whatever somebody has given one of them (an alias, a tag, a word) makes it theirs.
     """
+    from mlflow.exceptions import MlflowException
+
     if len(versions) < 2:  # noqa: PLR2004 - one and its repeats
         return
     held = {str(version) for version in client.get_registered_model(name).aliases.values()}
     first, *others = versions
     for item in others:
         if item.source == first.source and not (item.tags or item.description or str(item.version) in held):
-            client.delete_model_version(name, str(item.version))
+            try:
+                client.delete_model_version(name, str(item.version))
+            except MlflowException as error:  # a courtesy: who may register may not always delete
+                log.warning(
+                    "MLflow has made a version twice, and would not delete one",
+                    model=name,
+                    version=str(item.version),
+                    error=redact(error),
+                )
 
 
 def promote(client: MlflowClient, facts: RunFacts, name: str, version: str, spec: PromotionSpec) -> str:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from heimdall_api.types import PromotionSpec, RegistrationSpec
 from heimdall_tracking import registry
@@ -216,6 +218,22 @@ def test_a_version_that_was_made_twice_is_the_first_one(
     monkeypatch.setattr(client, "create_model_version", repeated)
 
     assert register_run(client, new_run(), RegistrationSpec(model=name, aliases=["candidate"])).version == "1"
+    assert aliases(client, name) == {"candidate": "1"}
+
+
+def test_a_version_that_may_not_be_deleted_keeps_nothing_up(
+    client: MlflowClient, new_run: NewRun, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may edit a model may not delete of it: the run would never be complete."""
+    run_id = new_run(loss=1.0)
+    register_run(client, run_id, RegistrationSpec(model=name))
+    client.create_model_version(name, client.get_model_version(name, "1").source, run_id)
+
+    def refuse(*_: object) -> None:
+        raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+    monkeypatch.setattr(client, "delete_model_version", refuse)
+    assert register_run(client, run_id, RegistrationSpec(model=name, aliases=["candidate"])).version == "1"
     assert aliases(client, name) == {"candidate": "1"}
 
 
