@@ -117,6 +117,8 @@ class Checkpointing:
         A process alone that was waiting for its next batch makes a checkpoint. A group's processes can't agree on one.
         """
         del pl_module
+        if isinstance(exception, TerminatedError):
+            return  # where it is raised says nothing of processes that load data
         if self._grace.began and is_lost_batch(exception):
             if trainer.training and group.world_size() == 1:
                 self._stop(trainer)

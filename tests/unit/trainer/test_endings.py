@@ -216,6 +216,18 @@ def test_a_process_that_sigterm_has_ended_first_is_no_error_of_the_users(clock: 
         made._checkpointing.on_exception(None, None, RuntimeError(other))
 
 
+def test_sigterm_outside_training_says_nothing_of_processes_that_load_data(clock: Clock, tmp_path: Path) -> None:
+    """It is raised where the process stands: in a test, mostly where the next batch is waited for."""
+    made, _ = training(clock, tmp_path)
+    made.grace.begin()
+    waits: dict[str, Any] = {"__name__": grace.LOADER, "error": TerminatedError("asked to end")}
+    exec(f"def {grace.WAITS_FOR_BATCH}():\n    raise error", waits)
+    with pytest.raises(TerminatedError) as caught:
+        waits[grace.WAITS_FOR_BATCH]()
+    assert grace.is_lost_batch(caught.value)
+    made._checkpointing.on_exception(None, None, caught.value)
+
+
 @pytest.mark.parametrize("how", ["raised", "noticed by the publisher"])
 def test_a_fenced_attempt_forgets_what_waits_at_once(
     how: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
