@@ -37,14 +37,16 @@ def ensure_cache() -> None:
     tag = CACHE / TAG
     if tag.exists() and tag.read_text(errors="replace") == TAG_TEXT:
         return
+    new = CACHE / f"{TAG}.new"
     found = {path.name for path in CACHE.iterdir()}
-    others = sorted(found - BEFORE_TAG)
+    others = sorted(found - BEFORE_TAG - {new.name})
     if others and not found >= MADE_UNTAGGED:
         raise ClusterError(
             f"{CACHE} holds what this tool did not make ({others[0]}), and its cache is removed whole one day: "
             "set HEIMDALL_CACHE to a folder that is empty or not there yet"
         )
-    tag.write_text(TAG_TEXT)
+    new.write_text(TAG_TEXT)
+    new.replace(tag)  # whole or not at all: one that is cut short would be taken for somebody else's
 
 
 @contextmanager

@@ -466,6 +466,22 @@ def test_modules_half_removed_are_out_of_gos_sight(monkeypatch: pytest.MonkeyPat
         assert {path.name for path in tmp_path.iterdir()} == {"lock", folders.TAG}, "the next call removes the rest"
 
 
+def test_a_kill_never_leaves_a_cache_that_is_taken_for_somebody_elses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def cut_short(path: Path, text: str) -> None:
+        path.write_bytes(text.encode()[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders, "CACHE", tmp_path)
+    with monkeypatch.context() as while_it_is_killed:
+        while_it_is_killed.setattr(Path, "write_text", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            folders.ensure_cache()
+    folders.ensure_cache()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(folders.TAG, folders.TAG_TEXT)]
+
+
 def test_of_base_images_that_were_being_built_a_kill_leaves_what_the_next_call_removes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
