@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Final
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -55,26 +57,30 @@ def by_librosa(iq: Signals) -> Reals:
     return scaled
 
 
-def torchaudio_mel() -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The same by torchaudio, in torch; None where it can't be imported beside this torch."""
-    try:
+def torchaudio_mel() -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same by torchaudio, in torch."""
+    # It compares the CUDA that it and torch were built with, and torch goes on alone: of what is used here nothing is
+    # built, and so nothing is of CUDA.
+    with patch.object(torch.version, "cuda", None):
         from torchaudio.transforms import MelSpectrogram
-    except (ImportError, OSError, RuntimeError):
-        return None
 
-    def by_torchaudio(iq: torch.Tensor) -> torch.Tensor:
-        signals = torch.stack([iq.real, iq.imag, iq.abs()], dim=-2)
-        made = MelSpectrogram(
+    @cache
+    def made(samples: int, device: torch.device) -> torch.nn.Module:
+        return MelSpectrogram(
             sample_rate=int(2 * NOMINAL_NYQUIST_HZ),
             n_fft=DEFAULT_PARAMETERS.transform,
             win_length=DEFAULT_PARAMETERS.window,
-            hop_length=hop_of(iq.shape[-1]),
+            hop_length=hop_of(samples),
             center=False,
             n_mels=BANDS,
             mel_scale="htk",
             norm=None,
-        ).to(iq.device)
-        power = _scale() * made(torch.nn.functional.pad(signals, (MARGIN, MARGIN)))
+        ).to(device)
+
+    def by_torchaudio(iq: torch.Tensor) -> torch.Tensor:
+        signals = torch.stack([iq.real, iq.imag, iq.abs()], dim=-2)
+        mel = made(iq.shape[-1], iq.device)
+        power = _scale() * mel(torch.nn.functional.pad(signals, (MARGIN, MARGIN)))
         dbm = 10 * torch.log10(power.clamp(min=10 ** (DEFAULT_PARAMETERS.floor_dbm / 10)))
         scaled: torch.Tensor = (dbm - DEFAULT_PARAMETERS.reference_dbm) / DEFAULT_PARAMETERS.scale_db
         return scaled

@@ -108,23 +108,27 @@ def mel_spectrogram(iq: Tensor, parameters: SpectrogramParameters = DEFAULT_PARA
 def _mel_spectrograms(iq: Tensor, parameters: SpectrogramParameters) -> Tensor:
     signals = torch.stack([iq.real, iq.imag, iq.abs()], dim=-2)
     power = _band_power(signals, parameters).movedim(-1, -2)
-    # Exactly 32 frames: with more windows than frames, neighbouring windows are averaged.
-    frames = torch.nn.functional.adaptive_avg_pool1d(power.reshape(-1, 1, power.shape[-1]), FRAMES)
-    dbm = 10.0 * torch.log10(
-        torch.clamp(frames.reshape(*power.shape[:-1], FRAMES), min=10 ** (parameters.floor_dbm / 10))
-    )
+    if power.shape[-1] != FRAMES:  # more windows than frames: neighbouring ones are averaged
+        frames = torch.nn.functional.adaptive_avg_pool1d(power.reshape(-1, 1, power.shape[-1]), FRAMES)
+        power = frames.reshape(*power.shape[:-1], FRAMES)
+    dbm = 10.0 * torch.log10(torch.clamp(power, min=10 ** (parameters.floor_dbm / 10)))
     return ((dbm - parameters.reference_dbm) / parameters.scale_db).float()
 
 
 def _band_power(signals: Tensor, parameters: SpectrogramParameters) -> Tensor:
-    # Milliwatts per band of each window, shape (..., windows, 128). By Parseval, a window's bins sum to its mean power.
-    # What is linear is done to the filters, which are small, and no root is drawn that would be squared again.
+    # Milliwatts per band of each window, shape (..., windows, 128). No root is drawn that would be squared again.
     hop = min((signals.shape[-1] - parameters.window) // (FRAMES - 1), parameters.longest_hop)
-    window = torch.hann_window(parameters.window, dtype=signals.dtype, device=signals.device)
+    window, filters = _weights(parameters.window, parameters.transform, signals.dtype, signals.device)
     spectra = torch.fft.rfft(signals.unfold(-1, parameters.window, hop) * window, n=parameters.transform)
-    power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
-    shares = torch.full((parameters.transform // 2 + 1, 1), 2.0).to(power)  # negative frequencies
-    shares[[0, -1]] = 1.0
-    filters = mel_filters(parameters.transform).to(power) * shares
-    banded: Tensor = power @ (filters / (parameters.transform * window.square().sum()))
+    banded: Tensor = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag) @ filters
     return banded
+
+
+@lru_cache(maxsize=8)
+def _weights(samples: int, transform: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A window, and filters that hold all that is linear: by Parseval, a window's bins sum to its mean power."""
+    window = torch.hann_window(samples, dtype=dtype, device=device)
+    shares = torch.full((transform // 2 + 1, 1), 2.0, dtype=dtype, device=device)  # negative frequencies
+    shares[[0, -1]] = 1.0
+    filters = mel_filters(transform).to(device, dtype) * shares
+    return window, filters / (transform * window.square().sum())
