@@ -123,7 +123,11 @@ def test_an_upgrade_changes_the_definition_and_keeps_the_runs(older: Cluster, ch
     said = older.refused("patch", "olderrun", "kept", "--type=merge", "-p", '{"spec": {"training": {"epochs": 8}}}')
     assert "can't be changed once the run exists" in said
 
-    older.helm("uninstall", NAME)
-    left = older.get("olderrun", "kept")
-    assert left is not None, "the definition stays, and its runs with it"
-    assert left["metadata"]["uid"] == before["metadata"]["uid"]
+    kept = older.get("olderrun", "kept")
+    assert kept is not None
+    assert kept["metadata"]["uid"] == before["metadata"]["uid"]
+    older.helm("uninstall", NAME, "--wait", "--timeout", "60s")
+    assert older.get("olderrun", "kept") == kept, "the definition stays, and its runs with it"
+
+    older.helm("install", NAME, str(present), *values)
+    assert older.get("olderrun", "kept") == kept, "a second install takes them up"
