@@ -4,8 +4,9 @@ It "trains" by counting steps, and does all that a trainer owes its operator: it
 delivers parameters, metrics, progress and checkpoints to its MLflow run, heeds the fence, makes a checkpoint on
 SIGTERM, logs a model, and tells how it ended. Copy it, and put your training where `train_step` is.
 
-`spec.model.args` steers it: steps, stepSeconds, checkpointEvery, and `fail` (user, configuration, cuda, memory, disk,
-crash, hang) at step `failAt` of attempt `failAttempt` (every attempt, if it is not given).
+`spec.model.args` steers it: steps, stepSeconds, checkpointEvery, checkpointBytes (how large one is at least), and
+`fail` (user, configuration, cuda, memory, disk, crash, hang) at step `failAt` of attempt `failAttempt` (every attempt,
+if it is not given).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
         progress = {"epoch": 0, "epochs": 1, "step": step + 1, "steps": steps, "time": now()}
         client.log_batch(RUN_ID, metrics=[loss], tags=[RunTag("heimdall.progress", json.dumps(progress))])
         if asked_to_stop or (step + 1) % args.get("checkpointEvery", 5) == 0:
-            save(client, step + 1)
+            save(client, step + 1, args.get("checkpointBytes", 0))
         if asked_to_stop:
             raise Stop(SIGTERM, "Preempted", f"Asked to end (SIGTERM); a checkpoint of step {step + 1} was delivered.")
     client.log_metric(RUN_ID, "val/loss", 1.0 / steps, step=steps)
@@ -123,10 +124,10 @@ def restore(client: MlflowClient) -> int:
     return 0
 
 
-def save(client: MlflowClient, step: int) -> None:
+def save(client: MlflowClient, step: int, size: int) -> None:
     """Upload a checkpoint; only when it is whole, give it its name."""
     check_fence(client)
-    content = json.dumps({"step": step}).encode()
+    content = json.dumps({"step": step}).ljust(size).encode()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"step-{step:08}-attempt-{ATTEMPT}.json"
         file.write_bytes(content)

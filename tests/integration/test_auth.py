@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import subprocess
@@ -13,6 +14,7 @@ from typing import Final
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from heimdall_api.types import PromotionSpec, RegistrationSpec
@@ -29,6 +31,7 @@ DELIVERY_TIMEOUT_S: Final = 120
 COMMAND_TIMEOUT_S: Final = 180
 LARGE: Final = 12 * 1024 * 1024
 """Bytes of a file that goes to the object store in parts."""
+PART: Final = 5 * 1024 * 1024
 
 operator, trainer, admin = "heimdall-operator", "heimdall-trainer", "admin"
 
@@ -77,6 +80,12 @@ class SecuredMlflow(Mlflow):
 
     def client(self) -> MlflowClient:
         return MlflowClient(self.url, self.url)
+
+    def entity_tag(self, run: Run, path: str) -> str:
+        """What MinIO calls the content of a run's artifact."""
+        key = f"{run.info.artifact_uri.removeprefix('mlflow-artifacts:/')}/{path}"
+        found: str = self._minio.s3.head_object(Bucket=self.bucket, Key=key)["ETag"]
+        return found.strip('"')
 
     @contextmanager
     def as_user(self, name: str) -> Iterator[None]:
@@ -158,7 +167,7 @@ def train(secured: SecuredMlflow, facts: runs.RunFacts, folder: Path, patch: pyt
 
     patch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "true")
     patch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", "1048576")
-    patch.setenv("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", "5242880")
+    patch.setenv("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", str(PART))
     client = secured.client()
     tracker = MLflowTracker(TrackingSettings(tracking_uri=secured.url, experiment_name="unused"))
     tracker.attach(facts.run_id)
@@ -182,6 +191,9 @@ def train(secured: SecuredMlflow, facts: runs.RunFacts, folder: Path, patch: pyt
         run_id=facts.run_id, artifact_path="checkpoints/new.ckpt", dst_path=str(folder), tracking_uri=secured.url
     )
     assert Path(there).read_bytes() == content
+    # MLflow goes on with a plain upload, and says nothing, where parts are not to be had.
+    tag = secured.entity_tag(client.get_run(facts.run_id), "checkpoints/new.ckpt")
+    assert tag.endswith(f"-{math.ceil(LARGE / PART)}"), "of what came in parts it tells their number"
     return str(model.model_id)
 
 

@@ -284,6 +284,8 @@ priorityClassName: {{ . }}
 {{- define "heimdall.trainerTracking" -}}
 MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD: {{ .Values.tracking.presignedTransfers | toString | b64enc }}
 MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD: {{ .Values.tracking.presignedTransfers | toString | b64enc }}
+{{- /* 64 MiB: by default, which is 500 MiB, most checkpoints would go through the server. */}}
+MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE: {{ "67108864" | b64enc }}
 {{- /* 16 MiB: several chunks of the default 100 MiB are held in memory at once, and that ends small pods. */}}
 MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE: {{ "16777216" | b64enc }}
 {{- if include "heimdall.hasAuth" . }}

@@ -187,6 +187,15 @@ def test_operator_and_test_log_in_as_the_operator_and_training_pods_as_the_train
     assert "MLFLOW_TRACKING_PASSWORD" not in rendered.one("Secret", "heimdall-recordings-writer")["data"]
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_training_pods_send_what_is_large_to_the_object_store_themselves(direct: bool) -> None:
+    secret = render({"tracking.presignedTransfers": direct}).one("Secret", "heimdall-trainer")["data"]
+    said = {key: base64.b64decode(value).decode() for key, value in secret.items()}
+    assert said["MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"] == str(direct).lower()
+    # MLflow's own limit is 500 MiB: more than the checkpoints of most models have.
+    assert said["MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE"] == str(64 * 2**20)
+
+
 def test_without_authentication_there_are_no_logins() -> None:
     rendered = render({"tracking.auth.enabled": False})
     assert "heimdall-tracking" not in rendered.names("Secret")
