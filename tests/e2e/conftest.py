@@ -30,6 +30,13 @@ from tests.e2e.cluster import ROOT, Cluster, cluster_environment, condition, hac
 
 NAMESPACE = "heimdall-e2e"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+PRIVILEGED = {
+    "apiVersion": "v1",
+    "kind": "Pod",
+    "metadata": {"name": "privileged"},
+    "spec": {"containers": [{"name": "c", "image": "heimdall/contract:dev", "securityContext": {"privileged": True}}]},
+}
+"""What no namespace of these tests takes."""
 SMALL = ("operator", "contract", "mlflow", "postgresql", "minio")
 SMALL_IMAGES = (
     "heimdall/operator:dev",
@@ -155,7 +162,7 @@ def release(cluster: dict[str, str], trainer_loading: Future[None], canaries: di
         return
     remove_release(installed)
     installed.run("kubectl", "create", "namespace", NAMESPACE)
-    installed.run("kubectl", "label", "namespace", NAMESPACE, RESTRICTED)
+    restrict(installed)
     for role in CANARY_KEYS:
         installed.apply(canary_secret(role, canaries))
     # A CRD that is there belongs to another release: it is brought up to date, and stays when the tests are over.
@@ -227,13 +234,32 @@ def remove_release(installed: Cluster) -> None:
         installed.run("kubectl", "delete", "crd", CRD, "--timeout=120s")
 
 
+def restrict(where: Cluster) -> None:
+    """Have a namespace take restricted pods alone, and see that it does: a label that nobody reads looks the same."""
+    where.run("kubectl", "label", "namespace", where.namespace, RESTRICTED)
+    # The API server hears of a new namespace's label, and of its account, a moment later.
+    wait_for(
+        lambda: "violates PodSecurity" in dry_run(where, PRIVILEGED),
+        what=f"the refusal of a privileged pod in {where.namespace}",
+        timeout_s=60,
+        tell=lambda: dry_run(where, PRIVILEGED),
+    )
+
+
+def dry_run(where: Cluster, manifest: dict[str, Any]) -> str:
+    """What the API server says of a manifest; nothing is made of it."""
+    dry = ("kubectl", "-n", where.namespace, "create", "--dry-run=server", "-f", "-")
+    done = where.run(*dry, text=json.dumps(manifest), check=False)
+    return done.stdout + done.stderr
+
+
 @contextmanager
 def namespace(release: Cluster, suffix: str) -> Iterator[Cluster]:
     """Another namespace beside the release's, restricted as that is; removed with everything in it."""
     made = Cluster(release.env, f"{release.namespace}-{suffix}")
     release.run("kubectl", "create", "namespace", made.namespace)
     try:
-        release.run("kubectl", "label", "namespace", made.namespace, RESTRICTED)
+        restrict(made)
         yield made
     finally:
         # Runs first: their operator may still have to end them.

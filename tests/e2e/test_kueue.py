@@ -14,10 +14,10 @@ import yaml
 from tests.e2e.cluster import Cluster, condition, hack, wait_for
 from tests.e2e.conftest import (
     GPU_NODE,
-    RESTRICTED,
     Mlflow,
     cluster_tool,
     contract_run,
+    restrict,
     wait_for_admission,
     wait_for_step,
 )
@@ -57,7 +57,7 @@ def kueue(release: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     options = ",".join(f"controllerManager.manager.image.{name}={value}" for name, value in image.items())
     try:
         installed.run("kubectl", "create", "namespace", NAMESPACE)
-        installed.run("kubectl", "label", "namespace", NAMESPACE, RESTRICTED)
+        restrict(installed)
         installed.helm("install", "kueue", str(chart), "--set", options, "--wait", "--timeout", INSTALL_TIMEOUT)
         yield installed
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, wait_for
-from tests.e2e.conftest import GPU_NODE, OTHER_NODE, RESTRICTED
+from tests.e2e.conftest import GPU_NODE, OTHER_NODE, restrict
 
 pytestmark = pytest.mark.beside
 
@@ -38,7 +38,7 @@ def network(cluster: dict[str, str]) -> Iterator[Cluster]:
     made = Cluster(cluster, "heimdall-e2e-network")
     made.run("kubectl", "create", "namespace", made.namespace)
     try:
-        made.run("kubectl", "label", "namespace", made.namespace, RESTRICTED)
+        restrict(made)
         made.apply(pod("server", OTHER_NODE, "python3", "-c", SERVE))
         for name, node in {"near": OTHER_NODE, "far": GPU_NODE}.items():
             made.apply(pod(name, node, "python3", "-c", "import time; time.sleep(3600)"))

@@ -6,7 +6,7 @@ import pytest
 import requests
 
 from tests.e2e.cluster import Cluster, wait_for
-from tests.e2e.conftest import Mlflow
+from tests.e2e.conftest import PRIVILEGED, Mlflow, dry_run
 
 FORBIDDEN = [
     ("get", "secrets"),
@@ -74,6 +74,11 @@ def test_who_reads_secrets_as_the_operator_is_refused(release: Cluster) -> None:
 
     assert "Forbidden" in release.refused("get", "secret", "heimdall-database", f"--as={account}")
     release.kubectl("get", "jobs", f"--as={account}")  # what it may do it does by the same words
+
+
+def test_a_privileged_pod_is_refused(release: Cluster) -> None:
+    """Every namespace that these tests make is tried in this way before it is used: `restrict` in conftest.py."""
+    assert "violates PodSecurity" in dry_run(release, PRIVILEGED)
 
 
 def test_mlflow_answers_under_no_name_but_its_own(release: Cluster, mlflow: Mlflow) -> None:
