@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -223,20 +224,22 @@ def test_passwords_stay_on_uninstall(rendered: Rendered) -> None:
 
 def test_the_operator_has_the_rights_it_needs_and_no_others(rendered: Rendered) -> None:
     rules = rendered.one("ClusterRole", f"{NAMESPACE}-heimdall-operator")["rules"]
-    granted: dict[str, set[str]] = {}
+    granted: dict[tuple[str, str], set[str]] = {}
     for rule in rules:
-        for resource in rule["resources"]:
-            granted.setdefault(resource, set()).update(rule["verbs"])
+        assert rule.keys() == {"apiGroups", "resources", "verbs"}
+        for kind in itertools.product(rule["apiGroups"], rule["resources"]):
+            granted.setdefault(kind, set()).update(rule["verbs"])
     seen = {"get", "list", "watch"}
     assert granted == {
-        "trainingruns": {*seen, "patch"},
-        "trainingruns/status": {"patch"},
-        "trainingruns/finalizers": {"update"},  # to be named as an owner that a deletion waits for
-        "jobs": {*seen, "create", "delete"},
-        "pods": {"list", "watch"},
-        "pods/log": {"get"},
-        "services": {"get", "create"},
-        "events": {"list", "create"},
+        (GROUP, "trainingruns"): {*seen, "patch"},
+        (GROUP, "trainingruns/status"): {"patch"},
+        (GROUP, "trainingruns/finalizers"): {"update"},  # to be named as an owner that a deletion waits for
+        ("batch", "jobs"): {*seen, "create", "delete"},
+        ("", "pods"): {"list", "watch"},
+        ("", "pods/log"): {"get"},
+        ("", "services"): {"get", "create"},
+        ("", "events"): {"list"},
+        ("events.k8s.io", "events"): {"create"},
     }
 
 
@@ -273,7 +276,8 @@ def test_built_in_roles_take_up_rights_on_training_runs(rendered: Rendered) -> N
             if "aggregate-to-" in label:
                 assert value == "true"
                 (rule,) = role["rules"]
-                assert rule["resources"] == ["trainingruns"], "nobody but the operator writes a status"
+                # Nobody but the operator writes a status.
+                assert (rule["apiGroups"], rule["resources"]) == ([GROUP], ["trainingruns"])
                 aggregated.setdefault(label.rpartition("-")[2], set()).update(rule["verbs"])
     seen = {"get", "list", "watch"}
     changed = {"create", "update", "patch", "delete", "deletecollection"}
