@@ -41,6 +41,15 @@ PROBES: dict[str, dict[str, str]] = {
     "recorder": {"training.heimdall.dev/access": "recordings"},
     "stranger": {"app": "stranger"},
 }
+ELSEWHERE: dict[str, dict[str, str]] = {"prometheus": {"app": "prometheus"}, "trainer elsewhere": TRAINING}
+"""Probes of another namespace, whose pods no policy of the chart chooses."""
+CONTROL_PLANE = "heimdall-control-plane"
+"""The node of the API server, which listens at its address too: one outside the network of the pods."""
+
+
+def pod_of(name: str) -> str:
+    """A probe's pod."""
+    return f"flow-{name.replace(' ', '-')}"
 
 
 def probe(name: str, labels: dict[str, str]) -> dict[str, Any]:
@@ -49,7 +58,7 @@ def probe(name: str, labels: dict[str, str]) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": f"flow-{name}", "labels": {**labels, "flow": name}},
+        "metadata": {"name": pod_of(name), "labels": {**labels, "flow": pod_of(name)}},
         "spec": {
             "nodeSelector": {"kubernetes.io/hostname": OTHER_NODE},
             "terminationGracePeriodSeconds": 0,
@@ -86,10 +95,10 @@ class Network:
         return done.returncode == OPEN
 
     def place(self, source: str) -> tuple[Cluster, str]:
-        if source == "prometheus":
-            return self.monitoring, "flow-prometheus"
+        if source in ELSEWHERE:
+            return self.monitoring, pod_of(source)
         if source in PROBES:
-            return self.release, f"flow-{source}"
+            return self.release, pod_of(source)
         return self.release, f"deploy/heimdall-{source}"
 
     def address(self, target: str) -> str:
@@ -100,18 +109,22 @@ class Network:
             return "kubernetes.default.svc"
         if target == "DNS":
             return "kube-dns.kube-system.svc"
-        selector = f"flow={target}" if target in PROBES else f"app.kubernetes.io/component={target}"
-        path = "jsonpath={.items[0].status.podIP}"
-        return self.release.kubectl("get", "pods", "-l", selector, "-o", path)
+        if target == CONTROL_PLANE:
+            path = 'jsonpath={.status.addresses[?(@.type=="InternalIP")].address}'
+            return self.release.kubectl("get", "node", target, "-o", path).split()[0]
+        is_probe = target in (*PROBES, *ELSEWHERE)
+        selector = f"flow={pod_of(target)}" if is_probe else f"app.kubernetes.io/component={target}"
+        where = self.monitoring if target in ELSEWHERE else self.release
+        return where.kubectl("get", "pods", "-l", selector, "-o", "jsonpath={.items[0].status.podIP}")
 
 
 @pytest.fixture(scope="module")
 def network(release: Cluster) -> Iterator[Network]:
     with namespace(release, MONITORING) as monitoring:
         try:
-            monitoring.apply(probe("prometheus", {"app": "prometheus"}))
-            for name, labels in PROBES.items():
-                release.apply(probe(name, labels))
+            for where, probes in ((monitoring, ELSEWHERE), (release, PROBES)):
+                for name, labels in probes.items():
+                    where.apply(probe(name, labels))
             for where in (release, monitoring):
                 where.kubectl("wait", "--for=condition=Ready", "pod", "-l", "flow", "--timeout=120s")
             yield Network(release, monitoring)
@@ -123,20 +136,26 @@ Flow = tuple[str, str, int]
 """Source, target and port."""
 ALLOWED: list[Flow] = [
     *(("operator", target, port) for target, port in (("tracking", 5000), ("API server", 443), ("DNS", 53))),
+    ("operator", CONTROL_PLANE, 6443),
     *(("tracking", target, port) for target, port in (("database", 5432), ("object-store", 9000), ("DNS", 53))),
     *(("trainer", target, port) for target, port in (("tracking", 5000), ("database", 5432), ("object-store", 9000))),
     *(("trainer", target, port) for target, port in (("trainer2", 29400), ("DNS", 53))),
     *(("recorder", target, port) for target, port in (("database", 5432), ("object-store", 9000))),
     ("prometheus", "operator", 8081),
+    # The operator watches every namespace: its training pods are let in from all.
+    *(("trainer elsewhere", target, port) for target, port in (("tracking", 5000), ("object-store", 9000))),
 ]
 REFUSED: list[Flow] = [
     *(("operator", target, port) for target, port in (("database", 5432), ("object-store", 9000), ("trainer", 29400))),
     *(("tracking", target, port) for target, port in (("API server", 443), ("operator", 8081), ("trainer", 29400))),
     *(("trainer", target, port) for target, port in (("API server", 443), ("operator", 8081), ("stranger", 29400))),
+    *(("trainer", target, port) for target, port in ((CONTROL_PLANE, 6443), ("trainer elsewhere", 29400))),
+    ("trainer elsewhere", "trainer", 29400),
     *(("stranger", target, port) for target, port in (("tracking", 5000), ("database", 5432), ("object-store", 9000))),
     *(("stranger", target, port) for target, port in (("operator", 8081), ("operator", 8080), ("trainer", 29400))),
     ("recorder", "tracking", 5000),
     *(("prometheus", target, port) for target, port in (("tracking", 5000), ("database", 5432), ("operator", 8080))),
+    ("prometheus", "object-store", 9000),
 ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, NAMESPACE, STORES_EXTERNAL, Manifest, Rendered, render
+from tests.e2e.chart import test_flows as tried
+from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, NAMESPACE, ROOT, STORES_EXTERNAL, Manifest, Rendered, render
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,45 @@ def test_every_flow_is_as_the_table_says(rendered: Rendered) -> None:
         if source != target and passes(rendered, PODS[source], PODS[target], port)
     }
     assert found == ALLOWED
+
+
+ARROW = re.compile(r"^ *(\w+).*? <?-->\|(.+?)\| (\w+)", re.MULTILINE)
+CALLED = {
+    "store": "object-store",
+    "migrate": "tracking-migrate",
+    "setup": "object-store-setup",
+    "worker": "trainer",
+    "api": "API server",
+}
+"""What the diagram calls shorter, or after its part in a flow."""
+OF_A_MOMENT = {"tracking-migrate", "object-store-setup", "test"}
+"""Pods that are gone before one could ask from them."""
+SAME = {"trainer of a team": "trainer", "trainer2": "trainer", "trainer elsewhere": "trainer"}
+SAME |= {tried.CONTROL_PLANE: "API server"}
+ALL_PORTS = 29400
+"""Which of them is tried."""
+
+
+def drawn() -> set[tuple[str, str, int]]:
+    """The flows of docs/network.md: source, target and port."""
+    arrows = ARROW.findall((ROOT / "docs/network.md").read_text())
+    return {
+        (CALLED.get(source, source), CALLED.get(target, target), int(port))
+        for source, label, target in arrows
+        for port in re.findall(r"\d+", label.replace("all ports", str(ALL_PORTS)))
+    }
+
+
+def test_every_flow_of_the_table_is_drawn_and_no_other() -> None:
+    table = {(SAME.get(source, source), target, PORTS[target]) for source, target in ALLOWED if target != "dns"}
+    api = {("operator", "API server", port) for port in (443, 6443)}
+    assert drawn() == {*table, *api, ("trainer", "trainer", ALL_PORTS)}
+
+
+def test_every_flow_that_is_drawn_is_tried_on_the_cluster_and_no_other() -> None:
+    """But those of pods that are gone in a moment: that they got through shows in what they left."""
+    flows = {(SAME.get(source, source), SAME.get(target, target), port) for source, target, port in tried.ALLOWED}
+    assert {flow for flow in flows if flow[1] != "DNS"} == {flow for flow in drawn() if flow[0] not in OF_A_MOMENT}
 
 
 @pytest.mark.parametrize("port", [443, 6443])
