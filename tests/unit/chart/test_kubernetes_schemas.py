@@ -1,17 +1,22 @@
 """Every rendered manifest has only fields that Kubernetes knows, of their types, before an API server says so.
 
-The schemas are those of Kubernetes' Python client, which is generated from its OpenAPI. tests/e2e/chart/test_schemas.py
-asks the cluster's own.
+The schemas are those of Kubernetes' Python client, which is generated from its OpenAPI.
+tests/e2e/chart/test_schemas.py asks the cluster's own. `prometheus-operator.json` has those of the Prometheus
+operator's kinds, without descriptions, out of the definitions in its Go module (v0.85.0, Apache-2.0).
 """
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from kubernetes import client
 
+from tests.e2e.chart.openapi import closed
 from tests.unit.chart.helm import Manifest, render
 from tests.unit.chart.variants import NOT_KUBERNETES, VARIANTS
 
@@ -73,3 +78,27 @@ def test_a_field_that_does_not_exist_and_a_wrong_type_are_seen() -> None:
         "Job.spec.backoffLimit is '6', and should be int",
         "Job.spec.template.spec.restart is no field of V1PodSpec",
     ]
+
+
+def troubles(manifest: Manifest) -> list[str]:
+    """What the Prometheus operator's definition of a manifest's kind finds wrong."""
+    schemas = json.loads((Path(__file__).parent / "prometheus-operator.json").read_text())
+    found = jsonschema.Draft202012Validator(closed(schemas[manifest["kind"]])).iter_errors(manifest)
+    return [f"{error.json_path}: {error.message}" for error in found]
+
+
+@pytest.mark.parametrize("kind", sorted(NOT_KUBERNETES))
+def test_the_prometheus_operator_knows_every_field(kind: str) -> None:
+    (manifest,) = render(VARIANTS["everything"]).of_kind(kind)
+    assert troubles(manifest) == []
+
+
+def test_what_the_prometheus_operator_would_refuse_is_seen() -> None:
+    monitor, rules = (render(VARIANTS["everything"]).of_kind(kind)[0] for kind in ("ServiceMonitor", "PrometheusRule"))
+    monitor["spec"]["endpoints"][0] |= {"interval": "often", "paths": "/metrics"}
+    rules["spec"]["groups"][0]["rules"][0]["for"] = 5
+    assert {text.partition(":")[0] for text in (*troubles(monitor), *troubles(rules))} == {
+        "$.spec.endpoints[0]",
+        "$.spec.endpoints[0].interval",
+        "$.spec.groups[0].rules[0].for",
+    }

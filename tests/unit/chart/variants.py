@@ -8,7 +8,7 @@ from tests.unit.chart.helm import EVERY_ROLE_EXTERNAL, STORES_EXTERNAL
 from tests.unit.chart.test_services import EXISTING_SECRETS, PEM
 
 NOT_KUBERNETES = {"ServiceMonitor", "PrometheusRule"}
-"""Kinds of the Prometheus operator, which the cluster of the tests does not have."""
+"""Kinds of the Prometheus operator, which the cluster of the tests does not have; test_kubernetes_schemas.py does."""
 DIGEST = f"sha256:{'0' * 64}"
 ROLES = ("operator", "tracking", "database", "objectStore")
 EVERYWHERE: dict[str, Any] = {
