@@ -11,9 +11,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
+from tests.e2e.chart.openapi import closed
 from tests.programs import program
 from tests.unit.chart.helm import ROOT
 from tests.unit.gitops.record import PHASES
@@ -63,6 +65,28 @@ def test_every_phase_is_recorded() -> None:
     assert {path.stem for path in RECORDED.glob("*.yaml")} == set(PHASES) == set(EXPECTED)
     phases = {recorded(name).get("status", {}).get("phase") for name in PHASES}
     assert phases == {None, "Pending", "Suspended", "Running", "Succeeded", "Failed"}
+
+
+def violations(resource: dict[str, Any]) -> list[str]:
+    """What the API server would refuse of a TrainingRun, or drop, by the schema of its definition."""
+    (version,) = yaml.safe_load((ROOT / "manifests/crd/trainingruns.yaml").read_text())["spec"]["versions"]
+    schema = closed(version["schema"]["openAPIV3Schema"])
+    # The bounds of OpenAPI 3.0 are those of this draft.
+    found = jsonschema.Draft4Validator(schema).iter_errors(resource)
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+
+
+def test_what_was_recorded_is_what_a_cluster_would_keep(phase: str) -> None:
+    """The operator's stand-ins take every status; a field that the definition lacks is gone in a cluster."""
+    assert violations(recorded(phase)) == []
+
+
+def test_what_a_cluster_would_not_keep_is_seen() -> None:
+    resource = recorded("running")
+    resource["status"] |= {"phase": "Walking", "mood": "good"}
+    resource["spec"]["data"] = {"validationFraction": 1}
+    found = {text.partition(":")[0] for text in violations(resource)}
+    assert found == {"spec.data.validationFraction", "status", "status.phase"}
 
 
 @pytest.fixture(scope="module")
