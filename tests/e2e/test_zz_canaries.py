@@ -1,7 +1,11 @@
-"""No password is anywhere but in its Secret. Runs last: everything that the other cases left is looked through."""
+"""No password is anywhere but in its Secret. Runs last: everything that the other cases left is looked through.
+
+A password is looked for as it is and as base64 has it: so it is in a header of HTTP, and in a Secret that was printed.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import subprocess
@@ -11,14 +15,17 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, condition, port_forward
-from tests.e2e.conftest import Mlflow, contract_run
+from tests.e2e.conftest import GPU_NODE, OTHER_NODE, Mlflow, contract_run
 from tests.e2e.test_localizer import example
 
 SNAPSHOTS = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots"
 LOGS = "/var/log/pods"
 KINDS = "trainingruns,jobs,pods,configmaps,deployments,statefulsets,services,events.events.k8s.io"
 GREP_NOTHING = 1
-NODES = ("heimdall-worker", "heimdall-worker2")
+CONTROL_PLANE = "heimdall-control-plane"
+NODES = (CONTROL_PLANE, OTHER_NODE, GPU_NODE)
+ETCD = "/var/lib/etcd"
+"""Where the control plane keeps Secrets."""
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +56,41 @@ def beginning_of(passwords: dict[str, str]) -> str:
     return beginning
 
 
+def forms(word: str) -> list[str]:
+    """A word, and what base64 makes of it wherever in a text it is: it begins at one of three places in a group."""
+    found = [word]
+    for before in range(3):
+        encoded = base64.b64encode(bytes(before) + word.encode()).decode()
+        # The characters that are of this word alone, each of six bits.
+        found.append(encoded[-(-8 * before // 6) : 8 * (before + len(word)) // 6])
+    return found
+
+
 def found_in(text: str, passwords: dict[str, str]) -> list[str]:
-    return [name for name, password in passwords.items() if password in text]
+    return [name for name, password in passwords.items() if any(form in text for form in forms(password))]
+
+
+@pytest.mark.parametrize("user", ["admin", "heimdall-operator", "heimdall-trainer"])
+def test_a_password_is_found_in_a_header_and_in_a_secret(user: str) -> None:
+    word, other = secrets.token_hex(8), secrets.token_hex(8)
+    for said in (f"the password is {word}!", f"{user}:{word}more", f"{word}", f"postgresql://{user}:{word}@host"):
+        for text in (said, base64.b64encode(said.encode()).decode()):
+            assert found_in(text, {"mine": word, "another": other}) == ["mine"], said
+
+
+def grep(release: Cluster, node: str, folder: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Look for words in the files of a node."""
+    # Beyond what a container holds in its own data directory (an emptyDir is no layer), nothing is left out.
+    command = ("docker", "exec", "-i", node, "grep", "-rlF", "-m1", "--devices=skip", "-f", "-", folder)
+    return release.run(*command, text="\n".join(words), check=False)
+
+
+def test_the_canaries_are_found_where_they_are(release: Cluster, passwords: dict[str, str]) -> None:
+    """By the words that find them nowhere else."""
+    assert grep(release, CONTROL_PLANE, ETCD, forms(beginning_of(passwords))).stdout.startswith(ETCD)
 
 
 def test_the_canaries_are_the_passwords_in_use(release: Cluster, passwords: dict[str, str]) -> None:
-    import base64
-
     data = json.loads(release.kubectl("get", "secret", "heimdall-trainer", "-o", "json"))["data"]
     used = {base64.b64decode(value).decode() for value in data.values()}
 
@@ -69,19 +104,13 @@ def test_no_password_is_in_any_resource(release: Cluster, passwords: dict[str, s
 @pytest.mark.parametrize("folder", [LOGS, SNAPSHOTS])
 def test_no_password_is_in_a_log_or_an_image_layer(release: Cluster, passwords: dict[str, str], folder: str) -> None:
     """Logs of all pods that there were, and files of all images and containers, as they lie on each node."""
-    beginning = beginning_of(passwords)
-
-    def look(node: str) -> subprocess.CompletedProcess[str]:
-        # Beyond what a container holds in its own data directory (an emptyDir is no layer), nothing is left out.
-        command = ("docker", "exec", "-i", node, "grep", "-rlF", "-m1", "--devices=skip", "-f", "-", folder)
-        return release.run(*command, text=beginning, check=False)
-
+    words = forms(beginning_of(passwords))
     for node in NODES:
         # That nothing is found says nothing of a folder that is not there, or can't be read.
         found = release.run("docker", "exec", node, "grep", "-rlq", "-m1", "--devices=skip", "", folder, check=False)
         assert found.returncode == 0, f"there is nothing in {folder} of {node}: {found.stderr}"
     with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(look, NODES))
+        looks = list(pool.map(lambda node: grep(release, node, folder, words), NODES))
     for done in looks:
         assert done.stdout.splitlines() == []
         # What a container that ended leaves may be cleared away meanwhile.
