@@ -1,7 +1,8 @@
 """`python3 hack/demo`: the whole way once, from an empty machine to a registered model.
 
 Cluster, images, chart, recordings, `kubectl apply`, and the finished resource. Each step takes up what an earlier call
-left. With empty caches most of the time goes into building what can't be pulled.
+left, and where that can go no further it says what to take away. With empty caches most of the time goes into building
+what can't be pulled.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from heimdall_cluster.steps import ClusterError, read, run, say, step, told  # n
 NAMESPACE: Final = "heimdall"
 RUN: Final = "localizer"
 EXAMPLE: Final = "manifests/examples/localizer.yaml"
+JOB: Final = "generate-recordings"
+FIXED: Final = ("field is immutable", "once the run exists")
+"""What the API server says of a Job or a TrainingRun that is there and would have to be another one."""
+ENVIRONMENT: Final = 'eval "$(python3 hack/cluster env)"'
 SMALL_IMAGES: Final = ("operator", "mlflow", "postgresql", "minio")
 INSTALL_TIMEOUT_S: Final = 420
 RECORDINGS_TIMEOUT_S: Final = 300
@@ -45,7 +50,7 @@ def main() -> None:
         _record()
         _train()
         _show()
-    say(f'the whole way: {time.monotonic() - began:.0f} s. Look around: eval "$(python3 hack/cluster env)"')
+    say(f"the whole way: {time.monotonic() - began:.0f} s. Look around: {ENVIRONMENT}")
 
 
 def _hack(tool: str, *arguments: str) -> None:
@@ -106,13 +111,47 @@ def _record() -> None:
         patch = {"spec": {"template": {"spec": {"nodeSelector": selector}}}}
         local = ("patch", "--local", "-f", ROOT / "manifests/examples/recordings.yaml", "--type=merge", "-o", "json")
         manifest = _kubectl(*map(str, local), "-p", json.dumps(patch))
-        _kubectl("apply", "-f", "-", text=manifest)
-        _kubectl("wait", "--for=condition=Complete", "job/generate-recordings", f"--timeout={RECORDINGS_TIMEOUT_S}s")
+        _apply(f"job/{JOB}", "-", text=manifest)
+        _wait_for_recordings()
+
+
+def _wait_for_recordings() -> None:
+    """Until the Job is complete. One that has failed never will be, and `kubectl wait` would wait all the same."""
+    deadline = time.monotonic() + RECORDINGS_TIMEOUT_S
+    while True:
+        status: dict[str, Any] = json.loads(_kubectl("get", "job", JOB, "-o", "json")).get("status", {})
+        conditions = {item["type"]: item for item in status.get("conditions", []) if item["status"] == "True"}
+        if "Complete" in conditions:
+            return
+        if failed := conditions.get("Failed"):
+            why = f"{failed.get('message', 'it failed')} (its log: kubectl -n {NAMESPACE} logs job/{JOB})"
+            raise ClusterError(f"the Job {JOB} failed: {why}. {_again(f'job/{JOB}')}")
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the Job {JOB} was not done within {RECORDINGS_TIMEOUT_S} s. See what it waits for, then call again:\n"
+                f"  {ENVIRONMENT}\n  kubectl -n {NAMESPACE} describe pods -l batch.kubernetes.io/job-name={JOB}"
+            )
+        time.sleep(POLL_S)
+
+
+def _apply(what: str, file: str, text: str | None = None) -> None:
+    """Apply a file; where an earlier call applied another content that stays as it is, tell what to do."""
+    try:
+        _kubectl("apply", "-f", file, text=text)
+    except ClusterError as error:
+        if not any(words in str(error) for words in FIXED):
+            raise
+        raise ClusterError(f"{what} is there from another version of its file. {_again(what)}") from error
+
+
+def _again(what: str) -> str:
+    """How to begin anew with something that an earlier call left."""
+    return f"Take it away, then call again:\n  {ENVIRONMENT}\n  kubectl -n {NAMESPACE} delete {what}"
 
 
 def _train() -> None:
     say(f"→ kubectl apply -f {EXAMPLE}")
-    _kubectl("apply", "-f", str(ROOT / EXAMPLE))
+    _apply(f"trainingrun/{RUN}", str(ROOT / EXAMPLE))
     deadline = time.monotonic() + TRAINING_TIMEOUT_S
     told = ""
     while True:
@@ -124,7 +163,7 @@ def _train() -> None:
         if status.get("phase") == "Succeeded":
             return
         if status.get("phase") == "Failed":
-            raise ClusterError(f"the TrainingRun failed: {_message(status, 'Failed')}")
+            raise ClusterError(f"the TrainingRun failed: {_message(status, 'Failed')}\n{_again(f'trainingrun/{RUN}')}")
         if time.monotonic() > deadline:
             raise ClusterError(f"the TrainingRun was not done within {TRAINING_TIMEOUT_S} s: {line}")
         time.sleep(POLL_S)

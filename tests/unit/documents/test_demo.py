@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -95,7 +96,7 @@ def test_the_readme_shows_what_the_demonstration_prints(
     assert row is not None
     last = table(left[-1], row["age"])
 
-    def kubectl(*arguments: str) -> str:
+    def kubectl(*arguments: str, text: str | None = None) -> str:
         if arguments == ("get", "trainingrun", demo.RUN, "-o", "json"):
             return json.dumps(left.pop(0))
         return last if arguments == ("get", "trainingrun", demo.RUN) else ""
@@ -115,3 +116,84 @@ def test_the_steps_that_are_shown_are_those_of_one_training(shown: str) -> None:
     assert steps == sorted(steps)
     assert [int(line[4]) for line in lines] == [100 * step // steps[-1] for step in steps]
     assert lines[-1][0] == "Succeeded"
+
+
+# --- what an earlier call left ------------------------------------------------------------------------------------
+
+
+def answering(demo: Any, patch: pytest.MonkeyPatch, *statuses: dict[str, Any], apply: str = "") -> None:
+    """Have kubectl tell one status after the other, and refuse to apply in these words."""
+    left = list(statuses)
+
+    def kubectl(verb: str, *_: str, text: str | None = None) -> str:
+        if verb == "apply" and apply:
+            raise demo.ClusterError(f"kubectl apply failed: {apply}")
+        return json.dumps({"status": left.pop(0)}) if verb == "get" else "{}"
+
+    patch.setattr(demo, "_kubectl", kubectl)
+
+
+def condition(kind: str, message: str) -> dict[str, Any]:
+    return {"conditions": [{"type": kind, "status": "True", "message": message}]}
+
+
+def advice(what: str) -> str:
+    return f'Take it away, then call again:\n  eval "$(python3 hack/cluster env)"\n  kubectl -n heimdall delete {what}'
+
+
+def complaint(demo: Any, call: Callable[[], None]) -> str:
+    """With what a step ends."""
+    with pytest.raises(demo.ClusterError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_a_run_that_failed_is_told_with_what_to_do(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(demo, monkeypatch, {"phase": "Failed", **condition("Failed", "the loss became NaN")})
+
+    said = complaint(demo, demo._train)
+
+    assert said == f"the TrainingRun failed: the loss became NaN\n{advice('trainingrun/localizer')}"
+
+
+def test_recordings_are_waited_for(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(demo, monkeypatch, {}, {"active": 1}, condition("Complete", "Reached expected number of succeeded pods"))
+
+    demo._record()
+
+
+def test_recordings_that_failed_are_told_at_once(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(demo, monkeypatch, {"active": 1}, condition("Failed", "Job has reached the specified backoff limit"))
+
+    said = complaint(demo, demo._record)
+
+    assert "failed: Job has reached the specified backoff limit" in said
+    assert said.endswith(advice("job/generate-recordings"))
+
+
+def test_recordings_that_take_too_long_are_looked_at(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "RECORDINGS_TIMEOUT_S", -1)
+    answering(demo, monkeypatch, {"active": 1})
+
+    assert "describe pods -l batch.kubernetes.io/job-name=generate-recordings" in complaint(demo, demo._record)
+
+
+@pytest.mark.parametrize(
+    ("step", "what", "words"),
+    [
+        ("_record", "job/generate-recordings", 'The Job "generate-recordings" is invalid: … field is immutable'),
+        ("_train", "trainingrun/localizer", "spec.training: training can't be changed once the run exists: create …"),
+    ],
+)
+def test_what_another_version_left_is_told_with_what_to_do(
+    demo: Any, monkeypatch: pytest.MonkeyPatch, step: str, what: str, words: str
+) -> None:
+    answering(demo, monkeypatch, apply=words)
+
+    assert complaint(demo, getattr(demo, step)) == f"{what} is there from another version of its file. {advice(what)}"
+
+
+def test_what_is_refused_for_another_reason_is_told_as_it_was(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(demo, monkeypatch, apply="exceeded quota")
+
+    assert complaint(demo, demo._train) == "kubectl apply failed: exceeded quota"
