@@ -60,7 +60,7 @@ def main() -> None:
 
 def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[int]) -> None:
     """Count from the last checkpoint to the last step."""
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Param
 
     args = run_file["spec"].get("model", {}).get("args", {})
     steps = args.get("steps", 10)
@@ -75,17 +75,27 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
         if time.monotonic() - looked > FENCE_EVERY_S:  # also after its machine stood still
             check_fence(client)
             looked = time.monotonic()
-        loss = Metric("train/loss", 1.0 / (step + 1), int(1000 * time.time()), step)
-        progress = {"epoch": 0, "epochs": 1, "step": step + 1, "steps": steps, "time": now()}
-        client.log_batch(RUN_ID, metrics=[loss], tags=[RunTag("heimdall.progress", json.dumps(progress))])
+        deliver(client, step, steps)
         if asked_to_stop or (step + 1) % args.get("checkpointEvery", 5) == 0:
             save(client, step + 1, args.get("checkpointBytes", 0))
         if asked_to_stop:
             raise Stop(SIGTERM, "Preempted", f"Asked to end (SIGTERM); a checkpoint of step {step + 1} was delivered.")
-    client.log_metric(RUN_ID, "val/loss", 1.0 / steps, step=steps)
-    client.set_tag(RUN_ID, "heimdall.best", json.dumps({"name": "val/loss", "value": 1.0 / steps, "step": steps}))
     if run_file["spec"].get("registration"):
         log_model(client, steps)
+
+
+def deliver(client: MlflowClient, step: int, steps: int) -> None:
+    """Metrics, how far training is, and the best so far: here each step is better than the one before it."""
+    from mlflow.entities import Metric, RunTag
+
+    loss, at = 1.0 / (step + 1), int(1000 * time.time())
+    progress = {"epoch": 0, "epochs": 1, "step": step + 1, "steps": steps, "time": now()}
+    best = {"name": "val/loss", "value": loss, "step": step + 1}
+    client.log_batch(
+        RUN_ID,
+        metrics=[Metric("train/loss", loss, at, step), Metric("val/loss", loss, at, step + 1)],
+        tags=[RunTag("heimdall.progress", json.dumps(progress)), RunTag("heimdall.best", json.dumps(best))],
+    )
 
 
 def train_step(args: dict[str, Any], step: int) -> None:

@@ -204,7 +204,7 @@ def told_of_the_model(release: Cluster, name: str, model: str, steps: int) -> st
     return told
 
 
-def test_progress_and_an_estimate_are_there_while_it_runs(release: Cluster, name: str) -> None:
+def test_progress_best_metric_and_an_estimate_are_there_while_it_runs(release: Cluster, name: str) -> None:
     release.apply(contract_run(name, steps=40, stepSeconds=0.5))
 
     status = wait_for(
@@ -216,6 +216,7 @@ def test_progress_and_an_estimate_are_there_while_it_runs(release: Cluster, name
 
     assert status["phase"] == "Running"
     assert 0 < status["progress"]["step"] < 40
+    assert status["bestMetric"] == {"name": "val/loss", "value": f"{1 / status['progress']['step']:.6g}"}
     assert status["progress"]["percent"] < 100
     assert datetime.fromisoformat(status["progress"]["estimatedCompletionTime"]) > datetime.fromisoformat(
         status["progress"]["time"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from heimdall_api.contract import MESSAGE_LIMIT, Checkpoint, Progress, Reason
-from heimdall_api.types import Condition, TrainingRunStatus
+from heimdall_api.contract import MESSAGE_LIMIT, BestMetric, Checkpoint, Progress, Reason
+from heimdall_api.types import BestMetricStatus, CheckpointStatus, Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
     KEEP_LOGS_LIMIT_S,
@@ -537,13 +537,20 @@ def test_a_nodes_clock_that_is_wrong_holds_nothing_up(wrong: int) -> None:
     assert (result.look_again_s or 0) <= RETRY_DELAY_S
 
 
-def test_progress_and_checkpoint_come_from_mlflow() -> None:
-    facts = run(progress=Progress(epoch=1, epochs=4, step=10, steps=40, time=ago(1)))
+def test_progress_best_metric_and_checkpoint_come_from_mlflow() -> None:
+    facts = run(
+        progress=Progress(epoch=1, epochs=4, step=10, steps=40, time=ago(1)),
+        best=BestMetric(name="val/loss", value=0.25, step=9),
+        checkpoints=(Checkpoint(step=8, path="checkpoints/8.ckpt", sha256="", size=1, time=ago(2), last=True),),
+    )
 
     result = settled(observed(jobs=(job(),), pods=(pod(),), run=facts))
 
+    assert result.phase == "Running"
     assert result.progress is not None
     assert (result.progress.step, result.progress.percent) == (10, 25)
+    assert result.best_metric == BestMetricStatus(name="val/loss", value="0.25")
+    assert result.last_checkpoint == CheckpointStatus(step=8, uri="runs:/r1/checkpoints/8.ckpt", time=ago(2))
 
 
 def test_deciding_changes_nothing_twice() -> None:
