@@ -68,7 +68,8 @@ engine: needs venv ## The cluster in a Docker engine that was there, with a mirr
 
 .PHONY: chaos
 chaos: needs venv ## Kill the operator at random and after each of its actions, take away what it stands on: a quarter of an hour
-	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 HEIMDALL_CHAOS_LIVES=5 $(BIN)/pytest -s tests/e2e/chaos
+	HEIMDALL_CHAOS_S=300 HEIMDALL_CHAOS_FAULT_S=60 HEIMDALL_CHAOS_LIVES=7 HEIMDALL_CHAOS_TIMES=9 \
+		$(BIN)/pytest -s tests/e2e/chaos
 
 .PHONY: outages
 outages: needs-test venv ## MLflow, PostgreSQL, MinIO stay away for three minutes in mid-training, each and all: half an hour

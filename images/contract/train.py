@@ -1,8 +1,9 @@
 """A trainer in one plain script: it keeps docs/contract.md with mlflow-skinny alone.
 
 It "trains" by counting steps, and does all that a trainer owes its operator: it goes on from the last checkpoint,
-delivers parameters, metrics, progress and checkpoints to its MLflow run, heeds the fence, makes a checkpoint on
-SIGTERM, logs a model, and tells how it ended. Copy it, and put your training where `train_step` is.
+delivers parameters, metrics, progress and checkpoints to its MLflow run (of a group, the first worker does), heeds the
+fence, makes a checkpoint on SIGTERM, logs a model, and tells how it ended. Copy it, and put your training where
+`train_step` is.
 
 `spec.model.args` steers it: steps, stepSeconds, checkpointEvery, checkpointBytes (how large one is at least), and
 `fail` (user, configuration, cuda, memory, disk, crash, hang) at step `failAt` of attempt `failAttempt` (every attempt,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 ERROR, CONFIGURATION, FENCED, DEVICE_MEMORY, UNDELIVERED, SIGTERM = 1, 78, 79, 80, 81, 143
 RUN_ID = os.environ["MLFLOW_RUN_ID"]
 ATTEMPT = int(os.environ["HEIMDALL_ATTEMPT"])
+IS_FIRST = os.environ.get("PET_NODE_RANK", "0") == "0"
+"""Of workers that train together, the first alone delivers."""
 MESSAGE_LIMIT = 1024
 FENCE_EVERY_S = 10
 
@@ -66,7 +69,8 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
     steps = args.get("steps", 10)
     if not isinstance(steps, int) or steps < 1:
         raise Stop(CONFIGURATION, "InvalidConfiguration", f"spec.model.args.steps is {steps!r}: use a positive number")
-    client.log_batch(RUN_ID, params=[Param(name, str(value)) for name, value in args.items()])
+    if IS_FIRST:
+        client.log_batch(RUN_ID, params=[Param(name, str(value)) for name, value in args.items()])
     first = restore(client)
     print(f"attempt {ATTEMPT} of run {RUN_ID}: steps {first} to {steps}", flush=True)
     looked = time.monotonic()
@@ -75,12 +79,13 @@ def train(run_file: dict[str, Any], client: MlflowClient, asked_to_stop: list[in
         if time.monotonic() - looked > FENCE_EVERY_S:  # also after its machine stood still
             check_fence(client)
             looked = time.monotonic()
-        deliver(client, step, steps)
-        if asked_to_stop or (step + 1) % args.get("checkpointEvery", 5) == 0:
+        if IS_FIRST:
+            deliver(client, step, steps)
+        if IS_FIRST and (asked_to_stop or (step + 1) % args.get("checkpointEvery", 5) == 0):
             save(client, step + 1, args.get("checkpointBytes", 0))
         if asked_to_stop:
             raise Stop(SIGTERM, "Preempted", f"Asked to end (SIGTERM); a checkpoint of step {step + 1} was delivered.")
-    if run_file["spec"].get("registration"):
+    if IS_FIRST and run_file["spec"].get("registration"):
         log_model(client, steps)
 
 

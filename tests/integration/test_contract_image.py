@@ -139,6 +139,16 @@ def test_an_attempt_that_was_overtaken_publishes_nothing(trainer: Trainer) -> No
     assert TAG_CHECKPOINTS not in trainer.tags()
 
 
+def test_of_workers_that_train_together_the_first_alone_delivers(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trainer.tags() | {TAG_ATTEMPT: "1"}
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    assert trainer.run(steps=6, stepSeconds=0) == ExitCode.SUCCESS
+    assert trainer.client.get_run(trainer.run_id).data.metrics == {}
+    assert trainer.tags() == before
+
+
 @pytest.mark.parametrize(
     ("args", "code", "reason"),
     [

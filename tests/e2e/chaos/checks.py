@@ -47,9 +47,23 @@ def violations_of(uid: str, item: dict[str, Any] | None, mlflow: Mlflow, jobs: l
     expected = [status["modelVersion"]] if status["phase"] == "Succeeded" else []
     if versions != expected:
         yield f"the registry has {versions}, the status {expected}"
+    yield from wrong_aliases(item, mlflow)
     if len(mine) > status["attempt"]:
         yield f"Jobs {mine} of {status['attempt']} attempts"
     yield from wrong_attempts(status)
+
+
+def wrong_aliases(item: dict[str, Any], mlflow: Mlflow) -> Iterator[str]:
+    """Aliases of a run that succeeded, its promotion's too, that do not lead to its version."""
+    registration, status = item["spec"]["registration"], item["status"]
+    promotion = [registration["promotion"]["alias"]] if "promotion" in registration else []
+    wanted = [*registration.get("aliases", ()), *promotion]
+    if status["phase"] != "Succeeded" or not wanted:
+        return
+    aliases = mlflow.client.get_registered_model(registration["model"]).aliases
+    for alias in wanted:
+        if str(aliases.get(alias)) != status["modelVersion"]:
+            yield f"the alias {alias} leads to {aliases.get(alias)}, the status says {status['modelVersion']}"
 
 
 def wrong_attempts(status: dict[str, Any]) -> Iterator[str]:

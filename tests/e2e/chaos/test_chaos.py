@@ -56,8 +56,14 @@ class Load:
         args: dict[str, Any] = {"steps": self.rng.randint(2, 10), "stepSeconds": 0.4}
         if self.rng.random() < 0.4:
             args |= {"fail": self.rng.choice(["crash", "user"]), "failAt": self.rng.randint(0, 3), "failAttempt": 1}
-        resources = {"gpusPerWorker": 0, "cpu": "10m", "memory": "256Mi", "sharedMemory": "16Mi"}
-        self.release.apply(contract_run(name, spec={"resources": resources, "retries": {"limit": 20}}, **args))
+        spec: dict[str, Any] = {
+            "resources": {"gpusPerWorker": 0, "cpu": "10m", "memory": "256Mi", "sharedMemory": "16Mi"},
+            "retries": {"limit": 20},
+        }
+        if self.rng.random() < 0.5:  # the others register versions of one model
+            promotion = {"alias": "champion", "metric": "val/loss", "mode": "min"}
+            spec["registration"] = {"model": name, "aliases": ["candidate"], "promotion": promotion}
+        self.release.apply(contract_run(name, spec=spec, **args))
         self.uids[self.release.training_run(name)["metadata"]["uid"]] = name
 
     def disturb(self, item: dict[str, Any]) -> None:
