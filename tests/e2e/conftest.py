@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from heimdall_api.contract import TAG_UID
@@ -479,6 +480,12 @@ def dying(release: Cluster) -> Iterator[DyingOperator]:
     yield DyingOperator(release)
     release.kubectl("rollout", "undo", "deployment/heimdall-operator")
     release.kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
+
+
+def scraped(release: Cluster) -> str:
+    """The operator's metrics."""
+    with port_forward(release, "deployment/heimdall-operator", 8081) as port:
+        return requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
 
 
 def signal_container(release: Cluster, job: str, signal: str, pod: str = "") -> None:

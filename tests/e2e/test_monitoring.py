@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.cluster import Cluster, port_forward, wait_for
-from tests.e2e.conftest import contract_run, operator_setting
+from tests.e2e.cluster import Cluster, wait_for
+from tests.e2e.conftest import contract_run, operator_setting, scraped
 
 LIFE_S = 240.0
 WRITES_LIMIT = 6
@@ -42,11 +41,6 @@ def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
     assert all(
         (line["namespace"], line["trainingrun"], line["uid"]) == (release.namespace, name, uid) for line in about
     )
-
-
-def scraped(release: Cluster) -> str:
-    with port_forward(release, "deployment/heimdall-operator", 8081) as port:
-        return requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
 
 
 def test_a_life_takes_few_writes(release: Cluster, name: str) -> None:

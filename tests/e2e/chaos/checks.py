@@ -1,10 +1,14 @@
-"""What must hold of a TrainingRun when all is over, asked of API server and MLflow."""
+"""What must hold when all is over: of a TrainingRun, asked of API server and MLflow, and of what the operator says."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from heimdall_api.contract import Reason
 from heimdall_operator.failures import FREE
@@ -12,6 +16,14 @@ from tests.e2e.conftest import Mlflow
 
 RUN_LABEL = "training.heimdall.dev/run"
 UNCOUNTED = {str(reason) for reason in FREE} | {str(Reason.COMPLETED)}
+MISTAKES = (
+    *("ArithmeticError", "AssertionError", "AttributeError", "IndexError", "InvalidStateError", "KeyError"),
+    *("NameError", "NotImplementedError", "OverflowError", "RecursionError", "StopIteration", "TypeError"),
+    *("UnboundLocalError", "UnicodeDecodeError", "UnicodeEncodeError", "ValidationError", "ValueError"),
+    "ZeroDivisionError",
+)
+"""Errors that nobody else's being away explains: the operator counts on something that is not so."""
+SAYS_MISTAKE = re.compile(rf"Traceback|\"error\": \"(?:{'|'.join(MISTAKES)}): |a look did not settle")
 
 
 def is_final(item: dict[str, Any]) -> bool:
@@ -83,6 +95,23 @@ def overlaps(attempts: list[dict[str, Any]]) -> Iterator[str]:
     for before, after in pairwise(attempts):
         if after.get("runningTime") and after["runningTime"] < before["endTime"]:
             yield f"attempt {after['number']} trained before attempt {before['number']} had ended"
+
+
+def mistakes_said(log: str) -> list[str]:
+    """Lines of the operator's log that tell of a mistake of its own: a look that fails is tried again, and told."""
+    return [line for line in log.splitlines() if SAYS_MISTAKE.search(line)]
+
+
+def mistakes_counted(metrics: str) -> Counter[str]:
+    """Looks and readings that failed by mistakes of the operator's own, by the error: what its metrics say."""
+    samples = (item for family in text_string_to_metric_families(metrics) for item in family.samples)
+    return Counter(
+        {
+            item.labels["what"]: int(item.value)
+            for item in samples
+            if item.name == "heimdall_errors_total" and item.labels["what"] in MISTAKES
+        }
+    )
 
 
 def is_open(run: Any) -> bool:

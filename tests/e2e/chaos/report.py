@@ -25,7 +25,8 @@ class Report:
     """After which actions and writes the operator died, one after the other, by the life that it walked through."""
     faults: list[str] = field(default_factory=list)
     runs: int = 0
-    tracebacks: int = 0
+    mistakes: list[str] = field(default_factory=list)
+    """What operators said of mistakes of their own."""
     violations: list[str] = field(default_factory=list)
 
     @contextmanager

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.e2e.chaos.checks import RUN_LABEL, is_final, violations_of
+from tests.e2e.chaos.checks import RUN_LABEL, is_final, mistakes_counted, mistakes_said, violations_of
 from tests.e2e.chaos.report import SEED, Report
 from tests.e2e.cluster import Cluster, wait_for
-from tests.e2e.conftest import Mlflow, contract_run, kill_operator
+from tests.e2e.conftest import Mlflow, contract_run, kill_operator, scraped
 
 KILLS_S = float(os.environ.get("HEIMDALL_CHAOS_S", "40"))
 """How long the operator is killed again and again."""
@@ -90,7 +90,7 @@ class Load:
 def kill(release: Cluster, report: Report) -> None:
     """`kill -9`, and a new pod at once: a container that dies again and again would be kept waiting."""
     try:
-        note_tracebacks(release, report)  # the log goes with the pod
+        note_mistakes(release, report)  # the log goes with the pod
         kill_operator(release)
     except AssertionError:
         return  # it is just being started
@@ -100,9 +100,8 @@ def kill(release: Cluster, report: Report) -> None:
     release.run("kubectl", "-n", release.namespace, *delete, check=False)
 
 
-def note_tracebacks(release: Cluster, report: Report) -> None:
-    if "Traceback" in release.kubectl("logs", "deployment/heimdall-operator", "--tail=-1"):
-        report.tracebacks += 1
+def note_mistakes(release: Cluster, report: Report) -> None:
+    report.mistakes += mistakes_said(release.kubectl("logs", "deployment/heimdall-operator", "--tail=-1"))
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def test_kills_and_faults_leave_everything_right(release: Cluster, mlflow: Mlflo
             wait_for(
                 lambda: settled(load), what="the end of every run", timeout_s=SETTLE_S, tell=lambda: unsettled(load)
             )
-        note_tracebacks(release, report)
+        note_mistakes(release, report)
         found = list(violations(release, mlflow, load, report))
         report.violations += found
     finally:
@@ -195,5 +194,7 @@ def violations(release: Cluster, mlflow: Mlflow, load: Load, report: Report) -> 
     jobs = release.list("jobs", RUN_LABEL)
     for uid, name in load.uids.items():
         yield from (f"{name}: {wrong}" for wrong in violations_of(uid, there.get(uid), mlflow, jobs))
-    if report.tracebacks:
-        yield f"{report.tracebacks} operators logged a traceback"
+    yield from (f"the operator said: {line}" for line in report.mistakes)
+    yield from (
+        f"the operator counted {count} of {error}" for error, count in mistakes_counted(scraped(release)).items()
+    )
