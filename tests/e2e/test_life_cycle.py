@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.e2e.conftest import ON_GPU, Mlflow, contract_run, wait_for_step
 
 pytestmark = pytest.mark.beside
 LIFE_S = 240.0
+TOLD = Counter(["RunCreated", "AttemptStarted", "Training", "AttemptCompleted", "ModelRegistered", "Completed"])
+"""The transitions of a life in which nothing happens."""
 
 
 def check_whole(release: Cluster, mlflow: Mlflow, name: str, *, attempts: int = 1) -> dict[str, Any]:
@@ -40,8 +43,19 @@ def test_a_life_from_apply_to_version(release: Cluster, mlflow: Mlflow, name: st
     assert status["modelURI"] == f"models:/steps/{status['modelVersion']}"
     assert condition(status, "ModelRegistered")["status"] == "True"
     assert status["attempts"][0]["node"] == "heimdall-worker2", "the simulated GPUs are there"
-    reasons = {item["reason"] for item in release.list("events.events.k8s.io") if item["regarding"]["name"] == name}
-    assert {"RunCreated", "AttemptStarted", "Training", "AttemptCompleted", "ModelRegistered", "Completed"} <= reasons
+    events = wait_for(
+        lambda: (found := told(release, name)) >= TOLD and found,
+        what="its Events",
+        timeout_s=60,
+        tell=lambda: str(told(release, name)),
+    )
+    assert events == TOLD, "one for each transition, and none twice"
+
+
+def told(release: Cluster, name: str) -> Counter[str]:
+    """How often each reason was told by Events about a TrainingRun."""
+    events = (item for item in release.list("events.events.k8s.io") if item["regarding"]["name"] == name)
+    return Counter(item["reason"] for item in events if item["regarding"]["kind"] == "TrainingRun")
 
 
 def test_a_killed_pod_is_followed_by_one_that_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
