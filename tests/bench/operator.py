@@ -2,6 +2,9 @@
 
 The API server is kind's, on the loopback address; MLflow and PostgreSQL are processes there too; the operator is a
 process of its own. Everything is bounded: the numbers of runs below, and STEP_TIMEOUT_S for each part.
+
+No pod runs here. What is written in a whole life, whose goal is 6, is counted on a cluster where they do:
+`test_a_life_takes_few_writes` in tests/e2e/test_monitoring.py.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from heimdall_api.contract import API_VERSION, GROUP, KIND, LABEL_RUN, PLURAL, T
 from heimdall_api.types import TrainingRunSpec
 from heimdall_operator.kube import Kube
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job
+from heimdall_operator.settings import OperatorSettings
 from tests.bench import cpu
 from tests.bench.report import Figure, at_least, at_most, percentile, publish
 from tests.bench.servers import servers
@@ -34,7 +38,7 @@ from tests.e2e.cluster import ROOT, Cluster, cluster_environment, hack
 from tests.integration.servers import free_port
 
 NAMESPACE: Final = "heimdall-bench"
-CONCURRENCY: Final = 32
+CONCURRENCY: Final[int] = OperatorSettings.model_fields["workers"].default
 STEP_TIMEOUT_S: Final = 600
 STAMP: Final = "2026-01-01T00:00:00Z"
 SETTLED_S: Final = 10
@@ -115,7 +119,7 @@ async def measure(cluster: Cluster, tracking_uri: str, arguments: argparse.Names
         at_least(f"{arguments.runs} at once: throughput", together.rate, "runs/s", 100),
         at_least("throughput / slower bare part", together.rate / slower, "ratio", 0.8),
         Figure("throughput / bare runs of which all calls are made", together.rate / bare["lives"], "ratio"),
-        Figure("writes up to a waiting pod, without Events", together.writes, "per run"),
+        Figure("writes up to a waiting pod (a life: test_monitoring)", together.writes, "per run"),
         Figure("Events up to a waiting pod", together.events, "per run"),
         *(Figure(f"processor time of {part}", ms, "ms/run") for part, ms in together.cpu_ms.items()),
         Figure(f"memory with {arguments.runs} active runs", together.memory_mib, "MiB"),
@@ -163,7 +167,7 @@ def create_run(client: Any, experiment: str, uid: str) -> Any:
 
 
 async def bare_parts(kube: Kube, tracking_uri: str, count: int) -> dict[str, float]:
-    """Each kind of call alone, as many at a time as the operator makes."""
+    """Each kind of call alone, as many at a time as the operator looks at runs."""
     from mlflow import MlflowClient
 
     print(f"bare parts: {count} of each", flush=True)

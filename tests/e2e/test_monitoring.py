@@ -11,12 +11,12 @@ from tests.e2e.cluster import Cluster, wait_for
 from tests.e2e.conftest import contract_run, operator_setting, scraped
 
 LIFE_S = 240.0
-WRITES_LIMIT = 6
-"""Of one life: the finalizer, the run's ID, the Job, where its pod runs, how it ended, and the finalizer's end."""
-STATUS_WRITES = 3
-"""Of these."""
-SLOW_WRITES = 2
-"""Of a machine with much else to do: what a pod waits for after ten seconds, and a log that took as long to be kept."""
+WRITES = Counter({"PATCH trainingruns": 2, "PATCH trainingruns/status": 3, "POST jobs": 1})
+"""Of one life, without Events: the finalizer, the run's ID, the Job, where its pod runs, how it ended, and the
+finalizer's end."""
+EVENTS = "POST events"
+LIVES = 3
+"""A machine with much else to do makes more of one: what a pod waits for after ten seconds is written too."""
 
 
 def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
@@ -45,29 +45,38 @@ def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
 
 
 def test_a_life_takes_few_writes(release: Cluster, name: str) -> None:
+    lives = []
     # How often progress is written is a matter of time: here it is not read.
     with operator_setting(release, "PROGRESS_SECONDS", "3600"):
-        before = writes(release)
-        release.apply(contract_run(name, steps=2))
-        release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
-        wait_for(
-            lambda: "finalizers" not in release.training_run(name)["metadata"], what="the finalizer's end", timeout_s=30
-        )
-        made = writes(release) - before
+        while len(lives) < LIVES and WRITES not in lives:
+            made = writes_of_a_life(release, name)
+            events = made.pop(EVENTS, 0)
+            print(f"writes of one life: {made.total()} {dict(made)}, and {events} Events")
+            lives.append(made)
 
-    print(f"writes of one life: {made.total()} {dict(made)}")
-    assert made["POST jobs"] == 1
-    assert made.total() - made["PATCH trainingruns/status"] == WRITES_LIMIT - STATUS_WRITES
-    assert made["PATCH trainingruns/status"] <= STATUS_WRITES + SLOW_WRITES, made
+    assert WRITES in lives
+
+
+def writes_of_a_life(release: Cluster, name: str) -> Counter[str]:
+    """What the operator writes from a TrainingRun's creation until it has let go of it."""
+    before = writes(release)
+    release.apply(contract_run(name, steps=2))
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    wait_for(
+        lambda: "finalizers" not in release.training_run(name)["metadata"], what="the finalizer's end", timeout_s=30
+    )
+    made = writes(release) - before
+    release.kubectl("delete", "trainingrun", name, "--timeout=120s")
+    return made
 
 
 def writes(release: Cluster) -> Counter[str]:
-    """What the operator has written to the API server since it started, without Events."""
+    """What the operator has written to the API server since it started."""
     samples = (item for family in text_string_to_metric_families(scraped(release)) for item in family.samples)
     return Counter(
         {
             f"{item.labels['verb']} {item.labels['resource']}": int(item.value)
             for item in samples
-            if item.name == "heimdall_api_writes_total" and item.labels["resource"] != "events"
+            if item.name == "heimdall_api_writes_total"
         }
     )
