@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import GPU_NODE, ON_GPU, OTHER_NODE, Mlflow, contract_run, signal_container, wait_for_step
+from tests.e2e.conftest import (
+    GPU_NODE,
+    ON_GPU,
+    OTHER_NODE,
+    Mlflow,
+    contract_run,
+    kill_operator,
+    signal_container,
+    wait_for_step,
+)
 
 LIFE_S = 240.0
 NODE_LOST_S = 300.0
@@ -220,6 +229,30 @@ def test_complete_waits_for_mlflow_and_says_so(release: Cluster, name: str) -> N
 
     release.kubectl("wait", "--for=condition=Complete", f"trainingrun/{name}", f"--timeout={LIFE_S:.0f}s")
     assert release.status(name)["modelVersion"]
+
+
+def test_a_finished_run_that_is_applied_again_when_its_job_is_gone_does_not_train(release: Cluster, name: str) -> None:
+    """As GitOps does all the time; nor does an operator that starts anew and sees no Job make one."""
+    manifest = contract_run(name, spec={"ttlSecondsAfterFinished": 2}, steps=2)
+    release.apply(manifest)
+    release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    selector = f"training.heimdall.dev/run={name}"
+    wait_for(lambda: not release.list("jobs,pods", selector), what="the end of Jobs and pods", timeout_s=120)
+    before = wait_for(
+        lambda: "logs" in (status := release.status(name))["attempts"][0] and status,
+        what="its log being kept",
+        timeout_s=LIFE_S,
+    )
+
+    release.apply(manifest)
+    kill_operator(release)
+    # Whatever the operator does about it, it has done when a later run is through.
+    release.apply(contract_run(f"{name}-b", steps=1))
+    release.wait_for_phase(f"{name}-b", "Succeeded", timeout_s=LIFE_S)
+    release.kubectl("delete", "trainingrun", f"{name}-b", "--timeout=120s")
+
+    assert release.status(name) == before
+    assert release.list("jobs,pods", selector) == []
 
 
 def scale(release: Cluster, deployment: str, replicas: int) -> None:

@@ -101,11 +101,17 @@ def test_a_run_can_be_deleted_in_every_phase(
     run = contract_run(name, **how)
     run["metadata"]["labels"] = {LABEL_QUEUE: queue} if queue else {}
     release.apply(run)
-    uid = release.training_run(name)["metadata"]["uid"]
-    selector = f"training.heimdall.dev/run={name}"
     release.wait_for_phase(name, phase, timeout_s=LIFE_S)
     if phase == "Pending":
+        selector = f"training.heimdall.dev/run={name}"
         wait_for(lambda: release.list("jobs", selector), what="its Job", timeout_s=LIFE_S)
+
+    check_deletion(release, mlflow, name, ends)
+
+
+def check_deletion(release: Cluster, mlflow: Mlflow, name: str, ends: list[str]) -> None:
+    """Delete a run: its MLflow runs have ended in a certain way, and nothing else is left of it."""
+    uid, selector = release.training_run(name)["metadata"]["uid"], f"training.heimdall.dev/run={name}"
 
     release.kubectl("delete", "trainingrun", name, "--timeout=120s")
 
@@ -116,6 +122,32 @@ def test_a_run_can_be_deleted_in_every_phase(
     wait_for(
         lambda: not release.list("jobs,pods,services", selector), what="the end of its Job and pods", timeout_s=120
     )
+
+
+def test_a_run_that_has_trained_can_be_deleted_while_it_is_suspended(
+    release: Cluster, mlflow: Mlflow, name: str
+) -> None:
+    release.apply(contract_run(name, steps=600, stepSeconds=0.2))
+    release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
+    release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    release.wait_for_phase(name, "Suspended", timeout_s=LIFE_S)
+
+    check_deletion(release, mlflow, name, ["KILLED"])
+
+
+def test_a_run_can_be_deleted_between_two_attempts(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, spec={"retries": {"limit": 20}}, fail="crash", failAt=0))
+    wait_for(
+        lambda: (
+            condition(status := release.status(name), "Complete").get("reason") == "Retrying"
+            and "endTime" in status["attempts"][-1]
+        ),
+        what="a pause before the next attempt",
+        timeout_s=LIFE_S,
+        tell=lambda: release.explain(name),
+    )
+
+    check_deletion(release, mlflow, name, ["KILLED"])
 
 
 def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlflow, name: str) -> None:
@@ -211,9 +243,19 @@ def holding_gpus(release: Cluster, name: str) -> list[str]:
     return [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] not in ("Failed", "Succeeded")]
 
 
-def test_a_finished_run_never_trains_again(release: Cluster, name: str) -> None:
-    release.apply(contract_run(name, steps=2))
-    before = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+FINISHED = {"Succeeded": {"steps": 2}, "Failed": {"fail": "configuration"}}
+
+
+@pytest.mark.parametrize(("phase", "args"), FINISHED.items(), ids=FINISHED.keys())
+def test_a_finished_run_never_trains_again(release: Cluster, name: str, phase: str, args: dict[str, Any]) -> None:
+    release.apply(contract_run(name, **args))
+    release.wait_for_phase(name, phase, timeout_s=LIFE_S)
+    # Where its log is kept may still have been on its way.
+    before = wait_for(
+        lambda: "logs" in (status := release.status(name))["attempts"][0] and status,
+        what="its log being kept",
+        timeout_s=LIFE_S,
+    )
 
     release.kubectl("delete", "job", f"{name}-a1")
     # Whatever the operator does about it, it has done when a later run is through.
