@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
 from heimdall_api.contract import LABEL_QUEUE
+from heimdall_operator.decide import RETRY_DELAY_S
 from tests.e2e.cluster import Cluster, condition, wait_for
 from tests.e2e.conftest import ON_GPU, Mlflow, contract_run, wait_for_step
 
@@ -65,6 +67,11 @@ def test_a_killed_pod_is_followed_by_one_that_goes_on(release: Cluster, mlflow: 
 
     status = check_whole(release, mlflow, name, attempts=2)
     assert [item["reason"] for item in status["attempts"]] == ["Unknown", "Completed"]
+    job = release.get("job", f"{name}-a2")
+    assert job is not None
+    ended, began = status["attempts"][0]["endTime"], job["metadata"]["creationTimestamp"]
+    paused = datetime.fromisoformat(began) - datetime.fromisoformat(ended)
+    assert paused >= timedelta(seconds=RETRY_DELAY_S), "whatever it was, it may need time to pass"
     log = release.kubectl("logs", f"job/{name}-a2")
     assert "steps 5 to 15" in log, "it went on from the checkpoint"
 
@@ -186,6 +193,12 @@ FAILURES = {
     "a configuration error": Failure("InvalidConfiguration", "remove it", {"fail": "configuration"}),
     "memory of the GPU": Failure("CudaOutOfMemory", "use a smaller batch", {"fail": "cuda"}),
     "memory": Failure("HostOutOfMemory", "spec.resources.memory", {"fail": "memory"}),
+    "memory that may not grow": Failure(
+        "HostOutOfMemory",
+        "It had all that spec.retries.memoryGrowth.max allows (256Mi).",
+        {"fail": "memory"},
+        {"retries": {"memoryGrowth": {"max": "256Mi"}}},
+    ),
     "a wrong image": Failure(
         "ImagePull",
         "check spec.image",

@@ -104,6 +104,7 @@ def test_two_workers_train_together_and_go_on_when_one_is_killed(
     assert done["phase"] == "Succeeded", release.explain(name)
     assert [item["number"] for item in done["attempts"]] == [1, 2]
     assert (done["attempts"][0]["reason"], done["attempts"][0]["exitCode"]) == ("Killed", 137)
+    assert (done["attempts"][0]["pod"], done["attempts"][0]["node"]) == (second, GPU_NODE), "where to look why"
     parameters = mlflow.client.get_run(run_id).data.params
     assert (parameters["environment.devices"], parameters["resources.workers"]) == ("2", "2")
     first = next(
