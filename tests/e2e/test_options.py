@@ -25,7 +25,7 @@ def test_a_pod_template_is_merged_into_the_pod(release: Cluster, name: str) -> N
         "name": "trainer",
         "env": [{"name": "EXTRA", "value": "1"}],
         "envFrom": [{"secretRef": {"name": f"{name}-mine"}}],
-        "volumeMounts": [{"name": "mine", "mountPath": "/mine"}],
+        "volumeMounts": [{"name": "mine", "mountPath": "/mine"}, {"name": "hidden", "mountPath": "/hidden"}],
     }
     template = {
         "metadata": {"labels": {"team": "radio"}},
@@ -33,22 +33,29 @@ def test_a_pod_template_is_merged_into_the_pod(release: Cluster, name: str) -> N
             "nodeSelector": {"heimdall.dev/gpu": "simulated"},
             "tolerations": [{"key": "gpu", "operator": "Exists"}],
             "containers": [trainer],
-            "volumes": [{"name": "mine", "configMap": {"name": f"{name}-mine"}}],
+            "volumes": [
+                {"name": "mine", "configMap": {"name": f"{name}-mine"}},
+                {"name": "hidden", "secret": {"secretName": f"{name}-mine"}},
+            ],
         },
     }
-    release.apply(contract_run(name, spec={"podTemplate": template}, steps=3))
+    release.apply(contract_run(name, spec={"podTemplate": template}, steps=600, stepSeconds=0.2))
 
-    status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
+    status = release.wait_for_phase(name, "Running", "Failed", timeout_s=LIFE_S)
+    assert status["phase"] == "Running", release.explain(name)
     pod = release.list("pods", f"training.heimdall.dev/run={name}")[0]
+    read = "echo $EXTRA $MINE $(cat /mine/answer) $(cat /hidden/MINE)"
+    seen = release.kubectl("exec", pod["metadata"]["name"], "-c", "trainer", "--", "sh", "-c", read)
     release.kubectl("delete", f"configmap/{name}-mine", f"secret/{name}-mine")
 
-    assert status["phase"] == "Succeeded", release.explain(name)
+    assert seen.split() == ["1", "secret", "42", "secret"], "what the training itself is given"
     assert pod["metadata"]["labels"]["team"] == "radio"
     assert {"key": "gpu", "operator": "Exists"} in pod["spec"]["tolerations"]
     container = pod["spec"]["containers"][0]
     assert {"name": "EXTRA", "value": "1"} in container["env"]
     assert [item["secretRef"]["name"] for item in container["envFrom"]] == ["heimdall-trainer", f"{name}-mine"]
-    assert {"run-file", "scratch", "shared-memory", "mine"} <= {item["name"] for item in container["volumeMounts"]}
+    mounts = {item["name"] for item in container["volumeMounts"]}
+    assert {"run-file", "scratch", "shared-memory", "mine", "hidden"} <= mounts
 
 
 def test_a_pod_template_that_breaks_isolation_is_refused(release: Cluster, mlflow: Mlflow, name: str) -> None:
