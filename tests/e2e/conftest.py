@@ -323,6 +323,13 @@ class Mlflow:
         found: list[Any] = self.client.search_model_versions(f"name = '{model}' and run_id = '{run_id}'")
         return found
 
+    def artifact(self, run_id: str, path: str) -> str:
+        """The text of an artifact, through the server (its own addresses lead into the cluster)."""
+        wanted = {"run_uuid": run_id, "path": path}
+        answer = requests.get(f"{self.url}/get-artifact", params=wanted, auth=self.login, timeout=30)
+        answer.raise_for_status()
+        return answer.text
+
 
 @pytest.fixture(scope="session")
 def mlflow(release: Cluster, canaries: dict[str, str]) -> Iterator[Mlflow]:
@@ -517,6 +524,21 @@ def wait_for_admission(release: Cluster, name: str, reason: str, timeout_s: floa
         return status if condition(status, "Admitted").get("reason") == reason else None
 
     return wait_for(look, what=f"{name} being {reason}", timeout_s=timeout_s, tell=lambda: release.explain(name))
+
+
+def kept_log(release: Cluster, mlflow: Mlflow, name: str, number: int) -> str:
+    """The log of an attempt as it is kept with the run: it may be on its way when the next one is over."""
+
+    def look() -> dict[str, Any] | None:
+        attempts = release.status(name)["attempts"]
+        return next((item for item in attempts if item["number"] == number and "logs" in item), None)
+
+    what = f"the log of attempt {number} of {name}"
+    attempt = wait_for(look, what=what, timeout_s=60, tell=lambda: release.explain(name))
+    folder = f"attempts/{number}"
+    run_id = release.status(name)["runID"]
+    assert attempt["logs"] == f"runs:/{run_id}/{folder}"
+    return mlflow.artifact(run_id, f"{folder}/{attempt['pod']}.log")
 
 
 def wait_for_step(release: Cluster, mlflow: Mlflow, run_id: str, step: int, timeout_s: float) -> int:

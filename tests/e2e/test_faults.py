@@ -16,6 +16,7 @@ from tests.e2e.conftest import (
     OTHER_NODE,
     Mlflow,
     contract_run,
+    kept_log,
     kill_operator,
     signal_container,
     wait_for_step,
@@ -73,6 +74,9 @@ def test_a_drained_node_costs_no_retry(release: Cluster, mlflow: Mlflow, name: s
 
     assert (status["phase"], status["failures"], status["runID"]) == ("Succeeded", 0, run_id)
     assert "steps 0 to" not in release.kubectl("logs", f"job/{name}-a2")
+    log = kept_log(release, mlflow, name, 1)
+    assert "steps 0 to 20" in log, "its pod is gone"
+    assert "Preempted: Asked to end (SIGTERM)" in log
 
 
 @pytest.mark.nodes
@@ -100,6 +104,7 @@ def test_a_preempted_run_goes_on_when_there_is_room(release: Cluster, mlflow: Ml
 
     assert (status["phase"], status["failures"]) == ("Succeeded", 0)
     assert reasons(status) == ["Preempted", "Completed"]
+    assert "Preempted: Asked to end (SIGTERM)" in kept_log(release, mlflow, name, 1)
 
 
 def stored(mlflow: Mlflow, run_id: str) -> set[str]:
@@ -176,6 +181,7 @@ def test_memory_grows_after_it_ran_out(release: Cluster, mlflow: Mlflow, name: s
     status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
 
     assert reasons(status) == ["HostOutOfMemory", "Completed"]
+    assert "steps 0 to 10" in kept_log(release, mlflow, name, 1)
     assert status["attempts"][1]["memory"] == "512Mi"
     container = release.list("pods", f"batch.kubernetes.io/job-name={name}-a2")[0]["spec"]["containers"][0]
     assert container["resources"]["limits"]["memory"] == "512Mi"

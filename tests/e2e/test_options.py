@@ -7,10 +7,17 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-import requests
 
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import GPU_NODE, Mlflow, contract_run, namespace, wait_for_admission, wait_for_step
+from tests.e2e.conftest import (
+    GPU_NODE,
+    Mlflow,
+    contract_run,
+    kept_log,
+    namespace,
+    wait_for_admission,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.beside
 
@@ -123,18 +130,9 @@ def test_jobs_and_pods_go_when_their_time_is_over_and_logs_stay(release: Cluster
     assert attempt["logs"] == f"runs:/{run_id}/attempts/1"
     before["attempts"][0]["logs"] = attempt["logs"]  # it may still have been on its way
     assert after == before
-    text = read_artifact(mlflow, run_id, f"attempts/1/{attempt['pod']}.log")
-    assert "steps 0 to 3" in text
-    events = [json.loads(line) for line in read_artifact(mlflow, run_id, "attempts/1/events.jsonl").splitlines()]
+    assert "steps 0 to 3" in kept_log(release, mlflow, name, 1)
+    events = [json.loads(line) for line in mlflow.artifact(run_id, "attempts/1/events.jsonl").splitlines()]
     assert {"Scheduled", "SuccessfulCreate", "AttemptStarted"} <= {event["reason"] for event in events}
-
-
-def read_artifact(mlflow: Mlflow, run_id: str, path: str) -> str:
-    """The text of an artifact, through the server (its own addresses lead into the cluster)."""
-    wanted = {"run_uuid": run_id, "path": path}
-    answer = requests.get(f"{mlflow.url}/get-artifact", params=wanted, auth=mlflow.login, timeout=30)
-    answer.raise_for_status()
-    return answer.text
 
 
 def test_a_namespace_without_the_secret_says_so(release: Cluster, name: str) -> None:

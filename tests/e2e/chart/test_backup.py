@@ -12,7 +12,6 @@ from tests.e2e.chart.pages import Typist, section
 from tests.e2e.chart.test_passwords import read, s3
 from tests.e2e.cluster import Cluster, hack, port_forward, wait_for
 from tests.e2e.conftest import Mlflow, contract_run
-from tests.e2e.test_options import read_artifact
 
 PAGE = "docs/howto/backup.md"
 FORWARD = "kubectl -n heimdall port-forward service/heimdall-object-store 9000\n"
@@ -37,7 +36,7 @@ def account(mlflow: Mlflow, status: dict[str, Any]) -> dict[str, Any]:
         "ended": (run.info.status, run.info.end_time),
         "versions": [(item.version, item.status, item.source) for item in versions],
         "files": [(file.path, file.file_size) for file in files],
-        "log": read_artifact(mlflow, status["runID"], log),
+        "log": mlflow.artifact(status["runID"], log),
     }
 
 
