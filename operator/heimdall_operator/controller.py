@@ -16,12 +16,12 @@ import structlog
 from heimdall_api.contract import API_VERSION, KIND, MANAGED_BY
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator import metrics
-from heimdall_operator.act import Actor
+from heimdall_operator.act import Actor, NameTakenError
 from heimdall_operator.actions import CreateJob
 from heimdall_operator.decide import Decision, decide
 from heimdall_operator.events import Event, events_between, events_of
 from heimdall_operator.failures import shorten
-from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
+from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError, answer_of
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe, read_status
 from heimdall_operator.statuses import age_s
@@ -41,6 +41,8 @@ EVENTS_RECALLED: Final = timedelta(hours=1)
 EVENT_NOTE_LIMIT: Final = 1024
 REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 """Codes of MLflow's errors that waiting may not mend: somebody has to be told."""
+DECIDED: Final = (ForbiddenError, RefusedError, NameTakenError)
+"""Errors of creating a Job that are somebody's decision: others, a webhook that is away say, pass by themselves."""
 STUCK_AFTER_S: Final = 300
 """A name that has waited this long, or a silence this long beyond a resync, means that the operator is stuck."""
 STILL_AFTER_S: Final = 120
@@ -328,7 +330,7 @@ class Controller:
                 raise
             except Exception as error:
                 if isinstance(action, CreateJob):
-                    self._note_trouble(observed, action.number, str(error))
+                    self._note_trouble(observed, action.number, error)
                 status = with_words(decision.status, said_by_mlflow(error))
                 if status != observed.status:
                     # What happened is kept, and people see what is waited for.
@@ -336,11 +338,19 @@ class Controller:
                 raise
         return observed
 
-    def _note_trouble(self, observed: Observed, attempt: int, message: str) -> None:
+    def _note_trouble(self, observed: Observed, attempt: int, error: Exception) -> None:
+        """Note why a Job was not created; only what somebody decided counts towards the deadline."""
+        is_decided = isinstance(error, DECIDED)
+        if not is_decided and answer_of(error) is None:
+            return  # the API server is away, which is no trouble of this run
         key = Key(observed.namespace, observed.name)
         known = self._troubles.get(key)
-        since = known.since if known is not None and known.is_of(observed.uid, attempt) else self._clock()
-        self._troubles[key] = Trouble(observed.uid, attempt, shorten(message), since, tried=self._clock())
+        since = known.since if known is not None and known.is_of(observed.uid, attempt) else None
+        tried = known.tried if known is not None and since is not None else None
+        if is_decided:
+            since, tried = since or self._clock(), self._clock()
+        words = str(getattr(error, "reason", error))
+        self._troubles[key] = Trouble(observed.uid, attempt, shorten(words), since, tried)
 
     async def _write(self, status: TrainingRunStatus, observed: Observed) -> Observed:
         """Write a status that changed, and an Event for each transition."""

@@ -325,7 +325,9 @@ def _no_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Outcome
     # From the first try to the last: MLflow or the operator may have been away for longer than the deadline before it,
     # and this operator for as long since, while another one has created it.
     trouble = observed.job_trouble
-    if trouble is None or (waited := age_s(trouble.since, trouble.tried)) < spec.pending_deadline_seconds:
+    if trouble is None or trouble.tried is None:
+        return None
+    if (waited := age_s(trouble.since, trouble.tried)) < spec.pending_deadline_seconds:
         return None
     why = f"The Job could not be created within spec.pendingDeadlineSeconds ({waited:.0f} s): {trouble.message}"
     return Outcome(reason=Reason.POD_NOT_STARTED, message=shorten(why), ended=now)

@@ -259,6 +259,13 @@ class Kube:
         raise ApiException(status=response.status, reason=message)
 
 
+def answer_of(error: Exception) -> int | None:
+    """The status of the API server's answer; None where there was none, or an error of this module tells more."""
+    from kubernetes.aio.client.exceptions import ApiException
+
+    return error.status if isinstance(error, ApiException) and error.status else None
+
+
 def _path(base: str, namespace: str | None, *parts: str) -> str:
     scope = [] if namespace is None else ["namespaces", namespace]
     return "/".join([base, *scope, *parts])

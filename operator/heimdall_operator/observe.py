@@ -110,10 +110,10 @@ class Trouble:
     """Of the TrainingRun: another one of the same name has troubles of its own."""
     attempt: int
     message: str
-    since: datetime
-    """When it could not be created for the first time."""
-    tried: datetime
-    """When it was tried last."""
+    since: datetime | None
+    """When its creation was refused for the first time; None while it was not."""
+    tried: datetime | None
+    """When it was refused last."""
 
     def is_of(self, uid: str, attempt: int) -> bool:
         """Whether it is an attempt's."""

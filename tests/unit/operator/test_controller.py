@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from kubernetes.aio.client.exceptions import ApiException
 
 from heimdall_api.contract import Progress
 from heimdall_api.types import Condition
@@ -395,6 +396,47 @@ def test_a_refused_job_is_final_where_only_the_spec_can_be_the_cause(
     status = world.run["status"]
     assert (status["phase"], status["attempt"]) == (phase, number)
     assert words in next(item["message"] for item in status["conditions"] if item["type"] == "Complete")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConnectionError("away"), "The training pod is being created."),
+        (
+            ApiException(status=500, reason="failed calling webhook"),
+            "The attempt's Job could not be created yet: failed calling webhook",
+        ),
+    ],
+    ids=["the API server", "a webhook"],
+)
+def test_what_is_away_for_longer_than_the_pending_deadline_fails_no_run(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    world = World()
+    world.apply({"pendingDeadlineSeconds": 30})
+    now = NOW
+
+    async def scenario() -> None:
+        nonlocal now
+        operator = controller(world, clock=lambda: now)
+
+        async def fails(*_: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(operator._kube, "create_job", fails)
+            for _ in range(3):
+                await operator.refresh()
+                await operator._look_safely(KEY)
+                now += timedelta(seconds=1000)
+        assert world.run is not None
+        assert [item["message"] for item in world.run["status"]["conditions"]] == [told]
+        await operator.refresh()
+        await operator._look_safely(KEY)
+        operator.queue.close()
+
+    asyncio.run(scenario())
+    assert list(world.jobs) == ["run-a1"]
 
 
 @pytest.mark.parametrize("is_made", [True, False])
