@@ -21,7 +21,7 @@ import structlog
 from heimdall_api.contract import ATTEMPTS_DIR, KIND
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator.decide import job_name
-from heimdall_operator.kube import LOG_BYTES, Kube
+from heimdall_operator.kube import HTTP_NOT_FOUND, LOG_BYTES, ForbiddenError, Kube, RefusedError, answer_of
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import CONTAINER, Observed
 from heimdall_operator.pauses import doubled_s
@@ -39,6 +39,8 @@ READ_WAIT_S: Final = 30.0
 """How long a pod that is to be ended waits for its log to be read."""
 RETRY_S: Final = 15.0
 RETRY_LIMIT_S: Final = 3600.0
+READ_TRIES: Final = 6
+"""How often a log is asked for, within eight minutes, before its file says that it could not be read."""
 PIECE: Final = 2**16
 """Characters of a log between two of which everything else goes on."""
 
@@ -54,6 +56,8 @@ class _Account:
     result: str | None = None
     """Where it lies; empty where it never can; None while neither is known."""
     failures: int = 0
+    unread: int = 0
+    """How often its logs could not be read."""
     due: datetime | None = None
     """When it is tried again."""
 
@@ -107,7 +111,9 @@ class Keeper:
         if account.task is None:
             account.due = None
             account.is_read.clear()
-            account.task = asyncio.create_task(self._keep(account, observed, number))
+            # Pods that go can't be asked again.
+            insist = not pods_go and account.unread < READ_TRIES - 1
+            account.task = asyncio.create_task(self._keep(account, observed, number, insist=insist))
             account.task.add_done_callback(lambda _: setattr(account, "task", None))
             if number == observed.status.attempt:
                 # Of older ones there may be many, where a new operator takes them up.
@@ -133,16 +139,26 @@ class Keeper:
             await asyncio.wait({task, reading}, timeout=READ_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             reading.cancel()
 
-    async def _keep(self, account: _Account, observed: Observed, number: int) -> None:
+    async def _keep(self, account: _Account, observed: Observed, number: int, *, insist: bool) -> None:
         assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
         async with self._slots:
             try:
-                files = await self._read(observed, number)
-                account.is_read.set()
+                files = await self._read_counted(account, observed, number, insist=insist)
                 folder = f"{ATTEMPTS_DIR}/{number}"
                 account.result = await self._mlflow.keep_files(observed.status.run_id, folder, files)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 self._failed(account, number, error)
+
+    async def _read_counted(
+        self, account: _Account, observed: Observed, number: int, *, insist: bool
+    ) -> dict[str, str]:
+        try:
+            files = await self._read(observed, number, insist=insist)
+        except Exception:
+            account.unread += 1
+            raise
+        account.is_read.set()
+        return files
 
     def _failed(self, account: _Account, number: int, error: Exception) -> None:
         words = f"{type(error).__name__}: {redact(error)}"
@@ -155,17 +171,21 @@ class Keeper:
         account.due = self._clock() + timedelta(seconds=delay_s)
         log.warning("keeping the attempt's log failed; trying again", attempt=number, error=words, again_in_s=delay_s)
 
-    async def _read(self, observed: Observed, number: int) -> dict[str, str]:
-        """Logs of an attempt's pods and events about them, by file name; what can't be read says so in its file."""
+    async def _read(self, observed: Observed, number: int, *, insist: bool) -> dict[str, str]:
+        """Logs of an attempt's pods and events about them, by file name; what can't be read says so in its file.
+
+        Raises:
+            Exception: Something could not be read now, and is insisted on.
+        """
         namespace, pods = observed.namespace, [pod.name for pod in observed.pods_of(number)]
         about = [("Pod", name) for name in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
         limit = min(LOG_BYTES, LOGS_BYTES // max(len(pods), 1))
         files: dict[str, str] = {}
         for name in pods:
             # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
-            text = await _read_or_say(self._kube.read_log(namespace, name, CONTAINER, limit))
+            text = await _read_or_say(self._kube.read_log(namespace, name, CONTAINER, limit), insist=insist)
             files[f"{name}.log"] = await _redacted(text)
-        events = [await _read_or_say(self._events(namespace, *each)) for each in about]
+        events = [await _read_or_say(self._events(namespace, *each), insist=insist) for each in about]
         return {**files, "events.jsonl": await _redacted("".join(events))}
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
@@ -179,10 +199,13 @@ def without_bookkeeping(event: dict[str, Any]) -> dict[str, Any]:
     return {**event, "metadata": metadata}
 
 
-async def _read_or_say(reading: Awaitable[str]) -> str:
+async def _read_or_say(reading: Awaitable[str], *, insist: bool) -> str:
     try:
         return await reading
-    except Exception as error:  # noqa: BLE001 - a node that is gone keeps its log, and nothing can be done
+    except Exception as error:
+        is_final = isinstance(error, RefusedError | ForbiddenError) or answer_of(error) == HTTP_NOT_FOUND
+        if insist and not is_final:
+            raise
         return f"could not be read: {type(error).__name__}: {error}\n"
 
 

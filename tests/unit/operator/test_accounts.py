@@ -6,8 +6,13 @@ import asyncio
 from datetime import timedelta
 from typing import Any
 
-from heimdall_operator.accounts import AT_ONCE, RETRY_LIMIT_S, RETRY_S, Keeper
+import pytest
+from kubernetes.aio.client.exceptions import ApiException
+
+from heimdall_operator.accounts import AT_ONCE, READ_TRIES, RETRY_LIMIT_S, RETRY_S, Keeper
 from heimdall_operator.controller import Controller
+from heimdall_operator.decide import KEEP_LOGS_LIMIT_S
+from heimdall_operator.kube import ForbiddenError, RefusedError
 from tests.unit.operator.builders import NOW, attempt, ended_pod, observed, pod, status
 from tests.unit.operator.fakes import KEY, STAMP, FakeKube, FakeMlflow, World, controller
 
@@ -42,6 +47,11 @@ class Clock:
 def keeper(world: World, mlflow: Any = None, kube: Any = None, clock: Clock | None = None) -> Keeper:
     """One that waits for nothing for long."""
     return Keeper(kube or FakeKube(world), mlflow or FakeMlflow(world), clock or Clock(), wait_s=0.001)
+
+
+def patient(kube: Any, mlflow: Any, clock: Clock) -> Keeper:
+    """One that waits for as long as the operator's does."""
+    return Keeper(kube, mlflow, clock)
 
 
 async def look(operator: Controller) -> None:
@@ -156,6 +166,74 @@ def test_a_pod_that_is_to_be_ended_waits_until_its_log_is_read() -> None:
         keeps.close()
 
     asyncio.run(scenario())
+
+
+class Unread(FakeKube):
+    """Hands out a log after a number of errors."""
+
+    def __init__(self, world: World, *errors: Exception) -> None:
+        super().__init__(world)
+        self.errors = list(errors)
+
+    async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
+        if self.errors:
+            raise self.errors.pop(0)
+        return "its last words"
+
+
+UNANSWERED: list[Exception] = [TimeoutError(), ApiException(status=502, reason="the kubelet does not answer")]
+
+
+async def kept(kube: Any, clock: Clock) -> str | None:
+    """What is kept of a log, if anything is while its pod waits for that."""
+    world = kube.world
+    keeps = patient(kube, FakeMlflow(world), clock)
+    seen = observed(logs={}, pods=(ended_pod(0),))
+    while clock.now < NOW + timedelta(seconds=KEEP_LOGS_LIMIT_S):
+        if 1 not in keeps.known(KEY, seen.uid, seen.status):
+            where = await keeps.keep(seen, 1, pods_go=False)
+            if where is not None:
+                assert where == KEPT
+                return str(world.kept["attempts/1/run-a1-x.log"])
+        clock.now += timedelta(seconds=1)
+    return None
+
+
+def test_a_log_that_could_not_be_read_now_is_asked_for_again() -> None:
+    clock = Clock()
+
+    assert asyncio.run(kept(Unread(World(), *UNANSWERED), clock)) == "its last words"
+    assert clock.now > NOW
+
+
+def test_a_log_that_is_never_handed_out_is_given_up_before_its_pod_expires() -> None:
+    kube = Unread(World(), *(READ_TRIES * [TimeoutError("no answer")]))
+
+    assert asyncio.run(kept(kube, Clock())) == "could not be read: TimeoutError: no answer\n"
+    assert kube.errors == []
+
+
+@pytest.mark.parametrize(
+    "error", [RefusedError("no container"), ForbiddenError("no right"), ApiException(status=404, reason="no pod")]
+)
+def test_a_log_that_is_not_there_is_asked_for_once(error: Exception) -> None:
+    clock = Clock()
+
+    text = asyncio.run(kept(Unread(World(), error), clock))
+
+    assert (text or "").startswith("could not be read: ")
+    assert clock.now == NOW
+
+
+def test_a_pod_that_goes_is_asked_once() -> None:
+    world = World()
+
+    async def scenario() -> None:
+        keeps = patient(Unread(world, *UNANSWERED), FakeMlflow(world), Clock())
+        assert await keeps.keep(observed(logs={}, pods=(pod(),)), 1, pods_go=True) == KEPT
+
+    asyncio.run(scenario())
+    assert world.kept["attempts/1/run-a1-x.log"].startswith("could not be read: TimeoutError")
 
 
 def test_few_logs_are_in_memory_at_one_time() -> None:
