@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -32,7 +33,9 @@ from heimdall_tracking.redact import redact
 LOGS_BYTES: Final = 32 * 2**20
 """Most that is kept of the logs of one attempt's pods in all."""
 AT_ONCE: Final = 4
-"""Accounts in memory, and on their way, at one time: many attempts may end together."""
+"""Accounts on their way at one time, and in memory unless their pods go: many attempts may end together."""
+ROOM_BYTES: Final = AT_ONCE * LOGS_BYTES
+"""Most of all accounts in memory at one time."""
 WAIT_S: Final = 10.0
 """How long a look waits for an account to be kept."""
 READ_WAIT_S: Final = 30.0
@@ -62,6 +65,29 @@ class _Account:
     """When it is tried again."""
 
 
+class _Room:
+    """Memory for accounts: who asks first is let in first."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._first = asyncio.Lock()
+        self._has_grown = asyncio.Event()
+
+    @asynccontextmanager
+    async def of(self, size: int) -> AsyncIterator[None]:
+        """Wait for as many bytes, and take them."""
+        async with self._first:
+            while self._free < size:
+                self._has_grown.clear()
+                await self._has_grown.wait()
+            self._free -= size
+        try:
+            yield
+        finally:
+            self._free += size
+            self._has_grown.set()
+
+
 class Keeper:
     """Keeps accounts; what is under way is forgotten when it ends."""
 
@@ -76,7 +102,8 @@ class Keeper:
         self._mlflow = mlflow
         self._clock = clock
         self._wait_s = wait_s
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._turns, self._uploads = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
+        self._room = _Room(ROOM_BYTES)
         self._accounts: dict[Key, dict[tuple[str, int], _Account]] = defaultdict(dict)
 
     def known(self, key: Key, uid: str, status: TrainingRunStatus) -> dict[int, str | None]:
@@ -111,9 +138,7 @@ class Keeper:
         if account.task is None:
             account.due = None
             account.is_read.clear()
-            # Pods that go can't be asked again.
-            insist = not pods_go and account.unread < READ_TRIES - 1
-            account.task = asyncio.create_task(self._keep(account, observed, number, insist=insist))
+            account.task = asyncio.create_task(self._keep(account, observed, number, pods_go=pods_go))
             account.task.add_done_callback(lambda _: setattr(account, "task", None))
             if number == observed.status.attempt:
                 # Of older ones there may be many, where a new operator takes them up.
@@ -139,13 +164,17 @@ class Keeper:
             await asyncio.wait({task, reading}, timeout=READ_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             reading.cancel()
 
-    async def _keep(self, account: _Account, observed: Observed, number: int, *, insist: bool) -> None:
+    async def _keep(self, account: _Account, observed: Observed, number: int, *, pods_go: bool) -> None:
         assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
-        async with self._slots:
+        # Pods that stay keep their logs until it is their turn; those that go can't be asked later, nor again.
+        insist = not pods_go and account.unread < READ_TRIES - 1
+        pods = len(observed.pods_of(number))
+        async with nullcontext() if pods_go else self._turns, self._room.of(pods * _limit(pods)):
             try:
                 files = await self._read_counted(account, observed, number, insist=insist)
                 folder = f"{ATTEMPTS_DIR}/{number}"
-                account.result = await self._mlflow.keep_files(observed.status.run_id, folder, files)
+                async with self._uploads:
+                    account.result = await self._mlflow.keep_files(observed.status.run_id, folder, files)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 self._failed(account, number, error)
 
@@ -179,18 +208,22 @@ class Keeper:
         """
         namespace, pods = observed.namespace, [pod.name for pod in observed.pods_of(number)]
         about = [("Pod", name) for name in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
-        limit = min(LOG_BYTES, LOGS_BYTES // max(len(pods), 1))
         files: dict[str, str] = {}
         for name in pods:
             # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
-            text = await _read_or_say(self._kube.read_log(namespace, name, CONTAINER, limit), insist=insist)
-            files[f"{name}.log"] = await _redacted(text)
+            reading = self._kube.read_log(namespace, name, CONTAINER, _limit(len(pods)))
+            files[f"{name}.log"] = await _redacted(await _read_or_say(reading, insist=insist))
         events = [await _read_or_say(self._events(namespace, *each), insist=insist) for each in about]
         return {**files, "events.jsonl": await _redacted("".join(events))}
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
         events = await self._kube.list_events(namespace, kind, name)
         return "".join(f"{json.dumps(without_bookkeeping(event), sort_keys=True)}\n" for event in events)
+
+
+def _limit(pods: int) -> int:
+    """Most bytes of each log, of so many."""
+    return min(LOG_BYTES, LOGS_BYTES // max(pods, 1))
 
 
 def without_bookkeeping(event: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from kubernetes.aio.client.exceptions import ApiException
 
+from heimdall_operator import accounts
 from heimdall_operator.accounts import AT_ONCE, READ_TRIES, RETRY_LIMIT_S, RETRY_S, Keeper
 from heimdall_operator.controller import Controller
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S
-from heimdall_operator.kube import ForbiddenError, RefusedError
+from heimdall_operator.kube import LOG_BYTES, ForbiddenError, RefusedError
 from tests.unit.operator.builders import NOW, attempt, ended_pod, observed, pod, status
 from tests.unit.operator.fakes import KEY, STAMP, FakeKube, FakeMlflow, World, controller
 
@@ -27,11 +28,13 @@ class SlowStore(FakeMlflow):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self.ready = asyncio.Event()
+        self.ready, self.is_busy = asyncio.Event(), asyncio.Event()
         self.uploads = 0
 
     async def keep_files(self, run_id: str, folder: str, files: dict[str, str]) -> str:
         self.uploads += 1
+        if self.uploads == AT_ONCE:
+            self.is_busy.set()
         await self.ready.wait()
         return await super().keep_files(run_id, folder, files)
 
@@ -234,6 +237,46 @@ def test_a_pod_that_goes_is_asked_once() -> None:
 
     asyncio.run(scenario())
     assert world.kept["attempts/1/run-a1-x.log"].startswith("could not be read: TimeoutError")
+
+
+class Counted(FakeKube):
+    """Counts the logs that were read."""
+
+    reads = 0
+
+    async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
+        self.reads += 1
+        return "its last words"
+
+
+def test_a_pod_that_goes_is_read_though_the_store_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within bounds: of many that go at once, some wait until others are kept."""
+    monkeypatch.setattr(accounts, "ROOM_BYTES", (AT_ONCE + 2) * LOG_BYTES)
+    monkeypatch.setattr(accounts, "READ_WAIT_S", 0.001)
+    numbers = range(1, AT_ONCE + 5)
+    world = World()
+    many = {
+        "logs": {},
+        "status": status(*(attempt(number) for number in numbers)),
+        "pods": tuple(pod(number, name=f"run-a{number}-x") for number in numbers),
+    }
+
+    async def scenario() -> None:
+        store, kube = SlowStore(world), Counted(world)
+        keeps = keeper(world, store, kube)
+        for number in numbers:
+            await keeps.keep(observed(**many), number, pods_go=number > AT_ONCE)
+        await store.is_busy.wait()
+        assert (kube.reads, store.uploads) == (AT_ONCE + 2, AT_ONCE)
+
+        tasks = [each.task for each in keeps._accounts[KEY].values() if each.task is not None]
+        store.ready.set()
+        await asyncio.gather(*tasks)
+
+        assert (kube.reads, store.uploads) == (len(numbers), len(numbers))
+
+    asyncio.run(scenario())
+    assert len([name for name in world.kept if name.endswith(".log")]) == len(numbers)
 
 
 def test_few_logs_are_in_memory_at_one_time() -> None:
