@@ -262,7 +262,7 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     if lost is not None:
         message = f"The node {lost.node} did not end the pod in time; its attempt was given up."
         # Its Job goes with it: it would make another pod one day, and the other workers of a group wait for this one.
-        return Outcome(reason=Reason.NODE_LOST, message=message)
+        return Outcome(reason=Reason.NODE_LOST, message=message, pod=lost.name, node=lost.node)
     if not observed.is_running:
         return _not_started(observed, spec, attempt, now)
     # Silence counts only while it can be heard: MLflow away, or an operator that has just started, is no hang. Nor is
@@ -301,7 +301,8 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     pod = _waiting_pod(observed)
     if pod is not None and pod.waiting_reason == "InvalidImageName":
         why = f"{pod.waiting_image} is no valid image name: {pod.waiting_message}"
-        return Outcome(reason=Reason.IMAGE_PULL, message=f"{why}. Correct it in a new TrainingRun.")
+        message = f"{why}. Correct it in a new TrainingRun."
+        return Outcome(reason=Reason.IMAGE_PULL, message=message, pod=pod.name, node=pod.node)
     waited = age_s(_pending_since(observed, attempt), now)
     if waited < spec.pending_deadline_seconds:
         return None
@@ -309,6 +310,8 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     return Outcome(
         reason=reason,
         message=shorten(f"The pod did not start within spec.pendingDeadlineSeconds ({waited:.0f} s). {why}"),
+        pod=pod.name if pod is not None else None,
+        node=pod.node if pod is not None else None,
     )
 
 
@@ -427,13 +430,16 @@ def _record(observed: Observed, outcome: Outcome, now: datetime) -> TrainingRunS
     if ended is not None:
         # A node's clock may be wrong, and what comes next waits by this time.
         ended = min(max(ended, attempt.start_time or ended), now)
+    place = _place(observed)
+    if outcome.pod is not None:
+        place |= {"pod": outcome.pod, "node": outcome.node}
     attempt = attempt.model_copy(
         update={
             "reason": str(outcome.reason),
             "message": outcome.message,
             "exit_code": outcome.exit_code,
             "end_time": ended,
-            **_place(observed),
+            **place,
         }
     )
     counted = outcome.ended is not None and outcome.reason not in FREE and outcome.reason != Reason.COMPLETED

@@ -22,6 +22,10 @@ class Outcome:
     exit_code: int | None = None
     ended: datetime | None = None
     """When its pod ended; None where it still has to be ended."""
+    pod: str | None = None
+    """The pod that tells of it: of a group, the one to look at. None where none does."""
+    node: str | None = None
+    """Where that pod was."""
 
 
 FREE: Final = frozenset({Reason.PREEMPTED, Reason.NODE_LOST, Reason.SUSPENDED, Reason.FENCED})
@@ -100,7 +104,14 @@ def judge_pod(pod: PodFacts) -> Outcome | None:
     if pod.alive:
         return None
     reason, message = _reason(pod)
-    return Outcome(reason=reason, message=shorten(message), exit_code=pod.exit_code, ended=pod.finished or pod.created)
+    return Outcome(
+        reason=reason,
+        message=shorten(message),
+        exit_code=pod.exit_code,
+        ended=pod.finished or pod.created,
+        pod=pod.name,
+        node=pod.node,
+    )
 
 
 def _reason(pod: PodFacts) -> tuple[Reason, str]:

@@ -10,7 +10,7 @@ import pytest
 from heimdall_api.contract import Reason
 from heimdall_operator.decide import decide
 from heimdall_operator.failures import judge_group
-from heimdall_operator.observe import PodFacts
+from heimdall_operator.observe import LOST_POD_S, PodFacts
 from tests.unit.operator.builders import NOW, ago, attempt, ended_pod, job, observed, pod, run, spec, status
 
 TWO = {"resources": {"workers": 2}}
@@ -99,6 +99,35 @@ def test_the_cause_comes_before_its_consequences(one: PodFacts, other: PodFacts,
         outcome = judge_group(pods, 2)
         assert outcome is not None
         assert outcome.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("two", "reason", "exit_code"),
+    [
+        (ended(1, 137, killed_for_memory=True, node="node2"), "HostOutOfMemory", 137),
+        (worker(1, deleting=ago(LOST_POD_S + 1), node="node2"), "NodeLost", None),
+        (
+            worker(1, phase="Pending", running_since=None, waiting_reason="InvalidImageName", node="node2"),
+            "ImagePull",
+            None,
+        ),
+        (
+            worker(1, phase="Pending", running_since=None, waiting_reason="ImagePullBackOff", node="node2"),
+            "ImagePull",
+            None,
+        ),
+    ],
+    ids=["ended", "lost", "never to start", "not started in time"],
+)
+def test_the_attempt_names_the_worker_that_it_ended_for(two: PodFacts, reason: str, exit_code: int | None) -> None:
+    """People read its log, and look at its node: the first worker's tells of a connection that broke."""
+    one = worker(0) if two.alive else ended(0, 1, last_words=BROKEN)
+    group = observed(spec=spec(pendingDeadlineSeconds=30, **TWO), jobs=(job(),), pods=(one, two))
+
+    told = decide(group, NOW).status.attempts[0]
+
+    assert (told.reason, told.exit_code) == (reason, exit_code)
+    assert (told.pod, told.node, told.running_time) == ("run-a1-1-x", "node2", ago(50))
 
 
 def test_a_replaced_pod_of_a_worker_does_not_count() -> None:
