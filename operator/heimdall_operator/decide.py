@@ -175,7 +175,8 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
     message = "The training pod is being created."
     if observed.job_trouble is not None:
         message = f"The attempt's Job could not be created yet: {observed.job_trouble.message}"
-    status = waiting(observed.status, observed, "Pending", message, now)
+    # What opening the attempt has read is newer than any poll: nobody polls a run that waits.
+    status = waiting(_with_progress(observed.status, observed), observed, "Pending", message, now)
     if observed.is_unwritten:
         # Who looks next without this memory would make it a second time, or under a number that is not its own.
         return Decision((), status)
@@ -371,7 +372,7 @@ def _waiting_for(pod: PodFacts | None) -> tuple[Reason, str]:
 
 def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
     """The attempt goes on: tell how far it is, and look again when something is due."""
-    status = with_facts(_with_admission(observed, now), observed.run)
+    status = _with_progress(_with_admission(observed, now), observed)
     due = _until_deadline(observed, spec, now)
     if observed.job is not None and observed.job.suspended:
         return Decision((), _queued(status, observed, now))
@@ -380,7 +381,7 @@ def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision
     if not observed.is_running or _evicted(observed):
         waited = age_s(_pending_since(observed, status.attempts[-1]), now)
         if waited < PENDING_REPORT_S and status.conditions == observed.status.conditions:
-            return Decision((), observed.status, PENDING_REPORT_S - waited + 1)
+            return Decision((), status, PENDING_REPORT_S - waited + 1)
         reason, why = _waiting_for(_waiting_pod(observed))
         return Decision((), waiting(status, observed, str(reason), why, now), due)
     attempt = status.attempts[-1].model_copy(update=_place(observed))
@@ -388,6 +389,12 @@ def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision
     message = f"Attempt {attempt.number} is training."
     status = with_conditions(status, observed, now, Complete=(False, "Running", message), Suspended=None)
     return Decision((), status, due)
+
+
+def _with_progress(status: TrainingRunStatus, observed: Observed) -> TrainingRunStatus:
+    """The status with what MLflow says, unless that was read before the newest attempt was opened."""
+    is_old = observed.run is not None and observed.run.attempt < status.attempt
+    return status if is_old else with_facts(status, observed.run)
 
 
 def _place(observed: Observed) -> dict[str, object]:
@@ -425,7 +432,7 @@ def _queued(status: TrainingRunStatus, observed: Observed, now: datetime) -> Tra
 
 def _record(observed: Observed, outcome: Outcome, now: datetime) -> TrainingRunStatus:
     """Write an outcome into the newest attempt: ended where its pod has, otherwise ending."""
-    status = with_facts(observed.status, observed.run)
+    status = observed.status
     attempt, ended = status.attempts[-1], outcome.ended
     if ended is not None:
         # A node's clock may be wrong, and what comes next waits by this time.
@@ -443,9 +450,11 @@ def _record(observed: Observed, outcome: Outcome, now: datetime) -> TrainingRunS
         }
     )
     counted = outcome.ended is not None and outcome.reason not in FREE and outcome.reason != Reason.COMPLETED
-    return status.model_copy(
+    status = status.model_copy(
         update={"attempts": [*status.attempts[:-1], attempt], "failures": status.failures + int(counted)}
     )
+    # Afterwards: at the pace of an attempt that has ended nothing is estimated.
+    return _with_progress(status, observed)
 
 
 def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from kubernetes.aio.client.exceptions import ApiException
 
-from heimdall_api.contract import Progress
+from heimdall_api.contract import Checkpoint, Progress
 from heimdall_api.types import Condition
 from heimdall_operator.controller import Controller, event_manifest, merge_patch, with_words
 from heimdall_operator.events import Event
@@ -328,6 +328,46 @@ def test_a_run_that_begins_to_train_again_is_followed_from_then_on(monkeypatch: 
         return seen
 
     assert asyncio.run(scenario()) == [NOW, None, NOW + timedelta(seconds=2000)]
+
+
+def test_the_checkpoint_of_a_drained_pod_is_told_while_the_next_one_waits() -> None:
+    """It is delivered after the last poll, and no poll asks for a run that waits."""
+    world = World()
+    world.apply({"tracking": {"experiment": "e"}})
+    now = NOW
+
+    def checkpoint(step: int) -> None:
+        made = Checkpoint(step=step, path=f"checkpoints/{step}", sha256="0" * 64, size=1, time=NOW, last=True)
+        world.mlflow_runs[UID]["checkpoints"] = (made,)
+
+    async def scenario() -> None:
+        nonlocal now
+        operator = controller(world, clock=lambda: now)
+
+        async def look_again() -> tuple[str, int | None]:
+            await operator.refresh()
+            await operator.look(KEY)
+            assert world.run is not None
+            status = world.run["status"]
+            return status["phase"], status.get("lastCheckpoint", {}).get("step")
+
+        assert await look_again() == ("Pending", None)
+        world.pod_of(world.jobs["run-a1"], **RUNNING)
+        assert await look_again() == ("Running", None)
+        checkpoint(10)
+        await operator.read_progress()
+        assert await look_again() == ("Running", 10)
+        checkpoint(20)
+        world.pod_of(world.jobs["run-a1"], **SIGTERMED)
+        assert await look_again() == ("Pending", 20)
+        assert list(world.jobs) == ["run-a1", "run-a2"]
+        written = len(world.writes)
+        assert await look_again() == ("Pending", 20)
+        assert len(world.writes) == written
+        now += timedelta(seconds=60)
+        assert await look_again() == ("Pending", 20), "what the last poll knew is older"
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("is_refused", [False, True])

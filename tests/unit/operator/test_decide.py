@@ -377,6 +377,16 @@ def test_a_suspended_run_tells_of_the_checkpoint_that_it_made_last() -> None:
     assert (suspended.progress.step, suspended.progress.estimated_completion_time) == (70, None)
 
 
+def test_what_opening_an_attempt_has_read_is_told_also_where_its_job_can_not_be_made() -> None:
+    checkpoint = Checkpoint(step=70, epoch=3, path="checkpoints/a.ckpt", sha256="0" * 64, size=1, time=ago(3))
+    facts = run(attempt=2, checkpoints=(checkpoint,))
+
+    told = decide(observed(status=status(attempt(2)), run=facts), NOW).status.last_checkpoint
+
+    assert told is not None
+    assert told.step == 70
+
+
 @pytest.mark.parametrize(("pods", "exit_code"), [((ended_pod(143),), 143), ((), None)], ids=["seen", "gone"])
 def test_an_attempt_that_was_ended_keeps_its_exit_code(pods: tuple[PodFacts, ...], exit_code: int | None) -> None:
     asked = status(attempt(reason="Stalled", message="No training step."))
