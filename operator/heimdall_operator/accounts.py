@@ -11,7 +11,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -38,6 +38,8 @@ ROOM_BYTES: Final = AT_ONCE * LOGS_BYTES
 """Most of all accounts in memory at one time."""
 WAIT_S: Final = 10.0
 """How long a look waits for an account to be kept."""
+TURN_WAIT_S: Final = 1.0
+"""How long a look waits for an account's turn: a store that is well gives many a second."""
 READ_WAIT_S: Final = 30.0
 """How long a pod that is to be ended waits for its log to be read."""
 RETRY_S: Final = 15.0
@@ -55,6 +57,7 @@ class _Account:
     """What became of keeping one attempt's account."""
 
     task: asyncio.Task[None] | None = None
+    has_turn: asyncio.Event = field(default_factory=asyncio.Event)
     is_read: asyncio.Event = field(default_factory=asyncio.Event)
     result: str | None = None
     """Where it lies; empty where it never can; None while neither is known."""
@@ -97,11 +100,14 @@ class Keeper:
         mlflow: MlflowGateway,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         wait_s: float = WAIT_S,
+        turn_wait_s: float = TURN_WAIT_S,
     ) -> None:
         self._kube = kube
         self._mlflow = mlflow
         self._clock = clock
-        self._wait_s = wait_s
+        self._wait_s, self._turn_wait_s = wait_s, turn_wait_s
+        self._is_behind = False
+        """Whether a look has waited for a turn in vain since an account was last done with."""
         self._turns, self._uploads = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
         self._room = _Room(ROOM_BYTES)
         self._accounts: dict[Key, dict[tuple[str, int], _Account]] = defaultdict(dict)
@@ -137,6 +143,7 @@ class Keeper:
         account = self._accounts[key].setdefault((observed.uid, number), _Account())
         if account.task is None:
             account.due = None
+            account.has_turn.clear()
             account.is_read.clear()
             account.task = asyncio.create_task(self._keep(account, observed, number, pods_go=pods_go))
             account.task.add_done_callback(lambda _: setattr(account, "task", None))
@@ -156,6 +163,8 @@ class Keeper:
             task.cancel()
 
     async def _wait(self, account: _Account, task: asyncio.Task[None], *, pods_go: bool) -> None:
+        if not pods_go and not await self._comes_soon(account):
+            return
         done, _ = await asyncio.wait({task}, timeout=self._wait_s)
         if done:
             task.result()
@@ -164,12 +173,23 @@ class Keeper:
             await asyncio.wait({task, reading}, timeout=READ_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             reading.cancel()
 
+    async def _comes_soon(self, account: _Account) -> bool:
+        """Whether an account's turn comes in a moment: beside a slow store, those that queue would hold up looks."""
+        if self._is_behind:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._turn_wait_s):
+                await account.has_turn.wait()
+        self._is_behind = not account.has_turn.is_set()
+        return not self._is_behind
+
     async def _keep(self, account: _Account, observed: Observed, number: int, *, pods_go: bool) -> None:
         assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
         # Pods that stay keep their logs until it is their turn; those that go can't be asked later, nor again.
         insist = not pods_go and account.unread < READ_TRIES - 1
         pods = len(observed.pods_of(number))
         async with nullcontext() if pods_go else self._turns, self._room.of(pods * _limit(pods)):
+            account.has_turn.set()
             try:
                 files = await self._read_counted(account, observed, number, insist=insist)
                 folder = f"{ATTEMPTS_DIR}/{number}"
@@ -177,6 +197,8 @@ class Keeper:
                     account.result = await self._mlflow.keep_files(observed.status.run_id, folder, files)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 self._failed(account, number, error)
+            finally:
+                self._is_behind = False
 
     async def _read_counted(
         self, account: _Account, observed: Observed, number: int, *, insist: bool

@@ -14,7 +14,7 @@ from heimdall_operator.accounts import AT_ONCE, READ_TRIES, RETRY_LIMIT_S, RETRY
 from heimdall_operator.controller import Controller
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S
 from heimdall_operator.kube import LOG_BYTES, ForbiddenError, RefusedError
-from tests.unit.operator.builders import NOW, attempt, ended_pod, observed, pod, status
+from tests.unit.operator.builders import NOW, UID, attempt, ended_pod, observed, pod, status
 from tests.unit.operator.fakes import KEY, STAMP, FakeKube, FakeMlflow, World, controller
 
 RUNNING = {"phase": "Running", "running": {"startedAt": STAMP}}
@@ -277,6 +277,35 @@ def test_a_pod_that_goes_is_read_though_the_store_hangs(monkeypatch: pytest.Monk
 
     asyncio.run(scenario())
     assert len([name for name in world.kept if name.endswith(".log")]) == len(numbers)
+
+
+def test_only_looks_whose_turn_it_is_wait_for_a_slow_store() -> None:
+    """Many attempts may end together: those that queue would hold up the looks at everything else."""
+    world = World()
+    kube: Any = FakeKube(world)
+
+    async def scenario() -> None:
+        store: Any = SlowStore(world)
+        keeps = Keeper(kube, store, Clock(), wait_s=3600, turn_wait_s=0.001)
+        waiting = [asyncio.create_task(keeps.keep(of(number), 1, pods_go=False)) for number in range(AT_ONCE)]
+        await store.is_busy.wait()
+
+        async with asyncio.timeout(60):  # and not an hour
+            for number in range(AT_ONCE, 10):
+                assert await keeps.keep(of(number), 1, pods_go=False) is None
+            assert not any(look.done() for look in waiting)
+            keeps._turn_wait_s = 3600
+            assert await keeps.keep(of(10), 1, pods_go=False) is None, "that the store is behind is known"
+
+        store.ready.set()
+        assert await asyncio.gather(*waiting) == [KEPT] * AT_ONCE
+        await asyncio.gather(*(each[UID, 1].task for each in keeps._accounts.values() if each[UID, 1].task is not None))
+        assert await keeps.keep(of(11), 1, pods_go=False) == KEPT, "and that it is well again"
+
+    def of(number: int) -> Any:
+        return observed(name=f"run{number}", logs={}, pods=(ended_pod(0),))
+
+    asyncio.run(scenario())
 
 
 def test_few_logs_are_in_memory_at_one_time() -> None:
