@@ -216,12 +216,18 @@ def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: d
         return Outcome(reason=Reason.INVALID_CONFIGURATION, message=shorten(observed.refusal), ended=now)
     if spec.suspend:
         return Outcome(reason=Reason.SUSPENDED, message="Suspended by spec.suspend.")
-    if spec.active_deadline_seconds and age_s(observed.status.start_time, now) >= spec.active_deadline_seconds:
-        return Outcome(
-            reason=Reason.DEADLINE_EXCEEDED,
-            message=f"The run took longer than spec.activeDeadlineSeconds ({spec.active_deadline_seconds} s).",
-        )
+    if _until_active_deadline(observed, spec, now) <= 0:
+        return Outcome(reason=Reason.DEADLINE_EXCEEDED, message=_too_long(spec))
     return _job_outcome(observed, now) or _pod_outcome(observed, spec, attempt, now)
+
+
+def _until_active_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) -> float:
+    """Seconds that are left to the run in all; without end where the spec sets none."""
+    return (spec.active_deadline_seconds or math.inf) - age_s(observed.status.start_time, now)
+
+
+def _too_long(spec: TrainingRunSpec) -> str:
+    return f"The run took longer than spec.activeDeadlineSeconds ({spec.active_deadline_seconds} s)."
 
 
 def _evicted(observed: Observed) -> bool:
@@ -297,7 +303,7 @@ def _living(observed: Observed, now: datetime) -> list[PodFacts]:
 def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
     if observed.job is None:
         return _no_job(observed, spec, now)
-    if observed.job.suspended or not _is_starting(observed):
+    if not _is_starting(observed):
         return None
     pod = _waiting_pod(observed)
     if pod is not None and pod.waiting_reason == "InvalidImageName":
@@ -319,7 +325,7 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
 def _is_starting(observed: Observed) -> bool:
     """Whether the newest attempt's pods are still to start; a pod that is gone since is for its Job to tell of."""
     job = observed.job
-    if job is None or job.finished is not None:
+    if job is None or job.finished is not None or job.suspended:
         return False
     return observed.status.attempts[-1].running_time is None or _was_let_go_again(observed, job)
 
@@ -375,7 +381,7 @@ def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision
     status = _with_progress(_with_admission(observed, now), observed)
     due = _until_deadline(observed, spec, now)
     if observed.job is not None and observed.job.suspended:
-        return Decision((), _queued(status, observed, now))
+        return Decision((), _queued(status, observed, now), due)
     if not observed.is_running and not _is_starting(observed):
         return Decision((), status, due)
     if not observed.is_running or _evicted(observed):
@@ -499,7 +505,7 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
         return _fail(observed, reason, tries + message, now)
     if spec.suspend:
         return Decision((), _suspended(observed, now))
-    return _retry(observed, attempt, memory, now)
+    return _retry(observed, spec, attempt, memory, now)
 
 
 def _has_account(observed: Observed, attempt: Attempt) -> bool:
@@ -545,14 +551,17 @@ def _next_memory(spec: TrainingRunSpec, attempt: Attempt) -> str | None:
     return str(growth.max) if wanted >= most else f"{math.ceil(wanted / MEBIBYTE)}Mi"
 
 
-def _retry(observed: Observed, attempt: Attempt, memory: str | None, now: datetime) -> Decision:
+def _retry(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, memory: str | None, now: datetime) -> Decision:
     reason = Reason(attempt.reason or Reason.UNKNOWN)
     failures = _fruitless(observed.status) - 1 if reason in FREE else observed.status.failures
     delay = doubled_s(RETRY_DELAY_S, failures - 1, RETRY_DELAY_LIMIT_S) if failures > 0 else 0.0
     left = delay - age_s(attempt.end_time, now)
     message = f"Attempt {attempt.number} ended ({reason}); the next one goes on from the last checkpoint."
+    in_all = _until_active_deadline(observed, spec, now)
+    if in_all <= 0:
+        return _fail(observed, Reason.DEADLINE_EXCEEDED, _too_long(spec), now)
     if left > 0:
-        return Decision((), waiting(observed.status, observed, "Retrying", message, now), left)
+        return Decision((), waiting(observed.status, observed, "Retrying", message, now), min(left, in_all))
     status = _next_attempt(observed.status, observed.name, now, memory)
     return Decision((), waiting(status, observed, "Retrying", message, now))
 
@@ -608,7 +617,12 @@ def _fail(observed: Observed, reason: Reason, message: str, now: datetime) -> De
     return Decision(
         (),
         with_conditions(
-            status, observed, now, Failed=(True, str(reason), message), Complete=(False, str(reason), message)
+            status,
+            observed,
+            now,
+            Failed=(True, str(reason), message),
+            Complete=(False, str(reason), message),
+            Suspended=None,
         ),
     )
 
@@ -705,7 +719,7 @@ def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) ->
         waited = age_s(_pending_since(observed, observed.status.attempts[-1]), now)
         left.append(spec.pending_deadline_seconds - waited)
     if spec.active_deadline_seconds is not None:
-        left.append(spec.active_deadline_seconds - age_s(observed.status.start_time, now))
+        left.append(_until_active_deadline(observed, spec, now))
     if running and spec.stall_timeout_seconds is not None:
         left.append(min(spec.stall_timeout_seconds / 4, 60))
     if observed.job is not None and observed.job.finished is not None:

@@ -320,6 +320,39 @@ def test_the_active_deadline_ends_the_run() -> None:
     assert late.status.attempts[-1].reason == "DeadlineExceeded"
 
 
+QUEUED = job(queue="team-queue", suspended=True)
+PAUSED = status(attempt(reason="Killed", end_time=ago(1)), failures=3)
+LIMITED = {
+    "in a queue": (observed(spec=spec(activeDeadlineSeconds=90), jobs=(QUEUED,)), 30),
+    "in a queue, without end": (observed(jobs=(QUEUED,)), None),
+    "held by somebody": (observed(jobs=(job(suspended=True, created=ago(90_000)),)), None),
+    "between attempts": (observed(spec=spec(activeDeadlineSeconds=90), status=PAUSED), 30),
+    "between attempts, pausing for less": (observed(spec=spec(activeDeadlineSeconds=9000), status=PAUSED), 39),
+}
+
+
+@pytest.mark.parametrize(("seen", "again_s"), LIMITED.values(), ids=LIMITED.keys())
+def test_what_waits_is_looked_at_when_its_time_is_over(seen: Observed, again_s: float | None) -> None:
+    decision = decide(seen, NOW)
+
+    assert (decision.actions, decision.look_again_s) == ((), again_s)
+
+
+def test_the_active_deadline_ends_a_run_between_attempts() -> None:
+    over = settled(observed(spec=spec(activeDeadlineSeconds=30), status=PAUSED))
+
+    assert (over.attempt, condition(over, "Failed")) == (1, ("True", "DeadlineExceeded"))
+
+
+def test_a_run_that_is_resumed_after_its_time_fails() -> None:
+    suspended = settled(observed(spec=spec(suspend=True), status=ended(Reason.SUSPENDED)))
+
+    over = settled(observed(spec=spec(activeDeadlineSeconds=30), status=suspended))
+
+    assert (over.attempt, condition(over, "Failed")) == (1, ("True", "DeadlineExceeded"))
+    assert condition(over, "Suspended") == ("False", "Resumed")
+
+
 def test_a_hang_is_noticed_by_steps_that_stop() -> None:
     seen = observed(
         spec=spec(stallTimeoutSeconds=20),
@@ -624,9 +657,6 @@ def test_memory_that_grew_stays_for_the_attempts_after() -> None:
     lost = attempt(reason="Killed", end_time=ago(60), memory="32Gi")
 
     assert decide(observed(status=status(lost, failures=1)), NOW).status.attempts[-1].memory == "32Gi"
-
-
-QUEUED = job(queue="team-queue", suspended=True)
 
 
 def test_a_job_in_a_queue_waits_without_a_deadline() -> None:
