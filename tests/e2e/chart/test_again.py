@@ -113,7 +113,7 @@ def drain_one_of_two(again: Cluster, call: Callable[[Mlflow], Any]) -> None:
     def may_go() -> bool:
         return bool((again.get("pdb", LOGINS) or {}).get("status", {}).get("disruptionsAllowed"))
 
-    wait_for(may_go, what="a budget of one pod", timeout_s=120)
+    wait_for(may_go, what="two servers, of which one may go", timeout_s=LIFE_S)
     first, second = pods(again, "tracking").values()
     assert evict(again, first) == ""
     assert "violate the pod's disruption budget" in evict(again, second)
