@@ -26,6 +26,23 @@ def reasons(row: str) -> set[str]:
     return set(re.findall(r"`(\w+)`", found[1]))
 
 
+def version(file: str, pattern: str) -> str:
+    """The version that a file of the repository names."""
+    found = re.search(pattern, (ROOT / file).read_text())
+    assert found is not None
+    return found[1]
+
+
+def test_versions_that_are_called_tested_are_those_of_the_tests() -> None:
+    kubernetes = version("hack/cluster/heimdall_cluster/parts.py", r'KUBERNETES_VERSION.*"v([\d.]+)"')
+    helm = version("hack/cluster/parts/helm/go.mod", r"helm.sh/helm/v4 v([\d.]+)")
+    least = version("charts/heimdall/Chart.yaml", r">=(\d+\.\d+)")
+    text = section((ROOT / "docs/quickstart.md").read_text(), "On a cluster that you have")
+
+    assert f"Tested are Kubernetes {kubernetes} and Helm {helm}, and no others" in text
+    assert f"refuses a Kubernetes before {least};" in text
+
+
 def test_what_follows_a_reason_is_the_operators_policy() -> None:
     grows, fenced = {Reason.HOST_OUT_OF_MEMORY.value}, {Reason.FENCED.value}
     counted = {item.value for item in set(Reason) - FREE - FINAL - {Reason.COMPLETED}}
