@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.chart.pages import Typist, section
 from tests.e2e.cluster import Cluster
-from tests.e2e.conftest import Mlflow
+from tests.e2e.conftest import Mlflow, contract_run
 
 VOLUME_FULL = "docs/runbooks/volume-full.md"
 PASSWORDS = "docs/runbooks/passwords.md"
+ATTEMPTS_FAIL = "docs/runbooks/HeimdallAttemptsFail.md"
 LOG_IN = 'PGPASSWORD="$MLFLOW_PASSWORD" psql -h 127.0.0.1 -U mlflow -d mlflow -c "SELECT 1"'
 """As MLflow does: by TCP, where a password is asked for."""
 
@@ -78,3 +80,18 @@ def test_roles_get_the_passwords_of_the_secret(typist: Typist, release: Cluster)
     typist.type(ask)
 
     assert release.run(*log_in).returncode == 0
+
+
+def test_a_password_can_be_read(typist: Typist, canaries: dict[str, str]) -> None:
+    said = typist.type(*section(PASSWORDS, "A password is lost, refused, or to be changed"))
+
+    assert said == canaries["tracking/admin-password"]
+
+
+def test_runs_are_listed_with_reasons_and_nodes(typist: Typist, release: Cluster, name: str) -> None:
+    release.apply(contract_run(name, fail="configuration"))
+    node = release.wait_for_phase(name, "Failed", timeout_s=240)["attempts"][0]["node"]
+
+    said = typist.type(*section(ATTEMPTS_FAIL, "What to do"))
+
+    assert re.search(rf"^{release.namespace} +{name} +Failed +InvalidConfiguration +{node}$", said, re.MULTILINE), said

@@ -63,37 +63,65 @@ HELM_FLAGS = {
     "-",  # standard input, as a file of values
 }
 RUN_BY = {
-    # What a command begins with: where a test runs it, and words by which it is found there.
+    # A command, with … for what is another word there: where a test runs it, and words by which it is found there.
     "make test": (".ci/run", "make test"),  # by continuous integration
     "make venv": ("Makefile", "test: needs-test venv"),  # by `make test`
-    "heimdall-train data generate": ("tests/integration/test_export.py", "heimdall_train(*generate"),
-    "heimdall-train run": ("tests/integration/test_export.py", "heimdall_train(*run_it"),
-    "heimdall-train plot": ("tests/integration/test_export.py", "looks = {"),
-    "heimdall-train deliver": ("tests/integration/test_undelivered.py", '"deliver", str(folder)'),
-    "heimdall-train validate": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
-    "python3 hack/cluster env": ("tests/e2e/cluster.py", '"hack/cluster", "env"'),
-    "python3 hack/cluster down": ("tests/e2e/conftest.py", 'hack("hack/cluster", "down")'),
+    "heimdall-train data generate --sessions 12": ("tests/integration/test_export.py", "heimdall_train(*generate"),
+    "heimdall-train run -f manifests/examples/localizer.yaml": (
+        *("tests/integration/test_export.py", "heimdall_train(*run_it"),
+    ),
+    "heimdall-train run -f line.yaml": ("tests/unit/documents/test_own_model.py", '["run", "-f", "line.yaml"]'),
+    "heimdall-train validate -f line.yaml": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
+    "heimdall-train plot --model … -o plots": ("tests/integration/test_export.py", "looks = {"),
+    "heimdall-train deliver …": ("tests/integration/test_undelivered.py", '"deliver", str(folder)'),
     "python3 hack/images list": ("tests/unit/hack/test_images.py", '"hack/images", "list"'),
-    "kubectl create namespace": ("tests/e2e/conftest.py", '"kubectl", "create", "namespace"'),
-    "kubectl label namespace": ("tests/e2e/conftest.py", '"kubectl", "label", "namespace"'),
-    "kubectl apply": ("tests/e2e/test_localizer.py", 'kubectl("apply", "-f"'),
-    "kubectl wait": ("tests/e2e/test_localizer.py", '"wait", "--for=condition=Complete"'),
+    "kubectl create namespace heimdall": ("tests/e2e/conftest.py", '"kubectl", "create", "namespace"'),
+    "kubectl label namespace heimdall pod-security.kubernetes.io/enforce=restricted": (
+        *("tests/e2e/conftest.py", '"kubectl", "label", "namespace", where.namespace, RESTRICTED'),
+    ),
+    "kubectl apply -f …": ("tests/e2e/test_localizer.py", 'kubectl("apply", "-f"'),
+    "kubectl wait --for=condition=Complete trainingrun/localizer": (
+        *("tests/e2e/test_localizer.py", '"wait", "--for=condition=Complete", "trainingrun/localizer"'),
+    ),
+    "kubectl wait --for=condition=Complete job/generate-recordings": (
+        *("tests/e2e/conftest.py", '"wait", "--for=condition=Complete", "job/generate-recordings"'),
+    ),
     "kubectl get trainingruns": ("tests/e2e/test_resource.py", '"get", "tr"'),
-    "kubectl get trainingrun": ("tests/e2e/test_localizer.py", '"get", "trainingrun"'),
-    "kubectl describe trainingrun": ("tests/e2e/test_resource.py", '"describe", "trainingrun"'),
-    "kubectl rollout status": ("tests/e2e/conftest.py", '"rollout", "status"'),
-    "kubectl exec": ("tests/e2e/chart/test_runbooks.py", '"docs/runbooks/passwords.md"'),
-    "kubectl explain": ("tests/e2e/test_resource.py", '"explain"'),
-    "kubectl get secret": ("tests/e2e/chart/test_again.py", '"get", "secret"'),
-    "helm install": ("tests/e2e/chart/test_again.py", 'again.helm("install"'),
-    "helm upgrade": ("tests/e2e/chart/test_again.py", 'again.helm("upgrade"'),
-    "helm test": ("tests/e2e/chart/test_again.py", 'helm("test"'),
-    "helm rollback": ("tests/e2e/chart/test_again.py", 'helm("rollback"'),
-    "helm get values": ("tests/e2e/chart/test_again.py", 'section("docs/upgrading.md", "Back")'),
+    "kubectl get trainingrun localizer -o jsonpath={.status.modelURI}": (
+        *("tests/e2e/test_localizer.py", '"get", "trainingrun", "localizer", "-o", "jsonpath={.status.modelURI}"'),
+    ),
+    "kubectl describe trainingrun localizer": ("tests/e2e/test_resource.py", '"describe", "trainingrun"'),
+    "kubectl explain trainingrun.spec": ("tests/e2e/test_resource.py", '"explain", "trainingrun.spec"'),
+    "kubectl get secret heimdall-tracking -o jsonpath={.data.admin-password}": (
+        *("tests/e2e/chart/test_runbooks.py", 'section(PASSWORDS, "A password is lost, refused, or to be changed")'),
+    ),
+    "kubectl exec -i heimdall-database-0 -- psql -U postgres -v ON_ERROR_STOP=1": (
+        *("tests/e2e/chart/test_runbooks.py", 'section(PASSWORDS, "Give everybody the passwords of the Secrets")'),
+    ),
+    "helm install heimdall charts/heimdall --wait": (
+        "tests/e2e/conftest.py",
+        '"install", "heimdall", "charts/heimdall"',
+    ),
+    "helm upgrade heimdall charts/heimdall --reset-then-reuse-values --wait": (
+        *("tests/e2e/chart/test_again.py", 'kept = ("--reset-then-reuse-values", *more)'),
+    ),
+    "helm upgrade heimdall charts/heimdall --reset-then-reuse-values": (
+        *("tests/e2e/chart/test_definition.py", 'str(present), "--reset-then-reuse-values")'),
+    ),
+    "helm test heimdall": ("tests/e2e/chart/test_passwords.py", 'helm("test", "heimdall"'),
+    "helm rollback heimdall --wait": ("tests/e2e/chart/test_namespaces.py", 'helm("rollback", "heimdall", "--wait"'),
+    "helm get values heimdall --revision … -o yaml": (
+        *("tests/e2e/chart/test_again.py", 'section("docs/upgrading.md", "Back")'),
+    ),
+    "helm upgrade heimdall charts/heimdall --reset-values -f - --wait": (
+        *("tests/e2e/chart/test_again.py", 'section("docs/upgrading.md", "Back")'),
+    ),
 }
+ANY_WORD = "…"
 RUN_WHOLE = {
     "docs/howto/backup.md": "tests/e2e/chart/test_backup.py",
     "docs/runbooks/volume-full.md": "tests/e2e/chart/test_runbooks.py",
+    "docs/runbooks/HeimdallAttemptsFail.md": "tests/e2e/chart/test_runbooks.py",
 }
 """Pages whose commands a test runs as they stand there."""
 NOTHING_TO_RUN = {".", "export", "base64", "eval"}
@@ -265,16 +293,33 @@ def test_a_file_of_the_repository_is_there(command: Command) -> None:
 
 @pytest.mark.parametrize("command", [pytest.param(item, id=item.where) for item in commands()])
 def test_a_command_is_run_by_a_test_or_marked_as_not(command: Command) -> None:
-    """With other names and options there, unless the test runs the whole page."""
+    """In another namespace and with another bound there, unless the test runs the whole page."""
     if command.is_marked or command.words[0] in NOTHING_TO_RUN:
         return
     if command.where.partition(":")[0] in RUN_WHOLE:
         return  # the next test looks at these
-    start = " ".join([command.words[0], *plain(command.words[1:])])
-    found = [where for begin, where in RUN_BY.items() if f"{start} ".startswith(f"{begin} ")]
+    found = [where for run, where in RUN_BY.items() if is_run(command.words, run.split())]
     assert found, f"no test runs it: begin its block with `{NOT_RUN}: WHY`"
     for file, words in found:
         assert words in (ROOT / file).read_text(), f"{file} runs it no more"
+
+
+def is_run(words: list[str], run: list[str]) -> bool:
+    """Whether a command is one that a test runs."""
+    own = re.sub(r" (-n heimdall|--timeout[ =]\S+)(?= |$)", "", " ".join(words)).split()
+    return len(own) == len(run) and all(there in (ANY_WORD, word) for word, there in zip(own, run, strict=True))
+
+
+def test_every_command_that_tests_are_said_to_run_is_in_the_documents() -> None:
+    typed = [item.words for item in commands()]
+    assert [run for run in RUN_BY if not any(is_run(words, run.split()) for words in typed)] == []
+
+
+@pytest.mark.parametrize(
+    "more", ["kubectl exec deployment/heimdall-tracking -- env", "helm install heimdall charts/heimdall -f values.yaml"]
+)
+def test_another_command_of_a_program_that_tests_call_is_not_taken_for_run(more: str) -> None:
+    assert not any(is_run(more.split(), run.split()) for run in RUN_BY)
 
 
 @pytest.mark.parametrize(("page", "test"), RUN_WHOLE.items(), ids=RUN_WHOLE)
