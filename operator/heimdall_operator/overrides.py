@@ -57,6 +57,10 @@ _OWN_POD_FIELDS: Final = (
     "schedulingGates",
 )
 _OWN_CONTAINER_FIELDS: Final = ("image", "terminationMessagePath", "terminationMessagePolicy", "stdin", "tty")
+_RESTARTS: Final = "a trainer that has ended would be started again in its pod, and not by spec.retries: remove it"
+_OWN_RESTARTS: Final = ("restartPolicy", "restartPolicyRules")
+_RESTART_OF_ALL: Final = "RestartAllContainers"
+"""What a rule of any container may do to the trainer (Kubernetes' KEP-5532)."""
 _OWN_RESOURCES: Final = ("cpu", "memory", "nvidia.com/gpu")
 _OWN_ENV: Final = frozenset({ENV_RUN_FILE, ENV_ATTEMPT, ENV_TERMINATION_MESSAGE, ENV_MLFLOW_RUN_ID})
 _OWN_VOLUMES: Final = frozenset({"run-file", "scratch", "shared-memory"})
@@ -259,7 +263,11 @@ def _container(container: Mapping[str, Any], path: str) -> list[str]:
         for port in container.get("ports") or []
         if port.get("hostPort")
     ]
-    return found + (_trainer(container, path) if container["name"] == CONTAINER else [])
+    if container["name"] == CONTAINER:
+        return found + _trainer(container, path)
+    rules = container.get("restartPolicyRules")
+    actions = [rule.get("action") for rule in rules if isinstance(rule, Mapping)] if isinstance(rules, list) else []
+    return found + [f"{path}.restartPolicyRules[{_RESTART_OF_ALL}]: {_RESTARTS}"] * (_RESTART_OF_ALL in actions)
 
 
 def _container_security(context: Mapping[str, Any], path: str) -> list[str]:
@@ -277,6 +285,7 @@ def _trainer(container: Mapping[str, Any], path: str) -> list[str]:
     """What of the training container is the operator's own."""
     remedies = {"image": "set spec.image instead"}
     found = [f"{path}.{name}: {remedies.get(name, _CONTRACT)}" for name in _OWN_CONTAINER_FIELDS if name in container]
+    found += [f"{path}.{name}: {_RESTARTS}" for name in _OWN_RESTARTS if name in container]
     names = [variable["name"] for variable in container.get("env") or []]
     found += [f"{path}.env[{name}]: {_CONTRACT}" for name in names if name in _OWN_ENV]
     mounts = [mount["mountPath"] for mount in container.get("volumeMounts") or []]

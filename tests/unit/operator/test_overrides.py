@@ -102,6 +102,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no seccomp": ({"spec": {"securityContext": {"seccompProfile": {"type": "Unconfined"}}}}, "seccompProfile"),
     "another restart policy": ({"spec": {"restartPolicy": "Always"}}, "restartPolicy: the operator needs it"),
+    "a restart policy of the trainer": (
+        trainer(restartPolicy="Always"),
+        "containers[trainer].restartPolicy: a trainer that has ended would be started again in its pod",
+    ),
+    "restart rules of the trainer": (
+        trainer(restartPolicyRules=[{"action": "Restart", "exitCodes": {"operator": "In", "values": [143]}}]),
+        "containers[trainer].restartPolicyRules: a trainer that has ended would be started again in its pod",
+    ),
+    "a sidecar that restarts the trainer": (
+        {"spec": {"initContainers": [{"name": "side", "restartPolicyRules": [{"action": "RestartAllContainers"}]}]}},
+        "initContainers[side].restartPolicyRules[RestartAllContainers]: a trainer that has ended would be started",
+    ),
     "the image": (trainer(image="mine"), "containers[trainer].image: set spec.image instead"),
     "the memory": (
         trainer(resources={"limits": {"memory": "9Gi"}}),
@@ -146,6 +158,13 @@ TAKEN: dict[str, dict[str, Any]] = {
                     "ports": [{"containerPort": 80}],
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                 }
+            ]
+        }
+    },
+    "a sidecar with rules of its own": {
+        "spec": {
+            "containers": [
+                {"name": "side", "restartPolicy": "Never", "restartPolicyRules": [{"action": "Restart"}, "x", None]}
             ]
         }
     },
