@@ -24,7 +24,7 @@ from heimdall_api.types import TrainingRunStatus
 from heimdall_operator.decide import job_name
 from heimdall_operator.kube import HTTP_NOT_FOUND, LOG_BYTES, ForbiddenError, Kube, RefusedError, answer_of
 from heimdall_operator.mlflow_gateway import MlflowGateway
-from heimdall_operator.observe import CONTAINER, Observed
+from heimdall_operator.observe import CONTAINER, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
 from heimdall_operator.store import Key
 from heimdall_tracking.errors import is_permanent
@@ -228,19 +228,25 @@ class Keeper:
         Raises:
             Exception: Something could not be read now, and is insisted on.
         """
-        namespace, pods = observed.namespace, [pod.name for pod in observed.pods_of(number)]
-        about = [("Pod", name) for name in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
+        namespace, pods = observed.namespace, observed.pods_of(number)
+        about = [("Pod", pod.name) for pod in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
         files: dict[str, str] = {}
-        for name in pods:
+        for pod in pods:
             # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
-            reading = self._kube.read_log(namespace, name, CONTAINER, _limit(len(pods)))
-            files[f"{name}.log"] = await _redacted(await _read_or_say(reading, insist=insist))
+            reading = self._kube.read_log(namespace, pod.name, _telling(pod), _limit(len(pods)))
+            files[f"{pod.name}.log"] = await _redacted(await _read_or_say(reading, insist=insist))
         events = [await _read_or_say(self._events(namespace, *each), insist=insist) for each in about]
         return {**files, "events.jsonl": await _redacted("".join(events))}
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
         events = await self._kube.list_events(namespace, kind, name)
         return "".join(f"{json.dumps(without_bookkeeping(event), sort_keys=True)}\n" for event in events)
+
+
+def _telling(pod: PodFacts) -> str:
+    """The container whose log tells why a pod ended: a trainer that never ran has none."""
+    # A sidecar may end with an error beside a trainer that ran.
+    return pod.init_failed if pod.init_failed and pod.running_since is None else CONTAINER
 
 
 def _limit(pods: int) -> int:

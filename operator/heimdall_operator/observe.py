@@ -52,6 +52,8 @@ class PodFacts:
     """Which field names the image that it waits for."""
     init_error: str = ""
     """Which init container failed, and how: its container never ran."""
+    init_failed: str = ""
+    """Name of that init container."""
     unschedulable: str | None = None
     """The scheduler's words where no node fits."""
     exit_code: int | None = None
@@ -287,7 +289,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
     container: Mapping[str, Any] = containers.get(CONTAINER, {})
     state = container.get("state") or {}
     terminated = state.get("terminated") or {}
-    before, init_error = _initialisation(status.get("initContainerStatuses") or ())
+    before, init_failed, init_error = _initialisation(status.get("initContainerStatuses") or ())
     waiting = before or state.get("waiting") or {}
     conditions = {item["type"]: item for item in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
@@ -307,6 +309,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
         waiting_message=waiting.get("message", ""),
         waiting_image="the image of the init container in spec.podTemplate" if before else "spec.image",
         init_error=init_error,
+        init_failed=init_failed,
         unschedulable=scheduled.get("message") if scheduled.get("reason") == "Unschedulable" else None,
         exit_code=terminated.get("exitCode"),
         killed_for_memory=reason == "OOMKilled",
@@ -321,18 +324,18 @@ def pod_facts(pod: Manifest) -> PodFacts:
     )
 
 
-def _initialisation(containers: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str]:
-    """What an init container waits for, and which one failed: nothing of both where all is well."""
+def _initialisation(containers: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str, str]:
+    """What an init container waits for, which one failed, and how: nothing of them where all is well."""
     for container in containers:
         state = container.get("state") or {}
         terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
         if terminated.get("exitCode"):
             words = terminated.get("message") or terminated.get("reason") or ""
-            code = terminated["exitCode"]
-            return {}, f"The init container {container.get('name')} ended with exit code {code}. {words}".strip()
+            name, code = container.get("name", ""), terminated["exitCode"]
+            return {}, name, f"The init container {name} ended with exit code {code}. {words}".strip()
         if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
-            return waiting, ""
-    return {}, ""
+            return waiting, "", ""
+    return {}, "", ""
 
 
 def owner_uid(manifest: Manifest) -> str | None:

@@ -14,6 +14,7 @@ from heimdall_operator.accounts import AT_ONCE, READ_TRIES, RETRY_LIMIT_S, RETRY
 from heimdall_operator.controller import Controller
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S
 from heimdall_operator.kube import LOG_BYTES, ForbiddenError, RefusedError
+from heimdall_operator.observe import PodFacts
 from tests.unit.operator.builders import NOW, UID, attempt, ended_pod, observed, pod, status
 from tests.unit.operator.fakes import KEY, STAMP, FakeKube, FakeMlflow, World, controller
 
@@ -306,6 +307,29 @@ def test_only_looks_whose_turn_it_is_wait_for_a_slow_store() -> None:
         return observed(name=f"run{number}", logs={}, pods=(ended_pod(0),))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("ended", "container"),
+    [
+        (pod(phase="Failed", running_since=None, init_failed="fetch", init_error="It ended."), "fetch"),
+        (ended_pod(1, init_failed="proxy", init_error="It ended."), "trainer"),
+    ],
+    ids=["before the trainer", "a sidecar"],
+)
+def test_the_log_of_an_init_container_that_failed_is_kept(ended: PodFacts, container: str) -> None:
+    world = World()
+
+    class Kube(FakeKube):
+        async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
+            return f"log of {container}"
+
+    async def scenario() -> None:
+        keeps = patient(Kube(world), FakeMlflow(world), Clock())
+        assert await keeps.keep(observed(logs={}, pods=(ended,)), 1, pods_go=False) == KEPT
+
+    asyncio.run(scenario())
+    assert world.kept["attempts/1/run-a1-x.log"] == f"log of {container}"
 
 
 def test_few_logs_are_in_memory_at_one_time() -> None:

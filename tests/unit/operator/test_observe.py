@@ -166,8 +166,10 @@ def test_an_init_container_that_fails_is_named_with_its_code_and_words() -> None
         {"name": "first", "state": {"terminated": {"exitCode": 0}}},
         {"name": "fetch", "state": {"terminated": {"exitCode": 3, "message": "no such bucket"}}},
     ]
-    outcome = judge_pod(pod_facts(raw_pod(phase="Failed", initContainerStatuses=init)))
+    facts = pod_facts(raw_pod(phase="Failed", initContainerStatuses=init))
+    outcome = judge_pod(facts)
 
+    assert facts.init_failed == "fetch"
     assert outcome is not None
     assert outcome.message == "The init container fetch ended with exit code 3. no such bucket"
 
