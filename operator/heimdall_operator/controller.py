@@ -214,19 +214,21 @@ class Controller:
         """
         if not others:
             return
-        named = {}
-        for resource in filter(None, map(self.store.get, self.store.known())):
-            run_id = (resource.get("status") or {}).get("runID")
-            if run_id is not None:
-                named[resource["metadata"]["uid"]] = run_id
+        named: dict[str, tuple[Key, str]] = {}
+        for key in self.store.known():
+            resource = self.store.get(key)
+            if resource is not None and (run_id := (resource.get("status") or {}).get("runID")) is not None:
+                named[resource["metadata"]["uid"]] = key, run_id
         for item in others:
-            if named.get(item.uid, item.run_id) == item.run_id:
+            if item.uid not in named or named[item.uid][1] == item.run_id:
                 continue
-            log.warning("MLflow has made a run twice; taking one back", run_id=item.run_id, kept=named[item.uid])
-            try:
-                await self._mlflow.discard_run(item.run_id)
-            except Exception as error:  # noqa: BLE001 - progress was read all the same: a hang must be noticed
-                log.warning("the run could not be taken back; trying again", error=_describe(error))
+            (namespace, name), kept = named[item.uid]
+            with structlog.contextvars.bound_contextvars(namespace=namespace, trainingrun=name, uid=item.uid):
+                log.warning("MLflow has made a run twice; taking one back", run_id=item.run_id, kept=kept)
+                try:
+                    await self._mlflow.discard_run(item.run_id)
+                except Exception as error:  # noqa: BLE001 - progress was read all the same: a hang must be noticed
+                    log.warning("the run could not be taken back; trying again", error=_describe(error))
 
     def stuck_reason(self, resync_s: float) -> str | None:
         """Why the operator is taken for stuck, or None: what a liveness probe asks."""
@@ -480,7 +482,15 @@ class Controller:
                 if not isinstance(error, RefusedError | ForbiddenError) and event.tries < EVENT_TRIES:
                     self._events.append(replace(event, tries=event.tries + 1))
                     return False
-                log.warning("an Event could not be recorded", reason=event.manifest["reason"], error=_describe(error))
+                about = event.manifest["regarding"]
+                log.warning(
+                    "an Event could not be recorded",
+                    namespace=about["namespace"],
+                    trainingrun=about["name"],
+                    uid=about["uid"],
+                    reason=event.manifest["reason"],
+                    error=_describe(error),
+                )
         self._has_events.clear()
         return True
 

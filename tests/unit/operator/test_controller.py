@@ -10,7 +10,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+import structlog
 from kubernetes.aio.client.exceptions import ApiException
+from structlog.testing import capture_logs
 
 from heimdall_api.contract import Checkpoint, Progress
 from heimdall_api.types import Condition
@@ -36,6 +38,8 @@ COMPLETE = Condition(
     last_transition_time=NOW,
     observed_generation=1,
 )
+OF_THE_RUN = {"namespace": "team", "trainingrun": "run", "uid": UID}
+"""What every line about a run tells."""
 SIGTERMED = {"phase": "Failed", "terminated": {"exitCode": 143, "startedAt": STAMP, "finishedAt": STAMP}}
 
 
@@ -397,8 +401,11 @@ def test_a_run_that_mlflow_has_made_twice_is_taken_back(monkeypatch: pytest.Monk
         await one_round(operator)
         assert operator._observe(KEY, resource).moved == NOW, "hangs are noticed all the same"
 
-    asyncio.run(scenario())
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        asyncio.run(scenario())
     assert discarded == ["late"]
+    assert len(lines) == 1 + is_refused
+    assert all(OF_THE_RUN.items() <= line.items() for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -665,8 +672,12 @@ def test_an_event_is_tried_again_behind_the_others_unless_it_is_refused() -> Non
         await operator.look(KEY)
         return [await operator.record_waiting_events() for _ in range(3)]
 
-    assert asyncio.run(scenario()) == [False, False, True]
+    with capture_logs() as lines:
+        assert asyncio.run(scenario()) == [False, False, True]
     assert world.events == ["AttemptStarted", "RunCreated"]
+    lost = [line for line in lines if line["event"] == "an Event could not be recorded"]
+    assert len(lost) == 1
+    assert OF_THE_RUN.items() <= lost[0].items()
 
 
 def test_a_patch_takes_away_what_is_gone_at_every_depth() -> None:
