@@ -23,6 +23,7 @@ from heimdall_api.contract import ATTEMPTS_DIR, KIND
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator.decide import job_name
 from heimdall_operator.kube import HTTP_NOT_FOUND, LOG_BYTES, ForbiddenError, Kube, RefusedError, answer_of
+from heimdall_operator.mistakes import mistake
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import CONTAINER, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
@@ -220,7 +221,13 @@ class Keeper:
         delay_s = doubled_s(RETRY_S, account.failures, RETRY_LIMIT_S)
         account.failures += 1
         account.due = self._clock() + timedelta(seconds=delay_s)
-        log.warning("keeping the attempt's log failed; trying again", attempt=number, error=words, again_in_s=delay_s)
+        log.warning(
+            "keeping the attempt's log failed; trying again",
+            attempt=number,
+            error=words,
+            again_in_s=delay_s,
+            exc_info=mistake(error),
+        )
 
     async def _read(self, observed: Observed, number: int, *, insist: bool) -> dict[str, str]:
         """Logs of an attempt's pods and events about them, by file name; what can't be read says so in its file.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from heimdall_operator.mlflow_gateway import bound_http
 from heimdall_operator.settings import OperatorSettings
+from heimdall_tracking.redact import redact
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict
 
 
 def main() -> None:
@@ -53,13 +58,18 @@ def _configure_logging() -> None:
         structlog.processors.TimeStamper(fmt="iso"),
     ]
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+        processors=[
+            *shared,
+            structlog.processors.format_exc_info,  # without local variables: they may hold secrets
+            _redact_traceback,
+            structlog.processors.JSONRenderer(),
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.processors.format_exc_info],
+            foreign_pre_chain=[*shared, structlog.processors.format_exc_info, _redact_traceback],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.JSONRenderer(),
@@ -70,6 +80,11 @@ def _configure_logging() -> None:
     # The probe asks every few seconds.
     for chatty in ("kopf", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _redact_traceback(_: object, __: str, event: EventDict) -> EventDict:
+    """It ends with what the errors say, of a URL with its password perhaps."""
+    return {**event, "exception": redact(event["exception"])} if "exception" in event else event
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What the operator logs of errors: a traceback of its own mistakes, and no secret."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+from kubernetes.aio.client.exceptions import ApiException
+from mlflow.exceptions import MlflowException
+
+from heimdall_operator.act import NameTakenError
+from heimdall_operator.main import _configure_logging
+from heimdall_operator.mlflow_gateway import MlflowSilentError
+from tests.unit.operator.builders import UID
+from tests.unit.operator.fakes import KEY, World, controller
+
+PASSWORD = "hunter2"
+
+
+@pytest.fixture
+def logs(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Reads what was logged, and puts back how that is done."""
+    root, chatty = logging.getLogger(), [logging.getLogger(name) for name in ("kopf", "aiohttp.access")]
+    before = root.handlers[:], root.level, [logger.level for logger in chatty]
+    yield lambda: [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    structlog.reset_defaults()
+    root.handlers[:], level, levels = before
+    root.setLevel(level)
+    for logger, known in zip(chatty, levels, strict=True):
+        logger.setLevel(known)
+
+
+def line_of(error: Exception, logs: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is logged of a look that an error ends."""
+    _configure_logging()
+    world = World()
+    world.apply({})
+
+    async def fails(*_: object) -> None:
+        local = PASSWORD  # noqa: F841 - no traceback may show it
+        raise error
+
+    async def scenario() -> None:
+        operator = controller(world)
+        await operator.refresh()
+        monkeypatch.setattr(operator._mlflow, "ensure_run", fails)
+        await operator._look_safely(KEY)
+        operator.queue.close()
+
+    asyncio.run(scenario())
+    lines: list[dict[str, Any]] = logs()
+    return lines[-1]
+
+
+def test_a_mistake_of_our_own_leaves_a_traceback_without_secrets(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = line_of(KeyError(f"http://user:{PASSWORD}@mlflow/x"), logs, monkeypatch)
+
+    assert line["event"] == "looking at the run failed; trying again"
+    assert (line["uid"], line["trainingrun"]) == (UID, "run")
+    assert "in fails" in line["exception"]
+    assert "KeyError: 'http://***@mlflow/x'" in line["exception"]
+    assert PASSWORD not in json.dumps(line)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ApiException(status=500, reason="away"),
+        MlflowException("away"),
+        MlflowSilentError("away"),
+        NameTakenError("taken"),
+        ConnectionError("away"),
+        TimeoutError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_server_does_leaves_none(error: Exception, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = line_of(error, logs, monkeypatch)
+
+    assert line["event"] == "looking at the run failed; trying again"
+    assert "exception" not in line
+
+
+def test_a_traceback_of_a_library_holds_no_secret_either(logs: Any) -> None:
+    _configure_logging()
+    try:
+        int(f"http://user:{PASSWORD}@mlflow/x")
+    except ValueError:
+        logging.getLogger("library").exception("it failed")
+
+    assert logs()[-1]["exception"].endswith("'http://***@mlflow/x'")
