@@ -18,7 +18,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Final, Literal
 
-from heimdall_api.contract import LABEL_EXECUTION_LIMIT, Reason
+from heimdall_api.contract import LABEL_EXECUTION_LIMIT, ExitCode, Reason
 from heimdall_api.quantity import parse_quantity
 from heimdall_api.types import (
     Attempt,
@@ -48,6 +48,8 @@ RETRY_DELAY_S: Final = 10
 RETRY_DELAY_LIMIT_S: Final = 300
 FRUITLESS_S: Final = 60
 """An attempt that trained for less has hardly got further."""
+UNOWNED_LIMIT: Final = 3
+"""How many attempts in a row SIGTERM may end without a checkpoint, before one that nobody owns up to costs a retry."""
 MEBIBYTE: Final = 2**20
 POLL_S: Final = 5
 """How soon to look again where no event may tell of a change."""
@@ -211,7 +213,7 @@ def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: d
     """Why the attempt has ended or must end; None while it goes on."""
     judged = judge_group(observed.attempt_pods, spec.resources.workers)
     if judged is not None and not _evicted(observed):
-        return judged
+        return _unless_in_vain(observed, judged)
     if observed.refusal:
         return Outcome(reason=Reason.INVALID_CONFIGURATION, message=shorten(observed.refusal), ended=now)
     if spec.suspend:
@@ -219,6 +221,25 @@ def _outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: d
     if _until_active_deadline(observed, spec, now) <= 0:
         return Outcome(reason=Reason.DEADLINE_EXCEEDED, message=_too_long(spec))
     return _job_outcome(observed, now) or _pod_outcome(observed, spec, attempt, now)
+
+
+def _unless_in_vain(observed: Observed, outcome: Outcome) -> Outcome:
+    """A SIGTERM of nobody's is a preemption, unless it comes again and again and training gets nowhere."""
+    pod = next((pod for pod in observed.attempt_pods if pod.name == outcome.pod), None)
+    if outcome.reason != Reason.PREEMPTED or pod is None or pod.deleting is not None or pod.disruption is not None:
+        return outcome
+    before = observed.status.attempts[:-1][-UNOWNED_LIMIT:]
+    ends = [(item.reason, item.exit_code) for item in before]
+    asked = [(reason, ExitCode.SIGTERM) for reason in (Reason.PREEMPTED, Reason.KILLED)]
+    if len(before) < UNOWNED_LIMIT or any(end not in asked for end in ends):
+        return outcome
+    made = _with_progress(observed.status, observed).last_checkpoint
+    # Both by the clocks of nodes.
+    if made is not None and (since := before[0].running_time) is not None and made.time >= since:
+        return outcome
+    words = "It was asked to end (SIGTERM) once more by nobody who owns up to it, and no checkpoint was made since"
+    message = f"{words} attempt {before[0].number}. {outcome.message}"
+    return replace(outcome, reason=Reason.KILLED, message=shorten(message))
 
 
 def _until_active_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) -> float:

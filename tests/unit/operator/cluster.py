@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from heimdall_api.contract import LABEL_ATTEMPT, Checkpoint, Progress
+from heimdall_operator.decide import UNOWNED_LIMIT
 from heimdall_operator.observe import COMPLETION_INDEX
 from heimdall_operator.store import ENDED, JOB_NAME
 from tests.unit.operator.builders import NOW, UID
@@ -18,6 +19,7 @@ from tests.unit.operator.fakes import World, is_living
 
 NODES: Final = ("node1", "node2")
 GRACE: Final = timedelta(seconds=30)
+SIGTERM: Final = 143
 FENCED: Final = {"exitCode": 79}
 REBOOTED: Final = {"exitCode": 137, "reason": "ContainerStatusUnknown"}
 BY_CODE: Final = {
@@ -193,6 +195,8 @@ class Cluster(World):
             reason = "UserError"
         if "deletionTimestamp" not in pod["metadata"]:
             could_be.add(reason or BY_CODE[code])
+            if code == SIGTERM and attempt_of(pod) > UNOWNED_LIMIT:
+                could_be.add("Killed")  # the last time in a row may cost a retry
         elif pod["metadata"]["name"] not in self.released:
             # The Job alone may be there to tell of it, or the pod is the first to. Exit 0 is then no sign of success.
             could_be |= {"Preempted"} | ({reason or BY_CODE[code]} if code else set())

@@ -917,6 +917,48 @@ def test_what_comes_back_at_once_is_tried_again_ever_later() -> None:
     assert wait(preempted(1, 5), preempted(2, 3600)) is None, "it got further"
 
 
+def asked_to_end(*numbers: int, **more: Any) -> list[Any]:
+    """Attempts that SIGTERM has ended."""
+    known = {"reason": "Preempted", "exit_code": 143, "end_time": ago(100), "running_time": ago(900)}
+    return [attempt(number, **{**known, **more}) for number in numbers]
+
+
+def made(seconds_ago: float) -> CheckpointStatus:
+    return CheckpointStatus(step=70, uri="runs:/r1/checkpoints/a.ckpt", time=ago(seconds_ago))
+
+
+IN_VAIN = (*asked_to_end(1, 2, 3), attempt(4))
+SIGTERMS: dict[str, tuple[TrainingRunStatus, PodFacts, str]] = {
+    "again and again": (status(*IN_VAIN), ended_pod(143, 4), "Killed"),
+    "also after it was called so": (
+        status(*asked_to_end(1, 2), *asked_to_end(3, reason="Killed"), attempt(4)),
+        ended_pod(143, 4),
+        "Killed",
+    ),
+    "no checkpoint since": (status(*IN_VAIN, last_checkpoint=made(901)), ended_pod(143, 4), "Killed"),
+    "a checkpoint since": (status(*IN_VAIN, last_checkpoint=made(899)), ended_pod(143, 4), "Preempted"),
+    "not that often": (status(*asked_to_end(1, 2), attempt(3)), ended_pod(143, 3), "Preempted"),
+    "not in a row": (
+        status(*asked_to_end(1, 2), *asked_to_end(3, reason="Unknown", exit_code=3), attempt(4)),
+        ended_pod(143, 4),
+        "Preempted",
+    ),
+    "deleted": (status(*IN_VAIN), ended_pod(143, 4, deleting=ago(1)), "Preempted"),
+    "evicted": (status(*IN_VAIN), ended_pod(143, 4, disruption="EvictionByEvictionAPI"), "Preempted"),
+}
+
+
+@pytest.mark.parametrize(("known", "over", "reason"), SIGTERMS.values(), ids=SIGTERMS.keys())
+def test_a_sigterm_that_nobody_owns_up_to_costs_a_retry_once_it_comes_in_vain(
+    known: TrainingRunStatus, over: PodFacts, reason: str
+) -> None:
+    """A probe that a user has added ends the trainer at every start, say: nothing may loop."""
+    after = decide(observed(status=known, jobs=(job(over.attempt),), pods=(over,)), NOW).status
+
+    assert (after.attempts[-1].reason if after.attempt == over.attempt else after.attempts[-2].reason) == reason
+    assert after.failures == (reason == "Killed")
+
+
 def test_a_pod_that_its_node_refused_says_so() -> None:
     refused = pod(phase="Failed", running_since=None, refusal="OutOfcpu: Node didn't have enough resource: cpu")
     judged = judge_pod(refused)

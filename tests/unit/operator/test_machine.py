@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from heimdall_api.contract import LABEL_QUEUE, LABEL_RUN
 from heimdall_operator.controller import Controller
-from heimdall_operator.decide import DELETION_LIMIT_S
+from heimdall_operator.decide import DELETION_LIMIT_S, UNOWNED_LIMIT
 from heimdall_operator.failures import FREE
 from tests.unit.operator.builders import UID
 from tests.unit.operator.cluster import NODES, Cluster, attempt_of, is_over, worker_of
@@ -524,6 +524,27 @@ def test_a_pod_that_is_deleted_before_it_starts_costs_no_retry(life: Life) -> No
     life.operator_looks(0)
 
     assert (life._status()["attempts"][1]["reason"], life._status()["failures"]) == ("Preempted", 0)
+
+
+def test_a_trainer_that_is_asked_to_end_whenever_it_starts_fails_in_the_end(life: Life) -> None:
+    for _ in range(20):
+        life.pods_end("sigterm", only=None)
+        life.operator_looks(400)
+        life.pods_start(only=None)
+        life.operator_looks(0)
+
+    assert (life._status()["phase"], life._status()["attempt"]) == ("Failed", UNOWNED_LIMIT + RETRIES + 1)
+
+
+def test_one_that_gets_further_each_time_goes_on(life: Life) -> None:
+    for _ in range(20):
+        life.trainers_make_a_step()
+        life.pods_end("sigterm", only=None)
+        life.operator_looks(400)
+        life.pods_start(only=None)
+        life.operator_looks(0)
+
+    assert (life._status()["phase"], life._status()["failures"]) == ("Running", 0)
 
 
 @pytest.mark.parametrize("end", ["success", "configuration"])
