@@ -16,6 +16,7 @@ from heimdall_operator.observe import COMPLETION_INDEX
 from heimdall_operator.store import ENDED, JOB_NAME
 from tests.unit.operator.builders import NOW, UID
 from tests.unit.operator.fakes import World, is_living
+from tests.unit.operator.watches import History, Kind
 
 NODES: Final = ("node1", "node2")
 GRACE: Final = timedelta(seconds=30)
@@ -37,6 +38,7 @@ class Cluster(World):
 
     def __init__(self) -> None:
         super().__init__()
+        self.history = History(self._there)
         self.now = NOW
         self.away: set[str] = set()
         """Nodes that nobody hears of; what runs there may run on."""
@@ -54,6 +56,15 @@ class Cluster(World):
         self.late: list[int] = []
         """Attempts whose trainers did so after it was ended."""
         self._pods_made = 0
+
+    def stamp(self, item: dict[str, Any]) -> dict[str, Any]:
+        self.history.add(super().stamp(item))
+        return item
+
+    def _there(self) -> dict[tuple[Kind, str], dict[str, Any]]:
+        there: dict[tuple[Kind, str], dict[str, Any]] = {("Job", name): job for name, job in self.jobs.items()}
+        there |= {("Pod", name): pod for name, pod in self.pods.items()}
+        return there | ({("TrainingRun", self.run["metadata"]["name"]): self.run} if self.run is not None else {})
 
     # --- Job controller and scheduler ---------------------------------------------------------------------------
 

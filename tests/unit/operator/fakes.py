@@ -58,6 +58,8 @@ class World:
         """Whether the namespace's quota is used up."""
         self.refusals = 0
         self.crash_after: int | None = None
+        self.lost_answer: int | None = None
+        """Which write is made, but its answer gets lost."""
         self.mlflow_away = False
         self.store_away = False
         """Whether the object store takes no artifacts; MLflow does all else."""
@@ -67,6 +69,8 @@ class World:
         self.writes.append(what)
         if self.crash_after is not None and len(self.writes) == self.crash_after:
             raise CrashError(what)
+        if len(self.writes) == self.lost_answer:
+            raise ConnectionError(f"no answer: {what}")
 
     def apply(self, spec: dict[str, Any]) -> None:
         self.run = self.stamp(
@@ -187,10 +191,10 @@ class FakeKube:
     async def patch_finalizers(self, namespace: str, name: str, finalizers: list[str], version: str) -> dict[str, Any]:
         run = self._checked(version)
         run["metadata"]["finalizers"] = finalizers
+        self.world.stamp(run)
         if not finalizers and "deletionTimestamp" in run["metadata"]:
             self.world.run = None
             self.world.collect_garbage()
-        self.world.stamp(run)
         self.world.wrote("patch finalizers")
         return copy.deepcopy(run)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from heimdall_operator.failures import FREE
 from tests.unit.operator.builders import UID
 from tests.unit.operator.cluster import NODES, Cluster, attempt_of, is_over, worker_of
 from tests.unit.operator.fakes import KEY, CrashError, controller, is_given_up
+from tests.unit.operator.watches import KINDS, Kind, Watches
 
 RETRIES: Final = 3
 PENDING_S: Final = 2000
@@ -73,6 +74,8 @@ class Life(RuleBasedStateMachine):
         self.world = Cluster()
         self.runner = asyncio.Runner()
         self.operator: Controller | None = None
+        self.watches: Watches | None = None
+        """Of the operator that lives."""
         self.behind: Controller | None = None
         """An operator that was replaced and still works from what it saw."""
         self.final: dict[str, Any] | None = None
@@ -117,6 +120,7 @@ class Life(RuleBasedStateMachine):
         self.world.apply(spec)
         if flags["queued"] and self.world.run is not None:
             self.world.run["metadata"]["labels"] = {LABEL_QUEUE: "team-queue"}
+            self.world.stamp(self.world.run)
         if not flags["suspended"] and not flags["waits"]:
             # Much of what is tried begins here, and would be reached by chance too seldom.
             self.operator_looks(0)
@@ -220,22 +224,44 @@ class Life(RuleBasedStateMachine):
 
     # --- the operator looks -------------------------------------------------------------------------------------
 
-    @rule(after_s=st.sampled_from(PAUSES_S))
-    def operator_looks(self, after_s: int) -> None:
+    @rule(after_s=st.sampled_from(PAUSES_S), order=st.permutations(KINDS))
+    def operator_looks(self, after_s: int, order: Sequence[Kind] = KINDS) -> None:
         self.world.now += timedelta(seconds=after_s)
-        self._look(self._operator())
+        self._look(self._operator(order))
 
     @rule(after_s=st.sampled_from(PAUSES_S))
     def operator_looks_also_then(self, after_s: int) -> None:
         """It does so more often than anything else happens."""
         self.operator_looks(after_s)
 
-    @rule(writes=st.integers(1, 4))
-    def operator_dies_in_a_look(self, writes: int) -> None:
+    @rule(kind=st.sampled_from(KINDS), events=st.integers(1, 3))
+    def a_watch_is_ahead_of_the_others(self, kind: Kind, events: int) -> None:
+        """Each event makes the operator look, whatever the others have still to tell."""
+        operator = self._alive()
+        assert self.watches is not None
+        self.runner.run(self.watches.bring(kind, events))
+        self._look(operator)
+
+    @rule()
+    def operator_lists_everything(self) -> None:
+        """As it does every few minutes: what its watches bring afterwards may be older."""
+        operator = self._alive()
+        self.runner.run(operator.refresh())
+        self._look(operator)
+
+    @rule(writes=st.integers(1, 4), is_behind=SELDOM)
+    def operator_dies_in_a_look(self, writes: int, is_behind: bool) -> None:
         self.world.crash_after = len(self.world.writes) + writes
-        self._look(self._operator())
+        self._look(self._alive() if is_behind else self._operator())
         self.world.crash_after = None
         self.operator = None
+
+    @rule(writes=st.integers(1, 4), is_behind=SELDOM)
+    def an_answer_is_lost_in_a_look(self, writes: int, is_behind: bool) -> None:
+        """What was written is there, and the operator lives on without knowing of it."""
+        self.world.lost_answer = len(self.world.writes) + writes
+        self._look(self._alive() if is_behind else self._operator())
+        self.world.lost_answer = None
 
     @rule()
     def an_operator_falls_behind(self) -> None:
@@ -393,15 +419,26 @@ class Life(RuleBasedStateMachine):
     def _status(self) -> dict[str, Any]:
         return (self.world.run or {}).get("status") or {}
 
-    def _operator(self) -> Controller:
+    def _alive(self) -> Controller:
+        """The operator, with what its watches have brought so far; a new one has listed everything."""
         if self.operator is None:
             self.operator = controller(self.world, clock=lambda: self.world.now)
-        self.runner.run(self.operator.refresh())
+            self.runner.run(self.operator.refresh())
+            self.watches = Watches(self.world.history, self.operator)
         return self.operator
+
+    def _operator(self, order: Sequence[Kind] = KINDS) -> Controller:
+        """The operator when its watches have brought all that there is, one after the other."""
+        operator = self._alive()
+        assert self.watches is not None
+        for kind in order:
+            self.runner.run(self.watches.bring(kind))
+        return operator
 
     def _look(self, operator: Controller) -> None:
         deleted = ((self.world.run or {}).get("metadata") or {}).get("deletionTimestamp")
-        if deleted and self.world.mlflow_away and self.world.now - datetime.fromisoformat(deleted) > OVERDUE:
+        is_deaf = self.world.mlflow_away or self.world.lost_answer is not None
+        if deleted and is_deaf and self.world.now - datetime.fromisoformat(deleted) > OVERDUE:
             self.left_running = True
 
         async def safely() -> None:
