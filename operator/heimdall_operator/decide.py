@@ -257,7 +257,14 @@ def _evicted(observed: Observed) -> bool:
     if job is None or job.finished is not None or job.deleting:
         return False
     comes_back = bool(job.queue) or _was_let_go_again(observed, job)
-    return job.suspended or (comes_back and any(pod.deleting is not None for pod in observed.attempt_pods))
+    return job.suspended or any(
+        pod.deleting is not None and (comes_back or _is_of_before(pod, job)) for pod in observed.attempt_pods
+    )
+
+
+def _is_of_before(pod: PodFacts, job: JobFacts) -> bool:
+    """Whether a pod was made before its Job was held: the one that follows it may not be known of yet."""
+    return job.started is not None and pod.created < job.started
 
 
 def _was_let_go_again(observed: Observed, job: JobFacts) -> bool:

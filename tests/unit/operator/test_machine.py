@@ -554,6 +554,19 @@ def test_a_job_that_somebody_suspended_goes_on_as_the_same_attempt(life: Life) -
     assert len(life.world.living(life.world.now)) == 1
 
 
+def test_a_pod_of_before_its_job_was_held_says_nothing_of_the_one_that_follows_it(life: Life) -> None:
+    """The watch of pods may be behind that of Jobs; who has held the Job is no queue, and no pod of it has run."""
+    life.pods_end("sigterm", only=None)
+    life.operator_looks(30)
+    life.jobs_are_suspended(suspend=True)
+    life.operator_looks(0)
+    life.jobs_are_suspended(suspend=False)
+    life.a_watch_is_ahead_of_the_others("Job", events=9)
+
+    assert [attempt.get("reason") for attempt in life._status()["attempts"]] == ["Preempted", None]
+    assert list(life.world.jobs) == ["run-a1", "run-a2"]
+
+
 def test_a_pod_that_is_deleted_before_it_starts_costs_no_retry(life: Life) -> None:
     life.pods_end("sigterm", only=None)
     life.operator_looks(30)
