@@ -58,6 +58,11 @@ external: needs venv ## Two releases on external services, over TLS: PostgreSQL,
 kueue: needs venv ## Queues, preemption and time limits of the real Kueue, as docs/howto/kueue.md tells them
 	$(BIN)/pytest tests/e2e/test_kueue.py
 
+.PHONY: argo
+argo: venv ## Argo CD's own package over the recorded resources; it takes minutes to build
+	@$(PYTHON) hack/cluster parts argo-health
+	$(BIN)/pytest tests/unit/gitops
+
 .PHONY: compose
 compose: needs venv ## compose.yaml started, trained with, stopped and started again
 	$(BIN)/pytest tests/e2e/test_compose.py

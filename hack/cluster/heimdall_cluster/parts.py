@@ -44,6 +44,7 @@ CATALOGUE: Final = dict(
         _part("helm"),
         _part("kubeconform"),
         _part("gitops-health"),
+        _part("argo-health"),
         _part("minio", "minio", "mc"),
         _part("versitygw"),
         _part("kueue"),
@@ -69,7 +70,7 @@ NODE_PARTS: Final = (
     *("kubernetes", "containerd", "crictl", "cni-plugins"),
     *("etcd", "coredns", "local-path-provisioner", "kube-router"),
 )
-ON_PATH: Final = {name: (name,) for name in ("kind", "helm", "kubeconform", "gitops-health")} | {
+ON_PATH: Final = {name: (name,) for name in ("kind", "helm", "kubeconform", "gitops-health", "argo-health")} | {
     "compose": ("docker-compose",),
     "minio": ("minio", "mc"),
     "kubernetes": ("kubectl",),

@@ -106,6 +106,16 @@ def test_argo_cd_tells_the_health_of_every_phase(phase: str, verdicts: Verdicts)
     assert found["message"]
 
 
+def test_argo_cds_own_package_says_the_same(verdicts: Verdicts) -> None:
+    """It takes minutes to build, so that `make argo` does."""
+    resources = json.dumps([recorded(name) for name in PHASES])
+    command = [program("argo-health"), str(HEALTH_LUA)]
+    done = subprocess.run(command, input=resources, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    found = dict(zip(PHASES, json.loads(done.stdout), strict=True))
+    assert found == {name: verdict["argo"] for name, verdict in verdicts.items()}
+
+
 def test_flux_tells_the_health_of_every_phase(phase: str, verdicts: Verdicts) -> None:
     found = verdicts[phase]["flux"]
     assert found["status"] == EXPECTED[phase][2], found
