@@ -185,15 +185,18 @@ class Controller:
     async def read_progress(self) -> None:
         """Read the progress of all active runs and look at those that moved."""
         # Of one whose status is refused, the phase is not known here: a hang must not be read out of not looking.
-        known = {key: self.store.get(key) for key in self.store.known()}
-        active = {key: item for key, item in known.items() if _is_active(item, key in self._unwritten)}
-        runs = {str(item["status"]["runID"]): _experiment(item) for item in active.values() if item is not None}
+        items = ((key, self.store.get(key)) for key in self.store.known())
+        known = [(key, item) for key, item in items if item is not None and "runID" in (item.get("status") or {})]
+        active = {key: item for key, item in known if key in self._unwritten or _is_active(item)}
+        waits = {key: item for key, item in known if key not in active and _is_evicted(item)}
+        runs = {str(item["status"]["runID"]): _experiment(item) for item in [*active.values(), *waits.values()]}
         facts = await self._mlflow.active_facts(runs) if runs else {}
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
-        self._moved = self._last_moves(runs, facts, self._clock())
+        # What waits makes no steps: that is no silence.
+        self._moved = self._last_moves([item["status"]["runID"] for item in active.values()], facts, self._clock())
         self._facts = facts
-        for key, item in active.items():
-            if item is not None and item["status"].get("runID") in moved:
+        for key, item in (active | waits).items():
+            if item["status"]["runID"] in moved:
                 self.queue.add(key)
         await self._discard_strays([item for run_id, item in facts.items() if run_id not in runs])
 
@@ -620,10 +623,16 @@ def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:
     return finals.get((fresh.get("status") or {}).get("phase", ""))
 
 
-def _is_active(resource: Any, is_unwritten: bool) -> bool:
+def _is_active(resource: Manifest) -> bool:
     """Whether what MLflow says of a run may change: what a suspended one made last is delivered while it ends."""
-    status = (resource or {}).get("status") or {}
-    return "runID" in status and (is_unwritten or status.get("phase") in ("Running", "Suspended"))
+    return resource["status"].get("phase") in ("Running", "Suspended")
+
+
+def _is_evicted(resource: Manifest) -> bool:
+    """Whether a run waits to go on as the same attempt: what it made last is delivered while its pods end, too."""
+    status = resource["status"]
+    newest: Manifest = next(reversed(status.get("attempts") or ()), {})
+    return status.get("phase") == "Pending" and "runningTime" in newest and "reason" not in newest
 
 
 def _experiment(resource: Any) -> str:

@@ -23,6 +23,7 @@ from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
 from heimdall_operator.mlflow_gateway import RunGoneError
 from heimdall_operator.settings import OperatorSettings
 from heimdall_operator.store import Key
+from heimdall_operator.workqueue import WorkQueue
 from heimdall_tracking.runs import RunFacts
 from tests.unit.operator.builders import NOW, UID, observed, run, status
 from tests.unit.operator.fakes import KEY, STAMP, CrashError, World, controller, look
@@ -340,10 +341,6 @@ def test_the_checkpoint_of_a_drained_pod_is_told_while_the_next_one_waits() -> N
     world.apply({"tracking": {"experiment": "e"}})
     now = NOW
 
-    def checkpoint(step: int) -> None:
-        made = Checkpoint(step=step, path=f"checkpoints/{step}", sha256="0" * 64, size=1, time=NOW, last=True)
-        world.mlflow_runs[UID]["checkpoints"] = (made,)
-
     async def scenario() -> None:
         nonlocal now
         operator = controller(world, clock=lambda: now)
@@ -358,10 +355,10 @@ def test_the_checkpoint_of_a_drained_pod_is_told_while_the_next_one_waits() -> N
         assert await look_again() == ("Pending", None)
         world.pod_of(world.jobs["run-a1"], **RUNNING)
         assert await look_again() == ("Running", None)
-        checkpoint(10)
+        make_checkpoint(world, 10)
         await operator.read_progress()
         assert await look_again() == ("Running", 10)
-        checkpoint(20)
+        make_checkpoint(world, 20)
         world.pod_of(world.jobs["run-a1"], **SIGTERMED)
         assert await look_again() == ("Pending", 20)
         assert list(world.jobs) == ["run-a1", "run-a2"]
@@ -372,6 +369,45 @@ def test_the_checkpoint_of_a_drained_pod_is_told_while_the_next_one_waits() -> N
         assert await look_again() == ("Pending", 20), "what the last poll knew is older"
 
     asyncio.run(scenario())
+
+
+def test_the_checkpoint_of_an_evicted_pod_is_told_while_it_waits_in_its_queue() -> None:
+    """It is still the same attempt, which nothing opens anew; and that it makes no steps is no silence."""
+    world = World()
+    world.apply({"tracking": {"experiment": "e"}})
+
+    async def scenario() -> None:
+        operator = controller(world)
+
+        async def look_again() -> dict[str, Any]:
+            await operator.refresh()
+            await operator.look(KEY)
+            assert world.run is not None
+            status: dict[str, Any] = world.run["status"]
+            return status
+
+        await look_again()
+        world.pod_of(world.jobs["run-a1"], **RUNNING)
+        assert (await look_again())["phase"] == "Running"
+        await operator.read_progress()
+        world.jobs["run-a1"]["spec"]["suspend"] = True
+        world.stamp(world.jobs["run-a1"])
+        world.pods.clear()
+        assert (await look_again())["phase"] == "Pending"
+        make_checkpoint(world, 20)
+        operator.queue = WorkQueue()
+        await operator.read_progress()
+        assert len(operator.queue) == 1
+        status = await look_again()
+        assert (status["phase"], status["lastCheckpoint"]["step"]) == ("Pending", 20)
+        assert operator._observe(KEY, world.run or {}).moved is None
+
+    asyncio.run(scenario())
+
+
+def make_checkpoint(world: World, step: int) -> None:
+    made = Checkpoint(step=step, path=f"checkpoints/{step}", sha256="0" * 64, size=1, time=NOW, last=True)
+    world.mlflow_runs[UID]["checkpoints"] = (made,)
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
