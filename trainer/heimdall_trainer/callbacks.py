@@ -253,7 +253,7 @@ def as_callback(pl: Any, callback: Any) -> Any:
 
     Args:
         pl: `pytorch_lightning` or `lightning.pytorch`.
-        callback: Checkpointing or ProgressReport.
+        callback: Checkpointing, ProgressReport or Repeatable.
 
     Returns:
         The same object, of a class that the package's Trainer takes.

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +26,7 @@ from heimdall_trainer.grace import Grace
 from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
 from heimdall_trainer.patience import LOOK_EVERY_S, Patience
+from heimdall_trainer.repeatable import Repeatable
 from heimdall_trainer.results import Results
 from heimdall_trainer.settings import load_data_settings
 from heimdall_trainer.termination import TerminatedError
@@ -101,6 +101,7 @@ class TrainingPipeline:
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training)
+        self._repeatable = Repeatable(self.spec.training.seed)
         self._checkpointing = Checkpointing(
             self._publisher, self.spec.training, output_dir / "checkpoints", attempt, self.grace
         )
@@ -248,6 +249,7 @@ class TrainingPipeline:
         stopping = self.spec.training.early_stopping
         callbacks = [
             pl.callbacks.LearningRateMonitor("step"),
+            as_callback(pl, self._repeatable),
             as_callback(pl, self._progress),
             as_callback(pl, self._checkpointing),
             # Only then is the data there: in a group, one process of each node reads it first, for all of the node.
@@ -330,10 +332,8 @@ class TrainingPipeline:
     def _fit(self, trainer: Any) -> None:
         tags = self.tracker.client.get_run(self.tracker.run_id).data.tags
         self._progress.restore_best(tags.get(TAG_BEST))
-        with warnings.catch_warnings():
-            # A checkpoint in mid-epoch is resumed on purpose.
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=self._resumed, weights_only=False)
+        self._repeatable.follow(trainer)
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=self._resumed, weights_only=False)
 
     def _test(self, trainer: Any) -> dict[str, float]:
         """Load the best weights and test them."""

@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
@@ -350,16 +351,16 @@ def test_a_localizer_with_arrivals_is_trained_and_takes_them_when_it_is_served(
 # --- interruptions -------------------------------------------------------------------------------------------------
 
 
-def sigterm_at(hook: str, step: int, patch: pytest.MonkeyPatch) -> None:
-    """Have the process told to end where the localizer is at a step."""
-    whole = getattr(LocalizationModule, hook)
+def sigterm_at(hook: str, step: int, patch: pytest.MonkeyPatch, module: type[Any] = LocalizationModule) -> None:
+    """Have the process told to end where a module is at a step."""
+    whole = getattr(module, hook)
 
-    def told_to_end(self: LocalizationModule, *arguments: Any) -> Any:
+    def told_to_end(self: Any, *arguments: Any) -> Any:
         if self.global_step == step:
             signal.raise_signal(signal.SIGTERM)
         return whole(self, *arguments)
 
-    patch.setattr(LocalizationModule, hook, told_to_end)
+    patch.setattr(module, hook, told_to_end)
 
 
 STOPS = {
@@ -392,6 +393,52 @@ def test_stopping_and_going_on_gives_the_same_losses_as_not_stopping(
         assert dict(stopped) == pytest.approx(dict(whole), rel=1e-6)
     tested = {name: value for name, value in trained.metrics.items() if name.startswith("test/")}
     assert {name: metrics[name] for name in tested} == pytest.approx(tested, rel=1e-6)
+
+
+OWN_STOPS = (1, 4, 6)
+"""Of twelve steps in three epochs: in the middle of the first and the second, and at the beginning of the second."""
+
+
+def losses_when_stopped(bench: Bench, spec: dict[str, Any], patch: pytest.MonkeyPatch, step: int) -> dict[int, float]:
+    """Of each step of a training that is told to end at one."""
+    run_id = bench.new_run()
+    with patch.context() as context:
+        sigterm_at("training_step", step, context, user_modules.Line)
+        with pytest.raises(TerminatedError, match=f"at step {step + 1}; its checkpoint was delivered"):
+            bench.train(spec, run_id)
+    bench.train(spec, run_id, attempt=2)
+    return dict(bench.history(run_id, "train/loss"))
+
+
+@pytest.mark.parametrize(
+    ("module", "how"),
+    [
+        *(("Shuffled", how) for how in ("shuffle", "generator", "weighted", "distributed", "workers")),
+        ("SeveralShuffled", "shuffle"),
+    ],
+)
+def test_ordinary_loaders_of_one_s_own_go_on_in_the_order_that_they_had(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, module: str, how: str
+) -> None:
+    spec = user_spec(module, epochs=3)
+    spec["model"]["args"] = {"how": how}
+    whole = bench.new_run()
+    bench.train(spec, whole)
+    expected = dict(bench.history(whole, "train/loss"))
+    assert len(expected) == 12
+    for step in OWN_STOPS:
+        assert losses_when_stopped(bench, spec, monkeypatch, step) == pytest.approx(expected, rel=1e-6), step
+
+
+def test_a_loader_that_can_not_go_on_in_mid_epoch_is_warned_about(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {
+        **user_spec("Shuffled", epochs=1),
+        "model": {"module": f"{MODULES}:Shuffled", "args": {"how": "its own way"}},
+    }
+    with pytest.warns(PossibleUserWarning, match="your dataloader is not resumable"):
+        losses_when_stopped(bench, spec, monkeypatch, 1)
 
 
 def test_with_processes_that_load_data_going_on_gives_the_same_losses_too(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
 
 
 class Line(pl.LightningModule):
@@ -34,6 +34,48 @@ class Line(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         return points()
+
+
+class Shuffled(Line):
+    """Four batches an epoch, each time in another order, which it draws as users do."""
+
+    def __init__(self, how: str = "shuffle") -> None:
+        super().__init__(lr=0.01)
+        self.how = how
+
+    def train_dataloader(self) -> Any:
+        x = torch.linspace(-1, 1, 8).unsqueeze(1)
+        data = TensorDataset(x, 2 * x)
+        options: dict[str, Any] = {"shuffle": True}
+        if self.how == "generator":
+            options["generator"] = torch.Generator().manual_seed(7)
+        elif self.how == "weighted":
+            options = {"sampler": WeightedRandomSampler([1.0] * 8, 8, generator=torch.Generator())}
+        elif self.how == "distributed":
+            options = {"sampler": DistributedSampler(data, num_replicas=1, rank=0)}
+        elif self.how == "workers":
+            options |= {"num_workers": 1, "persistent_workers": True}
+        elif self.how == "its own way":
+            return Listed(data, batch_size=2, **options)
+        return DataLoader(data, batch_size=2, **options)
+
+
+class Listed(DataLoader):  # type: ignore[type-arg]
+    """Iterates in a way of its own, which nobody else can begin in the middle."""
+
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__()))
+
+
+class SeveralShuffled(Shuffled):
+    """Draws from two such loaders, of which the second begins again in mid-epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step([torch.cat(each) for each in zip(*batch.values(), strict=True)], batch_idx)
+
+    def train_dataloader(self) -> Any:
+        x = torch.linspace(-1, 1, 6).unsqueeze(1)
+        return {"long": super().train_dataloader(), "short": DataLoader(TensorDataset(x, x), 2, shuffle=True)}
 
 
 class LineWithExample(Line):

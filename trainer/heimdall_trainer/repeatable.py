@@ -1,0 +1,169 @@
+"""Order and random numbers that depend on seed and place in training alone: who goes on finds them as they were.
+
+A DataLoader of the user's own draws the order of an epoch at its beginning, and Lightning begins the rest of an epoch
+that was interrupted with the epoch's first batches again. So generators are seeded at the beginning of each epoch's
+order, in every training, stopped or not. Their states in a checkpoint would do the same for one process, but a group's
+would have to be collected from every process for each checkpoint, and one that was stopped outside of a step has drawn
+what nobody knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+
+class Repeatable:
+    """A callback: seeds what a training draws from, and has the user's own data loaders go on where they were."""
+
+    def __init__(self, seed: int) -> None:
+        """Args: seed: Of the training."""
+        self._seed = seed
+        self._at_start = True
+        """Whether this process has not trained a batch yet."""
+
+    def follow(self, trainer: Any) -> None:
+        """Have the training's data loaders go on where they were, once they are there.
+
+        Args:
+            trainer: Lightning's, which has not begun.
+        """
+        process = trainer.strategy.process_dataloader
+
+        def processed(loader: Any) -> Any:
+            loader = process(loader)
+            if trainer.training and can_leave_out(loader):
+                self._make_resumable(loader, trainer)
+            return loader
+
+        trainer.strategy.process_dataloader = processed
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """From here on nothing is left out."""
+        del trainer, pl_module, batch, batch_idx
+        self._at_start = False
+
+    def _make_resumable(self, loader: Any, trainer: Any) -> None:
+        loader.heimdall_places = _Places(loader, trainer, self)
+        loader.__class__ = _resumable(type(loader))
+
+    def seed_for(self, what: str, epoch: int) -> None:
+        """Seed what something of an epoch may be drawn from; all processes of a group draw the same."""
+        seed_all(number_of(what, self._seed, epoch))
+
+    def batches_done(self, size: int, trainer: Any) -> int:
+        """How many batches of a loader's next pass were trained on before this process began.
+
+        Args:
+            size: How many batches the loader has.
+            trainer: Lightning's, whose counts say it.
+        """
+        if not (self._at_start and trainer.training):
+            return 0  # an epoch's beginning, or somebody else who looks at the data
+        loop = trainer.fit_loop
+        done = int(loop._data_fetcher.fetched)  # noqa: SLF001 - there is no other way
+        # Of several loaders the shorter ones begin again, in Lightning's usual mode.
+        cycles = loop._combined_loader._mode == "max_size_cycle"  # noqa: SLF001
+        return done % size if cycles and size else min(done, size)
+
+
+def _resumable(kind: Any) -> Any:
+    """What a DataLoader of the user's own becomes, beside what it is."""
+
+    class ResumableLoader(kind):  # type: ignore[misc]
+        heimdall_places: _Places
+
+        @property
+        def _index_sampler(self) -> _Places:
+            return self.heimdall_places
+
+        def __iter__(self) -> Iterator[Any]:
+            # A generator: where training goes on, and samplers the epoch, is known when the first batch is asked for.
+            self.heimdall_places.begin()
+            yield from super().__iter__()
+
+        def state_dict(self) -> dict[str, Any]:
+            """Has Lightning see that it can go on: by Lightning's counts, so it keeps nothing of its own."""
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """There is nothing in it."""
+
+    return ResumableLoader
+
+
+class _Places:
+    """The indices of each batch. Those that are left out are drawn, but nothing of them is loaded."""
+
+    def __init__(self, loader: Any, trainer: Any, repeatable: Repeatable) -> None:
+        self._sampler = loader._index_sampler  # noqa: SLF001 - there is no other way
+        self._generators = [(each, each.initial_seed()) for each in _generators(loader)]
+        self._trainer = trainer
+        self._repeatable = repeatable
+        self._skip = 0
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._skip = self._repeatable.batches_done(len(self), self._trainer)
+        self._seed_for("workers")
+
+    def _seed_for(self, what: str) -> None:
+        epoch = self._trainer.current_epoch
+        self._repeatable.seed_for(what, epoch)
+        for generator, initial in self._generators:
+            generator.manual_seed(number_of(what, initial, epoch))
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Here, where the order is drawn: a loader whose processes stay draws less before it in a later epoch.
+        self._seed_for("order")
+        yield from itertools.islice(self._sampler, self._skip, None)
+
+
+def can_leave_out(loader: Any) -> bool:
+    """Whether a loader can begin in the middle: torch's own, over what has a length, and without a way of its own.
+
+    A stream can't be asked for its places, and who iterates otherwise than torch may not ask a sampler.
+    """
+    from torch.utils.data import DataLoader, IterableDataset
+
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    if hasattr(loader, "load_state_dict") or type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):
+        return False
+
+
+def _generators(loader: Any) -> list[Any]:
+    """The generators of a loader and its samplers, where they have some of their own."""
+    import torch
+
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+def number_of(*place: object) -> int:
+    """A seed for a place, which has nothing to do with that of the next one."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=4).digest())
+
+
+def seed_all(number: int) -> None:
+    """Seed the generators that everybody draws from. CUDA's are left alone where there is none yet to be seeded."""
+    import numpy as np
+    import torch
+
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+    cuda: Any = torch.cuda
+    if cuda.is_initialized():
+        cuda.manual_seed_all(number)
