@@ -1,10 +1,10 @@
 """Order and random numbers that depend on seed and place in training alone: who goes on finds them as they were.
 
 A DataLoader of the user's own draws the order of an epoch at its beginning, and Lightning begins the rest of an epoch
-that was interrupted with the epoch's first batches again. So generators are seeded at the beginning of each epoch's
-order, in every training, stopped or not. Their states in a checkpoint would do the same for one process, but a group's
-would have to be collected from every process for each checkpoint, and one that was stopped outside of a step has drawn
-what nobody knows.
+that was interrupted with the epoch's first batches again; dropout draws at each step. So generators are seeded for each
+epoch's order, each batch and each step, in every training, stopped or not. Their states in a checkpoint would do the
+same for one process. But a group's would have to be collected from every process for each checkpoint, and how much was
+drawn between a checkpoint and what comes after it depends on how the process that made it ended.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
+
+END: Final = object()
 
 
 class Repeatable:
@@ -41,10 +43,16 @@ class Repeatable:
 
         trainer.strategy.process_dataloader = processed
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """What a module draws here, another attempt that begins with this epoch draws as well."""
+        del pl_module
+        self.seed_process("epoch", trainer)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """From here on nothing is left out."""
-        del trainer, pl_module, batch, batch_idx
+        """The batch is there, and the step is next; from here on none is left out."""
+        del pl_module, batch
         self._at_start = False
+        self.seed_process("step", trainer, batch_idx)
 
     def _make_resumable(self, loader: Any, trainer: Any) -> None:
         loader.heimdall_places = _Places(loader, trainer, self)
@@ -53,6 +61,10 @@ class Repeatable:
     def seed_for(self, what: str, epoch: int) -> None:
         """Seed what something of an epoch may be drawn from; all processes of a group draw the same."""
         seed_all(number_of(what, self._seed, epoch))
+
+    def seed_process(self, what: str, trainer: Any, number: int = 0) -> None:
+        """Seed what something of an epoch draws in this process; each process of a group draws its own."""
+        seed_all(number_of(what, self._seed, trainer.global_rank, trainer.current_epoch, number))
 
     def batches_done(self, size: int, trainer: Any) -> int:
         """How many batches of a loader's next pass were trained on before this process began.
@@ -122,7 +134,16 @@ class _Places:
     def __iter__(self) -> Iterator[Any]:
         # Here, where the order is drawn: a loader whose processes stay draws less before it in a later epoch.
         self._seed_for("order")
-        yield from itertools.islice(self._sampler, self._skip, None)
+        places = iter(self._sampler)
+        number = sum(1 for _ in itertools.islice(places, self._skip))
+        while True:
+            if number:
+                self._repeatable.seed_process("batch", self._trainer, number)
+            place = next(places, END)
+            if place is END:
+                return
+            yield place
+            number += 1
 
 
 def can_leave_out(loader: Any) -> bool:

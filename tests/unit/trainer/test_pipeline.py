@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -410,6 +411,17 @@ def losses_when_stopped(bench: Bench, spec: dict[str, Any], patch: pytest.Monkey
     return dict(bench.history(run_id, "train/loss"))
 
 
+def test_a_module_that_draws_random_numbers_draws_the_same_when_it_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, whole = user_spec("Dropping", epochs=3), bench.new_run()
+    bench.train(spec, whole)
+    expected = dict(bench.history(whole, "train/loss"))
+    assert len(expected) == 12
+    for step in OWN_STOPS:
+        assert losses_when_stopped(bench, spec, monkeypatch, step) == pytest.approx(expected, rel=1e-6), step
+
+
 @pytest.mark.parametrize(
     ("module", "how"),
     [
@@ -439,6 +451,21 @@ def test_a_loader_that_can_not_go_on_in_mid_epoch_is_warned_about(
     }
     with pytest.warns(PossibleUserWarning, match="your dataloader is not resumable"):
         losses_when_stopped(bench, spec, monkeypatch, 1)
+
+
+def test_a_backbone_that_leaves_paths_out_at_random_goes_on_with_the_same_losses_too(
+    bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Swin does by default, whose smallest is too large for here."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, **more: create(*names, **more, drop_path_rate=0.5))
+    spec = {**localizer, "model": {"backbone": "test_convnext"}}
+    whole, stopped = bench.new_run(), bench.new_run()
+    bench.train(spec, whole)
+    stop_in_mid_epoch(bench, spec, stopped, monkeypatch)
+    bench.train(spec, stopped, attempt=2)
+    for name in ("train/loss_step", "val/loss"):
+        assert dict(bench.history(stopped, name)) == pytest.approx(dict(bench.history(whole, name)), rel=1e-6)
 
 
 def test_with_processes_that_load_data_going_on_gives_the_same_losses_too(

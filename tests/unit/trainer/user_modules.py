@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
@@ -58,6 +60,39 @@ class Shuffled(Line):
         elif self.how == "its own way":
             return Listed(data, batch_size=2, **options)
         return DataLoader(data, batch_size=2, **options)
+
+
+class Noisy(TensorDataset):
+    """Adds noise to each point as it is read, of each library's generator."""
+
+    def __getitem__(self, index: Any) -> Any:
+        x, y = super().__getitem__(index)
+        return x + 0.1 * (torch.randn(1) + float(np.random.randn()) + random.gauss(0, 1)), y
+
+
+class Dropping(Shuffled):
+    """Draws random numbers wherever one can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.5)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.dropout(x.expand(-1, 8)).mean(1, keepdim=True))
+
+    def on_train_epoch_start(self) -> None:
+        self.scale.fill_(random.uniform(0.5, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.scale * super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        torch.rand(1)
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        return DataLoader(Noisy(*loader.dataset.tensors), batch_size=2, shuffle=True)
 
 
 class Listed(DataLoader):  # type: ignore[type-arg]
