@@ -18,7 +18,6 @@ from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
 from heimdall_trainer import checkpoint_io, group
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.grace import Grace, grace_period_s, is_lost_batch, is_terminated_loader
-from heimdall_trainer.termination import TerminatedError
 
 if TYPE_CHECKING:
     from heimdall_api.types import TrainingSpec
@@ -125,7 +124,7 @@ class Checkpointing:
         elif not is_terminated_loader(exception):
             return
         self._grace.begin()
-        raise TerminatedError("Asked to end (SIGTERM), as was a process that loads data; an older checkpoint is used.")
+        raise self._grace.error(", as was a process that loads data; an older checkpoint is used.")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """An epoch is over, its validation included."""
@@ -149,7 +148,7 @@ class Checkpointing:
         delivered = self._publisher.flush(self._grace.left_s())
         self._publisher.raise_if_not_written()
         fate = "was delivered" if delivered else "could not be delivered in time; an older one is used"
-        raise TerminatedError(f"Asked to end (SIGTERM) at step {trainer.global_step}; its checkpoint {fate}.")
+        raise self._grace.error(f" at step {trainer.global_step}; its checkpoint {fate}.")
 
     def _save(self, trainer: Any, metric: float | None, suffix: str = "") -> None:
         step = int(trainer.global_step)

@@ -1,4 +1,4 @@
-"""SIGTERM, and the time after it: one deadline, of which every wait takes what those before it have left.
+"""SIGTERM or Ctrl-C, and the time after it: one deadline, of which every wait takes what those before it have left.
 
 torchrun sends it to the process groups of its processes: those that load data get it too, and would end before the
 step that is to be saved. So each process that is forked here has a group of its own. One that began otherwise (spawned)
@@ -18,7 +18,7 @@ from typing import Final
 
 from heimdall_api.contract import ENV_GRACE_PERIOD
 from heimdall_trainer import group
-from heimdall_trainer.termination import TerminatedError
+from heimdall_trainer.termination import EXIT_BY_HAND, StoppedByHandError, TerminatedError
 
 LOADER: Final = "torch.utils.data.dataloader"
 WAITS_FOR_BATCH: Final = "_get_data"
@@ -43,8 +43,17 @@ class Grace:
     waits no longer than what is left.
     """
 
-    def __init__(self) -> None:
-        """Nothing was received yet, and nothing is watched."""
+    def __init__(self, *, by_hand: bool = False) -> None:
+        """Nothing was received yet, and nothing is watched.
+
+        Args:
+            by_hand: Whether Ctrl-C means the same as SIGTERM, and a second one the end at once: for a program of one's
+                own, not for a training that somebody else's program calls.
+        """
+        self.hint = ""
+        """What who ends it at once is told."""
+        self._by_hand = by_hand
+        self._error: type[TerminatedError] = TerminatedError
         self._began: float | None = None
         self._in_loop = False
         self._settling = False
@@ -52,6 +61,9 @@ class Grace:
     def watch(self) -> None:
         """Handle SIGTERM from here on; whoever took it over meanwhile loses it again."""
         if threading.current_thread() is threading.main_thread():
+            # Who starts it in the background may have it ignore Ctrl-C.
+            if self._by_hand and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                signal.signal(signal.SIGINT, self._on_sigint)
             signal.signal(signal.SIGTERM, self._on_sigterm)
             _keep_forks_apart()
 
@@ -73,7 +85,24 @@ class Grace:
         # What is due to the same signal is no failure: torch would raise in the middle of a step.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not (self._in_loop or self._settling):
-            raise TerminatedError("Asked to end (SIGTERM) outside of the training loop.")
+            raise self.error(" outside of the training loop.")
+
+    def _on_sigint(self, number: int, frame: FrameType | None) -> None:
+        if self._error is StoppedByHandError:
+            # No buffer, and nothing that this may have interrupted.
+            os.write(2, f"\nAsked twice to end: ended at once, and MLflow was not told. {self.hint}\n".encode())
+            os._exit(EXIT_BY_HAND)
+        self._error = StoppedByHandError
+        os.write(2, b"\nAsked to end (Ctrl-C): what can be saved is saved first; once more ends it at once.\n")
+        self._on_sigterm(number, frame)
+
+    def error(self, rest: str) -> TerminatedError:
+        """What the end is raised as.
+
+        Args:
+            rest: Where it was, and what became of the checkpoint.
+        """
+        return self._error(f"Asked to end ({self._error.asked_by}){rest}")
 
     @property
     def began(self) -> bool:
@@ -104,8 +133,9 @@ def _keep_forks_apart() -> None:
 def _live_apart() -> None:
     """What is sent to the parent's process group does not arrive here; what is sent to the child ends it as ever."""
     os.setpgid(0, 0)
-    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Grace):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), Grace):
+            signal.signal(number, usual)
 
 
 def is_lost_batch(error: BaseException) -> bool:

@@ -106,6 +106,12 @@ class TrainingPipeline:
             self._publisher, self.spec.training, output_dir / "checkpoints", attempt, self.grace
         )
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another training in the same run has a checkpoint to go on from, if only once that is delivered."""
+        kept = self.tracker.undelivered
+        return bool(self._publisher.listed) or (kept is not None and bool(kept.manifest.checkpoints))
+
     def train(self) -> dict[str, float]:
         """Train, test, and leave in the run what was asked for.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,8 +19,20 @@ from heimdall_trainer.group import is_broken_connection
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+EXIT_BY_HAND: Final = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as of any program."""
+
+
 class TerminatedError(BaseException):
     """SIGTERM was received, and what could be saved was."""
+
+    asked_by = "SIGTERM"
+
+
+class StoppedByHandError(TerminatedError):
+    """Ctrl-C was pressed, and what could be saved was."""
+
+    asked_by = "Ctrl-C"
 
 
 def run_to_exit_code(call: Callable[[], None]) -> int:
@@ -43,16 +56,20 @@ def run_to_exit_code(call: Callable[[], None]) -> int:
         if reason == Reason.USER_ERROR:
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
         leave_last_words(reason, redact(message))
+        for note in getattr(error, "__notes__", ()):
+            print(redact(note), file=sys.stderr, flush=True)
         return code
     return ExitCode.SUCCESS
 
 
-def judge(error: BaseException) -> tuple[ExitCode, Reason, str]:
+def judge(error: BaseException) -> tuple[int, Reason, str]:
     """What an exception means: exit code, reason, and a message for people."""
     from heimdall_tracking import SettingsError
     from heimdall_tracking.errors import AwayError
 
     match error:
+        case StoppedByHandError():
+            return EXIT_BY_HAND, Reason.PREEMPTED, str(error)
         case TerminatedError():
             return ExitCode.SIGTERM, Reason.PREEMPTED, str(error)
         case ConfigurationError() | DataError() | SettingsError():

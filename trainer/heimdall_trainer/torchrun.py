@@ -13,7 +13,8 @@ from types import FrameType
 
 def main() -> None:
     """Start the processes, and end when they have ended."""
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.run import main as start
 

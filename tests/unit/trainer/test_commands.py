@@ -29,6 +29,7 @@ from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.modelling import log_localizer
 from heimdall_trainer.settings import DataSettings
+from heimdall_trainer.termination import EXIT_BY_HAND
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,7 +60,10 @@ def test_help_imports_nothing_that_is_heavy() -> None:
     assert imported & HEAVY == set()
 
 
-def test_sigterm_before_anything_was_read_is_handled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, ExitCode.SIGTERM), (signal.SIGINT, EXIT_BY_HAND)])
+def test_who_asks_for_the_end_before_anything_was_read_is_heard(
+    asked: signal.Signals, code: int, tmp_path: Path
+) -> None:
     """A container's first process would ignore it otherwise. The run file is a pipe that nobody writes to."""
     os.mkfifo(tmp_path / "run.json")
     words = tmp_path / "termination-log"
@@ -74,11 +78,11 @@ def test_sigterm_before_anything_was_read_is_handled(tmp_path: Path) -> None:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.terminate()
+        process.send_signal(asked)
         _, printed = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == ExitCode.SIGTERM, printed
+    assert process.returncode == code, printed
     assert TerminationMessage.model_validate_json(words.read_text()).reason is Reason.PREEMPTED
 
 

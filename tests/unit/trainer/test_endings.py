@@ -187,6 +187,34 @@ def test_sigterm_interrupts_except_in_the_loop_and_at_the_end() -> None:
     receive()
 
 
+def test_ctrl_c_is_heard_as_sigterm_is_and_a_second_one_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watched = grace.Grace(by_hand=True)
+    watched.watch()
+    watched.enter_loop()
+    watched.begin()  # another process of a group was told first
+    signal.raise_signal(signal.SIGINT)
+    assert "once more ends it at once" in capfd.readouterr().err
+    assert str(watched.error(" at step 3.")) == "Asked to end (Ctrl-C) at step 3."
+
+    watched.hint = "Go on with: this"
+    ended = list[int]()
+    monkeypatch.setattr(grace.os, "_exit", ended.append)
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+    assert "MLflow was not told. Go on with: this\n" in capfd.readouterr().err
+
+
+def test_ctrl_c_is_left_to_programs_that_call_a_training_and_to_those_who_have_it_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    grace.Grace().watch()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    grace.Grace(by_hand=True).watch()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 @pytest.fixture
 def _child_handler() -> Iterator[None]:
     """As torch's, which raises where one of its processes has ended; what was there is put back."""
@@ -436,7 +464,7 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
         return result
 
     time_left = SimpleNamespace(left_s=lambda: 7, settle=lambda: None)
-    made = SimpleNamespace(train=lambda: fail(trained, {"loss": 0.5}), is_whole=whole)
+    made = SimpleNamespace(train=lambda: fail(trained, {"loss": 0.5}), is_whole=whole, can_go_on=False)
     monkeypatch.setattr(heimdall_tracking, "initialize_mlflow", lambda _: tracker)
     monkeypatch.setattr(pipeline, "TrainingPipeline", lambda *_, **__: made)
     monkeypatch.setattr(runs, "read_facts", lambda *_: "facts")

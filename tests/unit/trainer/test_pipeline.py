@@ -53,7 +53,7 @@ from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.runs import find_model, read_facts
 from heimdall_trainer import callbacks, cli, export, modelling, patience, pipeline
 from heimdall_trainer.checkpoint_io import Snapshot
-from heimdall_trainer.commands.training import LOCAL_RUN_ID
+from heimdall_trainer.commands.training import LOCAL_RUN_ID, _how_to_go_on
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
 from heimdall_trainer.data.sessions import SessionStore
@@ -352,13 +352,19 @@ def test_a_localizer_with_arrivals_is_trained_and_takes_them_when_it_is_served(
 # --- interruptions -------------------------------------------------------------------------------------------------
 
 
-def sigterm_at(hook: str, step: int, patch: pytest.MonkeyPatch, module: type[Any] = LocalizationModule) -> None:
+def sigterm_at(
+    hook: str,
+    step: int,
+    patch: pytest.MonkeyPatch,
+    module: type[Any] = LocalizationModule,
+    number: signal.Signals = signal.SIGTERM,
+) -> None:
     """Have the process told to end where a module is at a step."""
     whole = getattr(module, hook)
 
     def told_to_end(self: Any, *arguments: Any) -> Any:
         if self.global_step == step:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         return whole(self, *arguments)
 
     patch.setattr(module, hook, told_to_end)
@@ -989,18 +995,31 @@ def test_half_precision_where_the_device_has_it_or_it_is_asked_for(
 
 
 @pytest.fixture
-def run_locally(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def call_in_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`heimdall-train`, as a process of its own would call it: its exit code."""
+    monkeypatch.setenv(ENV_TRACKING_URI, bench.uri)
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["heimdall-train", *words])
+        arguments = cli._parser().parse_args(words)
+        code = run_to_exit_code(lambda: arguments.call(arguments))
+        os.environ.pop(LOCAL_RUN_ID, None)
+        return code
+
+    return call
+
+
+@pytest.fixture
+def run_locally(bench: Bench, call_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`heimdall-train run` on a spec, in this process: exit code, termination message, MLflow's run if there is one."""
     words, file = tmp_path / "termination-log", tmp_path / "run.json"
-    monkeypatch.setenv(ENV_TRACKING_URI, bench.uri)
     monkeypatch.setenv(ENV_TERMINATION_MESSAGE, str(words))
 
     def run(
         spec: dict[str, Any], name: str, folder: Path = tmp_path
     ) -> tuple[int, TerminationMessage | None, Run | None]:
         file.write_text(json.dumps({"metadata": {"name": name}, "spec": spec}))
-        arguments = cli._parser().parse_args(["run", "-f", str(file), "--output-dir", str(folder)])
-        code = run_to_exit_code(lambda: arguments.call(arguments))
+        code = call_in_process("run", "-f", str(file), "--output-dir", str(folder))
         message = TerminationMessage.model_validate_json(words.read_text()) if words.exists() else None
         experiment = bench.client.get_experiment_by_name(DEFAULT_EXPERIMENT)
         assert experiment is not None
@@ -1166,6 +1185,64 @@ def test_a_training_that_is_told_to_end_without_an_operator_is_killed_in_mlflow(
     assert code == ExitCode.SIGTERM
     assert message.reason is Reason.PREEMPTED
     assert run.info.status == "KILLED"
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a crash"])
+def test_a_training_without_an_operator_goes_on_by_the_command_that_its_last_words_name(
+    how: str,
+    *,
+    run_locally: Any,
+    call_in_process: Any,
+    bench: Bench,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = f"by-hand-{how[-1].lower()}"
+    with monkeypatch.context() as patch:
+        if how == "Ctrl-C":
+            sigterm_at("training_step", 3, patch, user_modules.Line, signal.SIGINT)
+        else:
+            patch.setattr(user_modules.Line, "on_train_epoch_start", lambda module: 1 / (3 - module.current_epoch))
+        code, message, run = run_locally(user_spec("Line", epochs=8), name)
+    said = capsys.readouterr().err.splitlines()[-1]
+    if how == "Ctrl-C":
+        assert (code, run.info.status) == (130, "KILLED")
+        assert message.message == "Asked to end (Ctrl-C) at step 4; its checkpoint was delivered."
+    else:
+        assert (code, run.info.status) == (ExitCode.ERROR, "FAILED")
+    assert said.startswith("Go on with: heimdall-train run -f ")
+    assert said.endswith(f" --resume {run.info.run_id}")
+
+    command = shlex.split(said.removeprefix("Go on with: "))
+    assert call_in_process(*command[1:]) == ExitCode.SUCCESS
+    whole = bench.new_run()
+    bench.train(user_spec("Line", epochs=8), whole)
+    assert bench.client.get_run(run.info.run_id).info.status == "FINISHED"
+    losses = [bench.history(run_id, "train/loss") for run_id in (run.info.run_id, whole)]
+    assert [len(each) for each in losses] == [8, 8]
+    assert dict(losses[0]) == pytest.approx(dict(losses[1]))
+
+    capsys.readouterr()
+    assert call_in_process(*command[1:]) == ExitCode.CONFIGURATION
+    assert f"--resume {run.info.run_id}: that run is finished" in capsys.readouterr().err
+
+
+def test_a_run_to_go_on_in_that_there_is_not_is_refused(
+    call_in_process: Any, bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("run.json").write_text(json.dumps({"metadata": {"name": "nowhere"}, "spec": user_spec("Line")}))
+    for run_id in ("nowhere", "'; --"):
+        assert call_in_process("run", "-f", "run.json", "--resume", run_id) == ExitCode.CONFIGURATION
+        assert f"--resume {run_id}: {bench.uri} has no such run" in capsys.readouterr().err
+    monkeypatch.setenv(ENV_MLFLOW_RUN_ID, bench.new_run())
+    assert call_in_process("run", "-f", "run.json", "--resume", "mine") == ExitCode.CONFIGURATION
+    assert "--resume and MLFLOW_RUN_ID both name a run" in capsys.readouterr().err
+
+
+def test_the_command_to_go_on_names_the_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for old in (["--resume", "old"], ["--resume=old"], []):
+        monkeypatch.setattr(sys, "argv", ["/bin/heimdall-train", "train", *old, "--run-name", "my run"])
+        assert _how_to_go_on("new") == "Go on with: heimdall-train train --run-name 'my run' --resume new"
 
 
 def test_one_that_is_told_so_twice_when_its_last_epoch_is_over_ends_no_otherwise(

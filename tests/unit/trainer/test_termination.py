@@ -11,7 +11,7 @@ import pytest
 from heimdall_api.contract import ENV_TERMINATION_MESSAGE, MESSAGE_LIMIT, ExitCode, Reason, TerminationMessage
 from heimdall_tracking import SettingsError
 from heimdall_trainer.errors import ConfigurationError, DataError, FencedError, UndeliveredError
-from heimdall_trainer.termination import TerminatedError, run_to_exit_code
+from heimdall_trainer.termination import EXIT_BY_HAND, StoppedByHandError, TerminatedError, run_to_exit_code
 
 
 class OutOfMemoryError(RuntimeError):
@@ -31,6 +31,7 @@ class MlflowException(Exception):  # noqa: N818 - its name there
 
 
 ENDS = {
+    "Ctrl-C": (StoppedByHandError("at step 3"), EXIT_BY_HAND, Reason.PREEMPTED),
     "SIGTERM": (TerminatedError("at step 3"), ExitCode.SIGTERM, Reason.PREEMPTED),
     "a spec that can't work": (ConfigurationError("wrong"), ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION),
     "settings that can't be used": (SettingsError("wrong"), ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION),
@@ -79,7 +80,7 @@ def last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("error", "code", "reason"), ENDS.values(), ids=ENDS.keys())
 def test_each_end_has_its_exit_code_and_reason(
-    error: BaseException, code: ExitCode, reason: Reason, last_words: Path, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, reason: Reason, last_words: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_to_exit_code(ending_with(error)) == code
     told = TerminationMessage.model_validate_json(last_words.read_text())

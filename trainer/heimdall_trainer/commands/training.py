@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import uuid
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 LOCAL_RUN_ID: Final = "HEIMDALL_LOCAL_RUN_ID"
 """Where a group's processes without an operator find the run that was made for them all."""
+RESUME: Final = "--resume"
+RESUME_HELP: Final = "go on in this run from its last checkpoint, without an operator"
 
 
 def add(commands: Any) -> None:
@@ -24,6 +27,7 @@ def add(commands: Any) -> None:
     run = commands.add_parser("run", help="train a TrainingRun: on a cluster by its pod, elsewhere on SQLite and files")
     run.add_argument("-f", "--file", help="TrainingRun, YAML or JSON (default: the one that a pod is given)")
     run.add_argument("--output-dir", type=Path, default=None, help="folder for what is on its way (default: outputs)")
+    run.add_argument(RESUME, metavar="RUN_ID", help=RESUME_HELP)
     run.set_defaults(call=_run)
 
     train = commands.add_parser("train", help="train from flags and a configuration; a flag beats the file")
@@ -36,6 +40,7 @@ def add(commands: Any) -> None:
     train.add_argument("--epochs", type=int)
     train.add_argument("--run-name")
     train.add_argument("--output-dir", type=Path, default=None)
+    train.add_argument(RESUME, metavar="RUN_ID", help=RESUME_HELP)
     train.set_defaults(call=_train)
 
     validate = commands.add_parser("validate", help="check a TrainingRun without training it")
@@ -51,22 +56,25 @@ def _run(arguments: argparse.Namespace) -> None:
     from heimdall_api.contract import ENV_MLFLOW_RUN_ID, ENV_RUN_FILE, RUN_FILE
     from heimdall_trainer import group
     from heimdall_trainer.config import load_training_config
+    from heimdall_trainer.errors import ConfigurationError
 
-    grace = _watch_sigterm()
+    grace = _watch()
     run = load_training_config(arguments.file or os.environ.get(ENV_RUN_FILE, RUN_FILE))
     if ENV_MLFLOW_RUN_ID in os.environ:
+        if arguments.resume is not None:
+            raise ConfigurationError(f"{RESUME} and {ENV_MLFLOW_RUN_ID} both name a run to go on in: leave one out")
         if group.is_group():
             group.become_torchrun(sys.argv[1:])
         _train_in_pod(run, arguments.output_dir or Path.cwd() / "outputs", grace)
     else:
-        _train_locally(run, arguments.output_dir or Path("outputs"), grace)
+        _train_locally(run, arguments.output_dir or Path("outputs"), grace, arguments.resume)
 
 
-def _watch_sigterm() -> Grace:
+def _watch() -> Grace:
     """From the start: a container's first process ignores the signals that it does not handle."""
     from heimdall_trainer.grace import Grace
 
-    grace = Grace()
+    grace = Grace(by_hand=True)
     grace.watch()
     return grace
 
@@ -74,7 +82,7 @@ def _watch_sigterm() -> Grace:
 def _train(arguments: argparse.Namespace) -> None:
     from heimdall_trainer.config import load_training_config, override, parse
 
-    grace = _watch_sigterm()
+    grace = _watch()
     run = (
         load_training_config(arguments.config)
         if arguments.config
@@ -89,7 +97,7 @@ def _train(arguments: argparse.Namespace) -> None:
         "training.epochs": arguments.epochs,
         "tracking.runName": arguments.run_name,
     }
-    _train_locally(override(run, flags), arguments.output_dir or Path("outputs"), grace)
+    _train_locally(override(run, flags), arguments.output_dir or Path("outputs"), grace, arguments.resume)
 
 
 def _train_in_pod(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
@@ -104,9 +112,9 @@ def _train_in_pod(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     TrainingPipeline(run, tracker, output_dir=output_dir, attempt=attempt, fenced=True, grace=grace).train()
 
 
-def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
+def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str | None = None) -> None:
     """Without an operator this process owns the run, with the operator's own code."""
-    from heimdall_tracking import initialize_mlflow, load_settings, runs
+    from heimdall_tracking import initialize_mlflow, load_settings
     from heimdall_trainer import group
     from heimdall_trainer.errors import UndeliveredError
     from heimdall_trainer.pipeline import TrainingPipeline
@@ -116,24 +124,13 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     # A file that names no experiment leaves it to the environment.
     named = {"experiment_name": asked.experiment} if "experiment" in asked.model_fields_set else {}
     tracker = initialize_mlflow(load_settings(**named))
-    if LOCAL_RUN_ID not in os.environ:
-        made = runs.ensure_run(
-            tracker.client,
-            uid=run.metadata.uid or str(uuid.uuid4()),
-            experiment=tracker.settings.experiment_name,
-            name=asked.run_name or run.metadata.name,
-            tags=asked.tags,
-        )
-        os.environ[LOCAL_RUN_ID] = made.run_id
-        print(f"run:     {made.run_id} in {tracker.settings.display_uri}", flush=True)
-        if group.is_group():
-            group.become_torchrun(sys.argv[1:])
-    run_id = os.environ[LOCAL_RUN_ID]
+    run_id = _open_run(run, tracker, resume)
     if not group.is_first():
         tracker.attach(run_id)
         TrainingPipeline(run, tracker, output_dir=output_dir, grace=grace).train()
         return
     tracker.start_run(run_id=run_id)
+    grace.hint = _how_to_go_on(run_id)
     training: TrainingPipeline | None = None
     try:
         training = TrainingPipeline(run, tracker, output_dir=output_dir, grace=grace)
@@ -144,6 +141,8 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
         grace.settle()
         is_whole = training is not None and training.is_whole
         _end_without_success(run, tracker, error, is_whole=is_whole, left_s=grace.left_s())
+        if training is not None and training.can_go_on and not is_whole:
+            error.add_note(grace.hint)
         raise
     ended = tracker.end_run_in_time("FINISHED")
     for name, value in sorted(metrics.items()):
@@ -152,6 +151,65 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
         print(f"model:   {registration.uri}")
     if not ended and tracker.undelivered is not None:
         raise UndeliveredError(tracker.undelivered.sentence)
+
+
+def _open_run(run: TrainingRun, tracker: MLflowTracker, resume: str | None) -> str:
+    """The run of this training, for all processes of a group: the first process of all makes or finds it."""
+    from heimdall_tracking import runs
+    from heimdall_trainer import group
+
+    if LOCAL_RUN_ID not in os.environ:
+        if resume is not None:
+            _check_unfinished(tracker, resume)
+        made = (
+            resume
+            or runs.ensure_run(
+                tracker.client,
+                uid=run.metadata.uid or str(uuid.uuid4()),
+                experiment=tracker.settings.experiment_name,
+                name=run.spec.tracking.run_name or run.metadata.name,
+                tags=run.spec.tracking.tags,
+            ).run_id
+        )
+        os.environ[LOCAL_RUN_ID] = made
+        print(f"run:     {made} in {tracker.settings.display_uri}", flush=True)
+        if group.is_group():
+            group.become_torchrun(sys.argv[1:])
+    return os.environ[LOCAL_RUN_ID]
+
+
+def _check_unfinished(tracker: MLflowTracker, run_id: str) -> None:
+    """Make sure that there is something to go on with.
+
+    Raises:
+        ConfigurationError: There is no such run, or it is finished.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from heimdall_tracking import runs
+    from heimdall_tracking.errors import is_permanent
+    from heimdall_trainer.errors import ConfigurationError
+
+    try:
+        found = runs.read_facts(tracker.client, run_id)
+    except MlflowException as error:
+        if not is_permanent(error):
+            raise
+        found = None
+    if found is None:
+        raise ConfigurationError(f"{RESUME} {run_id}: {tracker.settings.display_uri} has no such run")
+    if found.status == "FINISHED":
+        raise ConfigurationError(f"{RESUME} {run_id}: that run is finished, there is nothing to go on with")
+
+
+def _how_to_go_on(run_id: str) -> str:
+    """This command, in the run that it has begun."""
+    words = sys.argv[1:]
+    if RESUME in words:
+        place = words.index(RESUME)
+        del words[place : place + 2]
+    words = [word for word in words if not word.startswith(f"{RESUME}=")]
+    return f"Go on with: {shlex.join(['heimdall-train', *words, RESUME, run_id])}"
 
 
 def _check_start() -> None:
