@@ -57,7 +57,7 @@ class Checkpointing:
             trainer.lightning_module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, value)
         self._seen = {}
         self._restore_loaders(trainer.fit_loop)
-        if any(stopper.wait_count >= max(stopper.patience, 1) for stopper in trainer.early_stopping_callbacks):
+        if any(_has_stopped(stopper) for stopper in trainer.early_stopping_callbacks):
             trainer.should_stop = True  # the last attempt was done; Lightning restores the count, not the conclusion
         self._grace.watch()
 
@@ -163,6 +163,11 @@ class Checkpointing:
             self._publisher.submit(file, step=step, epoch=epoch, metric=metric, snapshot=snapshot)
 
 
+def _has_stopped(stopper: Any) -> bool:
+    """Whether a checkpoint says that early stopping has ended training."""
+    return stopper.stopping_reason_message is not None or stopper.wait_count >= max(stopper.patience, 1)
+
+
 def _told_behind(trainer: Any) -> dict[int, float]:
     """What Lightning tells schedulers of this epoch only when its checkpoint is made: metrics by their number."""
     if not trainer.lightning_module.automatic_optimization:
@@ -180,7 +185,12 @@ def _told_behind(trainer: Any) -> dict[int, float]:
 class ProgressReport:
     """Tells the run how far training is, behind training; and people, in plain lines, where there is no terminal."""
 
-    def __init__(self, tracker: MLflowTracker, training: TrainingSpec) -> None:
+    def __init__(self, tracker: MLflowTracker, training: TrainingSpec, *, monitored: bool = True) -> None:
+        """Args: tracker: The run. training: What is monitored. monitored: Whether it is to be."""
+        self.diverged: tuple[int, float] | None = None
+        """Since which epoch the monitored metric is no number, and what it was then."""
+        self._to_be_logged = monitored
+        self._has_validated = False
         self._tracker = tracker
         self._monitor = training.early_stopping.monitor
         self._sign = 1 if training.early_stopping.mode == "min" else -1
@@ -212,15 +222,47 @@ class ProgressReport:
         """Report each epoch, and the best value so far."""
         del pl_module
         value = trainer.callback_metrics.get(self._monitor)
-        if value is not None and math.isfinite(float(value)):
-            number = float(value)
-            if self._best is None or self._sign * number < self._sign * self._best:
-                self._best = number
-                best = BestMetric(name=self._monitor, value=number, step=int(trainer.global_step))
-                self._put(trainer, TAG_BEST, best.model_dump_json())
+        if value is None:
+            self._tell_that_it_is_not_logged(trainer)
+        elif not math.isfinite(value):
+            self.diverged = self.diverged or (int(trainer.current_epoch), float(value))
+        else:
+            self.diverged = None
+            self._note(trainer, float(value))
         self._report(trainer, epoch_done=True)
         if self._lines:
             self._line(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """By now a module has logged what it logs."""
+        del trainer, pl_module
+        self._has_validated = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an attempt that goes on must know."""
+        return {"diverged": self.diverged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know it."""
+        self.diverged = state_dict.get("diverged")
+
+    def _note(self, trainer: Any, number: float) -> None:
+        if self._best is None or self._sign * number < self._sign * self._best:
+            self._best = number
+            best = BestMetric(name=self._monitor, value=number, step=int(trainer.global_step))
+            self._put(trainer, TAG_BEST, best.model_dump_json())
+
+    def _tell_that_it_is_not_logged(self, trainer: Any) -> None:
+        # A validation that was broken off, and is not made up for, has logged nothing.
+        if not self._to_be_logged or (trainer.enable_validation and not self._has_validated):
+            return
+        self._to_be_logged = False
+        if group.is_first():
+            log.warning(
+                "the monitored metric is not logged: nothing stops training early, and the last checkpoint is the best",
+                monitor=self._monitor,
+                logged=sorted(trainer.callback_metrics),
+            )
 
     def _report(self, trainer: Any, *, epoch_done: bool = False) -> None:
         self._last_report = time.monotonic()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from heimdall_api.contract import TAG_BEST
+from heimdall_api.contract import TAG_BEST, Checkpoint
 from heimdall_api.types import CHECKPOINTS_LIMIT, DEFAULT_BACKBONE, TrainingRun
 from heimdall_tracking.redact import redact
 from heimdall_tracking.waiting import in_time
@@ -21,7 +21,7 @@ from heimdall_trainer import group
 from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
 from heimdall_trainer.checkpoint_io import make_checkpoint_io
 from heimdall_trainer.checkpoints import CheckpointPublisher
-from heimdall_trainer.errors import ConfigurationError, FencedError, UndeliveredError
+from heimdall_trainer.errors import ConfigurationError, DivergedError, FencedError, UndeliveredError
 from heimdall_trainer.grace import Grace
 from heimdall_trainer.imports import check_data, construct, lightning_of, load_class
 from heimdall_trainer.logger import make_logger
@@ -100,7 +100,7 @@ class TrainingPipeline:
         tracker.keep_undelivered_in(output_dir / "undelivered", attempt=attempt if fenced else None)
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
-        self._progress = ProgressReport(tracker, self.spec.training)
+        self._progress = ProgressReport(tracker, self.spec.training, monitored=self._has_validation())
         self._repeatable = Repeatable(self.spec.training.seed)
         self._checkpointing = Checkpointing(
             self._publisher, self.spec.training, output_dir / "checkpoints", attempt, self.grace
@@ -110,7 +110,8 @@ class TrainingPipeline:
     def can_go_on(self) -> bool:
         """Whether another training in the same run has a checkpoint to go on from, if only once that is delivered."""
         kept = self.tracker.undelivered
-        return bool(self._publisher.listed) or (kept is not None and bool(kept.manifest.checkpoints))
+        left = kept is not None and bool(kept.manifest.checkpoints)
+        return self._progress.diverged is None and (left or bool(self._publisher.listed))
 
     def train(self) -> dict[str, float]:
         """Train, test, and leave in the run what was asked for.
@@ -121,6 +122,7 @@ class TrainingPipeline:
         Raises:
             ConfigurationError: The spec can't work.
             DataError: The recordings can't be trained on.
+            DivergedError: What is monitored is no number, and never was.
             FencedError: A newer attempt has taken over.
             TerminatedError: SIGTERM was received; a checkpoint was made.
             UndeliveredError: MLflow was away for too long; what it did not get is kept in the output folder.
@@ -340,6 +342,10 @@ class TrainingPipeline:
         self._progress.restore_best(tags.get(TAG_BEST))
         self._repeatable.follow(trainer)
         trainer.fit(self.module, datamodule=self.data, ckpt_path=self._resumed, weights_only=False)
+        for stopper in trainer.early_stopping_callbacks if group.is_first() else ():
+            if stopper.stopping_reason_message is not None:
+                why = stopper.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
+                log.info("training stopped early", epoch=stopper.stopped_epoch + 1, of=trainer.max_epochs, reason=why)
 
     def _test(self, trainer: Any) -> dict[str, float]:
         """Load the best weights and test them."""
@@ -349,6 +355,7 @@ class TrainingPipeline:
         self._deliver_checkpoints()
         folder = self.output_dir / "resumed"
         best = group.from_first(self._publisher.best(folder) if group.is_first() else None)
+        self._check_best(best)
         if best is not None:
             file = self._publisher.local_file(best, folder)
             if file is None:  # with other weights than the first process this one would spoil what they find together
@@ -360,6 +367,27 @@ class TrainingPipeline:
             return {}
         results = trainer.test(self.module, datamodule=self.data, verbose=False)
         return {name: float(value) for result in results for name, value in result.items()}
+
+    def _check_best(self, best: Checkpoint | None) -> None:
+        """Make nothing of weights that are no numbers, in a group all together.
+
+        Raises:
+            DivergedError: There are no others.
+        """
+        diverged = group.from_first(self._progress.diverged)
+        if diverged is None:
+            return
+        epoch, value = diverged
+        what = f"{self.spec.training.early_stopping.monitor} became {value} in epoch {epoch + 1}"
+        if best is None or best.metric is None:
+            rate = "spec.training.learningRate" if self.spec.model.module is None else "of the module's own"
+            raise DivergedError(
+                f"{what}, and no checkpoint is of an epoch in which it was a number: lower the learning rate ({rate}), "
+                "or look for values in the data that are none"
+            )
+        if group.is_first():
+            used = {"epoch": best.epoch + 1, "value": best.metric}
+            log.warning("training diverged: the best checkpoint before that is used", reason=what, **used)
 
     def _has_test(self) -> bool:
         if self.spec.model.module is None and self.spec.data.module is None:

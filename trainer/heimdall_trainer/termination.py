@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from heimdall_api.contract import ENV_TERMINATION_MESSAGE, MESSAGE_LIMIT, ExitCode, Reason, TerminationMessage
-from heimdall_trainer.errors import ConfigurationError, DataError, FencedError, UndeliveredError
+from heimdall_trainer.errors import ConfigurationError, DataError, DivergedError, FencedError, UndeliveredError
 from heimdall_trainer.group import is_broken_connection
 
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -53,7 +53,7 @@ def run_to_exit_code(call: Callable[[], None]) -> int:
         if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code):
             raise
         code, reason, message = judge(error)
-        if reason == Reason.USER_ERROR:
+        if reason == Reason.USER_ERROR and not isinstance(error, DivergedError):
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
         leave_last_words(reason, redact(message))
         for note in getattr(error, "__notes__", ()):
@@ -74,6 +74,8 @@ def judge(error: BaseException) -> tuple[int, Reason, str]:
             return ExitCode.SIGTERM, Reason.PREEMPTED, str(error)
         case ConfigurationError() | DataError() | SettingsError():
             return ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION, str(error)
+        case DivergedError():
+            return ExitCode.ERROR, Reason.USER_ERROR, str(error)
         case ConnectionError():
             # A database or a store that does not answer may answer the next attempt.
             return ExitCode.ERROR, Reason.UNKNOWN, str(error)

@@ -57,7 +57,7 @@ from heimdall_trainer.commands.training import LOCAL_RUN_ID, _how_to_go_on
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
 from heimdall_trainer.data.sessions import SessionStore
-from heimdall_trainer.errors import ConfigurationError, DataError, ExportError, FencedError
+from heimdall_trainer.errors import ConfigurationError, DataError, DivergedError, ExportError, FencedError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
 from heimdall_trainer.model.net import make_backbone
@@ -220,6 +220,75 @@ def test_early_stopping_counts_the_epoch_that_a_checkpoint_is_of(bench: Bench) -
     bench.train(spec, run_id, attempt=2)
 
     assert [step for step, _ in bench.history(run_id, "val/loss")] == epochs
+
+
+def test_early_stopping_says_so_once_and_why(bench: Bench) -> None:
+    spec = user_spec("WorseAndWorse", epochs=10)
+    spec["training"]["earlyStopping"] = {"patience": 2}
+    with capture_logs() as logs:
+        bench.train(spec, bench.new_run())
+    (said,) = [line for line in logs if line["event"] == "training stopped early"]
+    assert (said["epoch"], said["of"]) == (3, 10)
+    assert said["reason"].startswith("Monitored metric val/loss did not improve in the last 2 records. Best score: 1")
+    assert "Trainer" not in said["reason"]
+
+
+def test_where_more_is_better_the_last_epoch_that_was_better_counts(bench: Bench) -> None:
+    run_id = bench.new_run()
+    spec = user_spec("BetterAndBetter", epochs=10)
+    spec["training"] |= {
+        "earlyStopping": {"patience": 2, "monitor": "val/accuracy", "mode": "max"},
+        "checkpoints": {"keep": 1},
+    }
+    bench.train(spec, run_id)
+    assert [value for _, value in bench.history(run_id, "val/accuracy")] == [0, 1, 2, 1, 0]
+    facts = read_facts(bench.client, run_id)
+    assert facts is not None
+    assert facts.best is not None
+    assert (facts.best.value, facts.best.step) == (2, 3)
+    assert [item.step for item in facts.checkpoints] == [3, 5], "the best one, and the last"
+
+
+@pytest.mark.parametrize("patience", [2, 0])
+def test_a_training_that_diverges_before_it_was_any_good_is_an_error_of_the_user_s(
+    patience: int, run_locally: Any, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = user_spec("Diverging", epochs=3, registration={"model": "diverged"})
+    spec["training"]["earlyStopping"] = {"patience": patience}
+    code, message, run = run_locally(spec, f"diverging-{patience}")
+    assert (code, message.reason, run.info.status) == (ExitCode.ERROR, Reason.USER_ERROR, "FAILED")
+    assert message.message.startswith("val/loss became nan in epoch 1, and no checkpoint is of an epoch in which")
+    assert "lower the learning rate" in message.message
+    assert bench.client.search_registered_models("name = 'diverged'") == []
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "Go on with" not in said, "it would be no better"
+    assert len(bench.history(run.info.run_id, "train/loss")) == (1 if patience else 3)
+
+    with pytest.raises(DivergedError, match="val/loss became nan in epoch 1"):
+        bench.train(spec, run.info.run_id, attempt=2)
+    assert len(bench.history(run.info.run_id, "train/loss")) == (1 if patience else 3)
+
+
+def test_a_training_that_diverges_later_goes_on_with_what_was_best_before(bench: Bench) -> None:
+    run_id = bench.new_run()
+    spec = user_spec("Diverging", epochs=9, registration={"model": "diverged-late"})
+    spec["model"]["args"] = {"since": 2}
+    with capture_logs() as logs:
+        bench.train(spec, run_id)
+    (said,) = [line for line in logs if line["event"].startswith("training diverged: the best checkpoint before")]
+    assert (said["reason"], said["value"]) == ("val/loss became nan in epoch 3", 1.0)
+    assert model_of(bench, run_id) is not None
+    assert len(bench.history(run_id, "train/loss")) == 3, "it stopped early"
+
+
+@pytest.mark.parametrize(("module", "told"), [("Line", 1), ("BetterAndBetter", 1), ("WorseAndWorse", 0)])
+def test_a_monitored_metric_that_is_never_logged_is_told_once(bench: Bench, module: str, told: int) -> None:
+    with capture_logs() as logs:
+        bench.train(user_spec(module, epochs=3), bench.new_run())
+    said = [line for line in logs if line["event"].startswith("the monitored metric is not logged")]
+    assert len(said) == told
+    assert all(line["monitor"] == "val/loss" and "train/loss" in line["logged"] for line in said)
 
 
 def test_metrics_are_tracked_for_every_step_and_every_epoch(trained: Trained, bench: Bench) -> None:

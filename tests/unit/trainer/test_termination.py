@@ -10,7 +10,7 @@ import pytest
 
 from heimdall_api.contract import ENV_TERMINATION_MESSAGE, MESSAGE_LIMIT, ExitCode, Reason, TerminationMessage
 from heimdall_tracking import SettingsError
-from heimdall_trainer.errors import ConfigurationError, DataError, FencedError, UndeliveredError
+from heimdall_trainer.errors import ConfigurationError, DataError, DivergedError, FencedError, UndeliveredError
 from heimdall_trainer.termination import EXIT_BY_HAND, StoppedByHandError, TerminatedError, run_to_exit_code
 
 
@@ -36,6 +36,7 @@ ENDS = {
     "a spec that can't work": (ConfigurationError("wrong"), ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION),
     "settings that can't be used": (SettingsError("wrong"), ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION),
     "recordings that can't be used": (DataError("corrupt"), ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION),
+    "weights that are no numbers": (DivergedError("nan"), ExitCode.ERROR, Reason.USER_ERROR),
     "a newer attempt": (FencedError("attempt 2"), ExitCode.FENCED, Reason.FENCED),
     "results not delivered": (UndeliveredError("late"), ExitCode.UNDELIVERED, Reason.TRACKING_UNAVAILABLE),
     "MLflow away": (

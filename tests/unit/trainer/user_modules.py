@@ -148,6 +148,24 @@ class WorseAndWorse(LineWithoutData):
         self.log("val/loss", float(1 + self.current_epoch))
 
 
+class Diverging(WorseAndWorse):
+    """What it logs is no number from an epoch on."""
+
+    def __init__(self, since: int = 0) -> None:
+        super().__init__()
+        self.since = since
+
+    def on_train_epoch_end(self) -> None:
+        self.log("val/loss", float("nan") if self.current_epoch >= self.since else 1.0)
+
+
+class BetterAndBetter(WorseAndWorse):
+    """By a metric of which more is better: up to its third epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("val/accuracy", 2.0 - abs(2 - self.current_epoch))
+
+
 class Plateau(WorseAndWorse):
     """Learns half as fast after each epoch, since none is better than the first."""
 
