@@ -57,6 +57,7 @@ from heimdall_trainer.commands.training import LOCAL_RUN_ID, _how_to_go_on
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
 from heimdall_trainer.data.sessions import SessionStore
+from heimdall_trainer.data.split import split_sessions
 from heimdall_trainer.errors import ConfigurationError, DataError, DivergedError, ExportError, FencedError
 from heimdall_trainer.export import open_onnx
 from heimdall_trainer.model.module import LocalizationModule
@@ -883,6 +884,42 @@ def test_a_stream_that_two_optimizers_learn_from_by_hand_is_trained_and_logged(b
     assert (progress.epoch, progress.step, progress.steps) == (epochs, 4 * epochs, None)
     model = load_model(model_of(bench, run_id).artifact_location)
     assert model.predict(model.input_example).shape == (1, 1)
+
+
+def test_what_the_spec_says_of_model_and_training_reaches_module_and_data(
+    bench: Bench, localizer: dict[str, Any]
+) -> None:
+    told = {
+        "learningRate": 0.02,
+        "weightDecay": 0.3,
+        "loss": "huber",
+        "seed": 7,
+        "batchSize": 3,
+        "dataLoaderWorkers": 1,
+    }
+    spec = {"model": {"backbone": "test_resnet", "freezeBackbone": True}, "training": told}
+    tracker = MLflowTracker(load_settings(tracking_uri=bench.uri))
+    tracker.attach(bench.new_run())
+    training = TrainingPipeline(described(spec), tracker, output_dir=bench.folder)
+    try:
+        module, data = training.setup_model(), training.setup_data_loaders()
+        data.setup()
+    finally:
+        training.close()
+
+    hparams = {"backbone": "test_resnet", "learning_rate": 0.02, "weight_decay": 0.3, "loss": "huber"}
+    assert hparams.items() <= dict(module.hparams).items()
+    assert not any(each.requires_grad for each in module.net.backbone.parameters())
+    assert all(each.requires_grad for each in module.net.position_head.parameters())
+    torch.manual_seed(7)
+    same = LocalizationModule("test_resnet", freeze_backbone=True)
+    assert torch.equal(module.net.position_head[0].weight, same.net.position_head[0].weight)
+    loader = data.train_dataloader()
+    assert (loader.batch_size, loader.num_workers, loader.sampler.seed) == (3, 1, 7)
+    every = [session for side in data.split.sides.values() for session in side]
+    fractions = {"validation_fraction": 0.2, "test_fraction": 0.1}
+    assert data.split == split_sessions(sorted(every), **fractions, seed=7)
+    assert data.split != split_sessions(sorted(every), **fractions, seed=42)
 
 
 def test_recordings_are_left_to_the_one_process_of_a_node_that_lightning_asks(
