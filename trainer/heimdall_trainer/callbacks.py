@@ -18,6 +18,7 @@ from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
 from heimdall_trainer import checkpoint_io, group
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.grace import Grace, grace_period_s, is_lost_batch, is_terminated_loader
+from heimdall_trainer.termination import TerminatedError
 
 if TYPE_CHECKING:
     from heimdall_api.types import TrainingSpec
