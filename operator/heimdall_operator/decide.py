@@ -157,6 +157,9 @@ def job_name(name: str, attempt: int) -> str:
 
 def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
     attempt = observed.status.attempts[-1]
+    if held := [job.name for job in observed.jobs if _is_held_for_nothing(job, attempt)]:
+        # Who lets it go again would have its pods train beside those of the next attempt.
+        return Decision(tuple(map(DeleteJob, held)), observed.status)
     if attempt.end_time is not None:
         return _after_attempt(observed, spec, attempt, now)
     if attempt.reason is not None:
@@ -171,6 +174,12 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
     if observed.job is None:
         return _create_job(observed, spec, attempt, now)
     return _watch(observed, spec, now)
+
+
+def _is_held_for_nothing(job: JobFacts, newest: Attempt) -> bool:
+    """Whether a Job is suspended whose attempt is over: its pods' end was seen before what had ended them."""
+    is_over = job.attempt < newest.number or newest.end_time is not None
+    return is_over and job.suspended and job.finished is None and not job.deleting
 
 
 def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:

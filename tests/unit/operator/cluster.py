@@ -10,7 +10,7 @@ from collections import defaultdict
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from heimdall_api.contract import LABEL_ATTEMPT, Checkpoint, Progress
+from heimdall_api.contract import LABEL_ATTEMPT, LABEL_QUEUE, Checkpoint, Progress
 from heimdall_operator.decide import UNOWNED_LIMIT
 from heimdall_operator.observe import COMPLETION_INDEX
 from heimdall_operator.store import ENDED, JOB_NAME
@@ -112,6 +112,8 @@ class Cluster(World):
         for name, pod in self.pods_of(job).items():
             if is_living(pod):
                 self.released.add(name)
+                if LABEL_QUEUE not in job["metadata"]["labels"] and pod["status"]["phase"] == "Running":
+                    self.could_be[attempt_of(pod)].add("Preempted")  # who sees its end first knows of no more
                 self.delete_pod(name)
 
     def _let_go(self, job: dict[str, Any]) -> None:

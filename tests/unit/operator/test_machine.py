@@ -571,6 +571,19 @@ def test_a_pod_of_before_its_job_was_held_says_nothing_of_the_one_that_follows_i
     assert list(life.world.jobs) == ["run-a1", "run-a2"]
 
 
+def test_a_job_that_was_held_does_not_train_beside_the_attempt_after_it(life: Life) -> None:
+    """The watch of pods may be ahead of that of Jobs: their end is seen before that their Job is held."""
+    life.jobs_are_suspended(suspend=True)
+    life.pods_end("sigterm", only=None)
+    life.a_watch_is_ahead_of_the_others("Pod", events=9)
+    life.operator_looks(0)
+    life.jobs_are_suspended(suspend=False)
+
+    assert [attempt.get("reason") for attempt in life._status()["attempts"]] == ["Preempted", None]
+    assert list(life.world.jobs) == ["run-a2"]
+    assert len(life.world.living(life.world.now)) == 1
+
+
 def test_a_pod_that_is_deleted_before_it_starts_costs_no_retry(life: Life) -> None:
     life.pods_end("sigterm", only=None)
     life.operator_looks(30)
