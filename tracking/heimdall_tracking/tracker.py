@@ -8,13 +8,16 @@ at once and raises.
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import structlog
 
@@ -48,6 +51,8 @@ REGISTER_TIMEOUT_S: Final = 300
 FLUSH_TIMEOUT_S: Final = 300
 END_TIMEOUT_S: Final = 15
 """How long an end that must not wait for the server tries to tell it."""
+EXIT_TIMEOUT_S: Final = 30
+"""How long a process that ends with an error, or with a run that nobody has closed, waits for the delivery."""
 TAG_LIMIT: Final = 5000
 """Longest value of a tag."""
 SEARCH_PAGE: Final = 1000
@@ -58,12 +63,19 @@ log = structlog.get_logger()
 class MLflowTracker:
     """A run of MLflow.
 
+    As a context manager it ends the run that `start_run` has started: FINISHED, or FAILED where the block raises. One
+    that was attached to keeps its status. What can't be delivered is put away on disk and named in the log; the
+    block's own exception goes on.
+
+    Without `with`, call `end_run` (or `close`, which leaves the run as it is). A process that ends without them
+    delivers what waits or puts it away all the same, in bounded time, and the run becomes FAILED: nobody has said that
+    it is done. A signal that nothing handles, SIGKILL and `os._exit` give no time for that.
+
     Example:
-        tracker = initialize_mlflow(load_settings(tracking_uri="http://localhost:5000"))
-        tracker.start_run("my-run")
-        tracker.log_params({"lr": 1e-3})
-        tracker.log_metrics({"loss": 0.5}, step=1)
-        tracker.end_run()
+        with initialize_mlflow(load_settings(tracking_uri="http://localhost:5000")) as tracker:
+            tracker.start_run("my-run")
+            tracker.log_params({"lr": 1e-3})
+            tracker.log_metrics({"loss": 0.5}, step=1)
     """
 
     def __init__(self, settings: TrackingSettings, client: MlflowClient | None = None) -> None:
@@ -77,6 +89,8 @@ class MLflowTracker:
         self._given_client = client
         self._experiment_id: str | None = None
         self._run_id: str | None = None
+        self._is_own = False
+        """Whether the run was started here, and is to be ended here."""
         self._metrics: MetricQueue | None = None
         self._outbox: Outbox[Call] | None = None
         self._uploader: Uploader | None = None
@@ -166,7 +180,8 @@ class MLflowTracker:
         else:
             name = run_name or f"{self.settings.run_name_prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
             run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags or {}))
-        self._run_id = str(run.info.run_id)
+        self._run_id, self._is_own = str(run.info.run_id), True
+        _open.add(self._end_with_process)
         log.info("run started", run_id=self._run_id, resumed=run_id is not None, uri=self.settings.display_uri)
         return self._run_id
 
@@ -182,7 +197,30 @@ class MLflowTracker:
         """
         self._check_free()
         self._experiment_id = str(self.client.get_run(run_id).info.experiment_id)
-        self._run_id = run_id
+        self._run_id, self._is_own = run_id, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Deliver what is left, or put it away; end the run if it was started here."""
+        if self._run_id is not None:
+            failed = kind is not None
+            self.close(EXIT_TIMEOUT_S if failed else FLUSH_TIMEOUT_S)
+            if self._is_own:
+                self.end_run_in_time("FAILED" if failed else "FINISHED")
+
+    def _end_with_process(self) -> None:
+        """The process ends, and nobody has closed this."""
+        log.warning(
+            "the process ends with a run that was not closed: use the tracker in a with statement, or call end_run",
+            run_id=self._run_id,
+        )
+        self.close(EXIT_TIMEOUT_S)
+        if self._is_own:
+            self.end_run_in_time("FAILED")
 
     def _check_free(self) -> None:
         """What waits in the background belongs to one run."""
@@ -231,6 +269,7 @@ class MLflowTracker:
             in_time(lambda: self.client.set_terminated(run_id, status), timeout_s)
         except Exception as error:  # noqa: BLE001 - it is put away
             log.warning("the end of the run could not be told", run_id=run_id, error=redact(error))
+            _open.discard(self._end_with_process)
             self.undelivered = self._folder().keep_status(status)
             done = False
         else:
@@ -300,6 +339,7 @@ class MLflowTracker:
         self._metrics = self._outbox = self._uploader = None
         # What was given up stays so: a second call, after the first could not end the run, must not call it delivered.
         self._incomplete = not delivered
+        _open.discard(self._end_with_process)
         return delivered
 
     def discard(self) -> None:
@@ -311,6 +351,7 @@ class MLflowTracker:
             self._made_folder.discard()
         self._metrics = self._outbox = self._uploader = None
         self._left_checkpoints, self._made_spill, self._made_folder = [], None, None
+        _open.discard(self._end_with_process)
 
     def leave_checkpoint(self, left: LeftCheckpoint) -> None:
         """Have `close` put a checkpoint away on disk that its publisher could not deliver."""
@@ -350,6 +391,8 @@ class MLflowTracker:
         return self._made_folder
 
     def _spill(self) -> Spill:
+        """Where points wait; asked for before anything else waits, so that the process's end sees to all of it."""
+        _open.add(self._end_with_process)
         if self._made_spill is None:
             if self._made_folder is not None and self._made_folder.kept is not None:
                 self._made_folder = None  # what is logged after a close has a folder of its own
@@ -362,6 +405,7 @@ class MLflowTracker:
             self.undelivered = self._made_folder.keep_status(None)
         self._run_id, self._incomplete, self._made_folder = None, False, None
         self._names = Names()
+        _open.discard(self._end_with_process)
 
     # --- what is logged ------------------------------------------------------------------------------------------
 
@@ -577,6 +621,17 @@ class MLflowTracker:
             token = page.token
             if not token:
                 return None
+
+
+_open: Final[set[Callable[[], None]]] = set()
+"""Close the trackers that nobody has closed: their threads are daemons, which end with the process."""
+os.register_at_fork(after_in_child=_open.clear)  # a child has none of the threads
+
+
+@atexit.register
+def _close_open() -> None:
+    for close in list(_open):
+        close()
 
 
 def initialize_mlflow(settings: TrackingSettings | None = None) -> MLflowTracker:
