@@ -1,11 +1,13 @@
 """The metric queue: never blocks a training step, never raises into training, keeps order, delivers in batches.
 
 A background thread sends what was put. While the server is away it tries again, with growing delays; what the memory's
-share can't hold waits on disk. Points are numbered in the order they were put, so that waiting for delivery means
-waiting for those put so far, not for silence.
+share can't hold waits on disk. Another thread writes it there: a disk that is slow or hangs must not hold training up
+either. Until it was written it waits in memory, up to a bound of its own; beyond that the oldest points are dropped and
+counted, since neither may a step wait for the disk nor the memory grow without end. Points are numbered in the order
+they were put, so that waiting for delivery means waiting for those put so far, not for silence.
 
-The order of what waits: the batch under way, `head`, the spill on disk, `tail`. New points go to the tail wherever the
-spill holds older ones.
+The order of what waits: the batch under way, `head`, the spill on disk, `writing`, `tail`. New points go to the tail
+wherever older ones wait behind the head.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Final
 
 import structlog
@@ -24,18 +25,22 @@ import structlog
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent, is_refusal
 from heimdall_tracking.outstanding import Outstanding
-from heimdall_tracking.points import Point
+from heimdall_tracking.points import Point, to_lines
 from heimdall_tracking.redact import redact
-from heimdall_tracking.spill import Spill, read
+from heimdall_tracking.spill import Spill, read, write
 
 BATCH: Final = 1000
 """MLflow takes at most this many metrics in one call."""
 MEMORY_POINTS: Final = 50_000
 """Points kept in memory: some 10 MB. Beyond it they wait on disk."""
+HARD_POINTS: Final = 200_000
+"""Points kept in memory where the disk does not take them as fast as they come: some 40 MB. Beyond it the oldest go."""
 LINGER_S: Final = 1.0
 """How long points are gathered before a batch goes: one call a second, however short the steps."""
 DISK_RETRY_S: Final = 5.0
-"""How long a disk that takes or gives nothing is left alone: trying costs time that training would wait for."""
+"""How long a disk that takes or gives nothing is left alone."""
+DISK_WAIT_S: Final = 10.0
+"""How long the end waits for points that are being written; they are left in memory then, to be put away once more."""
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a disk that has room again when something older goes. Of others, such as too many open files, nothing is
 removed: they pass, and what lies on disk is still good."""
@@ -56,16 +61,18 @@ class MetricQueue:
         *,
         spill: Spill | None = None,
         memory_points: int = MEMORY_POINTS,
+        hard_points: int = HARD_POINTS,
         linger_s: float = LINGER_S,
         retry_s: float = RETRY_S,
         disk_retry_s: float = DISK_RETRY_S,
     ) -> None:
-        """Start the background thread.
+        """Start the background threads.
 
         Args:
             send: Delivers a batch or raises; called from the background thread alone.
             spill: Where points wait that the memory's share can't hold; without it the oldest are dropped.
-            memory_points: Most points that wait in memory, beside the batch under way.
+            memory_points: Most points that wait in memory, beside the batch under way and what is to be written.
+            hard_points: Most points that wait in memory with what is to be written.
             linger_s: How long points are gathered before they go.
             retry_s: First delay after a failure; it doubles up to RETRY_LIMIT_S.
             disk_retry_s: How long a disk that takes or gives nothing is left alone.
@@ -73,12 +80,16 @@ class MetricQueue:
         self._send = send
         self._spill = spill
         self._half = max(1, memory_points // 2)
+        self._hard = max(hard_points, 2 * self._half)
         self._linger_s = linger_s
         self._retry_s = retry_s
         self._batch: list[Point] = []
         self._head: deque[Point] = deque()
+        self._writing: deque[Point] = deque()
         self._tail: deque[Point] = deque()
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._overfull = threading.Condition(lock)  # apart: a step that logs wakes nobody who has nothing to do
         self._taken = 0  # points ever put
         self._settled = 0  # points ever delivered, dropped or refused
         self._dropped = 0
@@ -89,6 +100,12 @@ class MetricQueue:
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="heimdall-metrics", daemon=True)
         self._thread.start()
+        self._spilling: threading.Thread | None = None
+        if spill is not None:
+            self._spilling = threading.Thread(
+                target=self._spill_over, args=(spill,), name="heimdall-spill", daemon=True
+            )
+            self._spilling.start()
 
     @property
     def dropped(self) -> int:
@@ -115,9 +132,11 @@ class MetricQueue:
                 self._give_up(len(points))
                 return
             before = self._waits()
-            behind = self._tail or self._spilled()
-            (self._tail if behind or len(self._head) >= self._half else self._head).extend(points)
-            if len(self._head) + len(self._tail) > 2 * self._half:
+            behind = self._tail or self._writing or self._spilled()
+            room = 0 if behind else self._half - len(self._head)
+            self._head.extend(points[:room])
+            self._tail.extend(points[room:])
+            if self._held() > 2 * self._half:
                 self._make_room()
             # The background thread is woken where it has something to do: each time it looks, a training step waits.
             if not before or before < BATCH <= self._waits():
@@ -161,13 +180,24 @@ class MetricQueue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._overfull.notify_all()
+
+    def rest(self, timeout_s: float) -> bool:
+        """Wait until nothing is being written to disk, nor is to be; whether that came in time."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._writing and (self._closed or not self._is_overfull()), timeout_s
+            )
 
     def left(self) -> tuple[list[Point], list[Point]]:
         """What a closed queue did not deliver: the points before those that lie in the spill, and those behind.
 
-        A batch whose answer is still out counts as not delivered: MLflow takes equal points once.
+        A batch whose answer is still out counts as not delivered, and what is still being written as not written:
+        MLflow takes equal points once.
         """
+        self.rest(DISK_WAIT_S)
         with self._changed:
+            self._take_back()
             return [*self._batch, *self._head], list(self._tail)
 
     # --- the background thread -----------------------------------------------------------------------------------
@@ -193,7 +223,8 @@ class MetricQueue:
                 if self._closed:
                     return []
                 if not self._head and not self._spilled():
-                    self._head, self._tail = self._tail, self._head
+                    self._take_back()  # the server is there: nobody needs the disk
+                    self._head = self._cut_off()
                 self._batch = [self._head.popleft() for _ in range(min(BATCH, len(self._head)))]
                 if self._batch:
                     return self._batch
@@ -208,6 +239,7 @@ class MetricQueue:
             if spill is None:
                 return
             ahead = spill.ahead(self._half)
+        spill.remove()
         try:
             found = read(ahead)
         except OSError as error:
@@ -229,7 +261,10 @@ class MetricQueue:
         return None if self._closed or self._head else self._spill
 
     def _waits(self) -> int:
-        return len(self._head) + len(self._tail) + self._spilled()
+        return self._held() + self._spilled()
+
+    def _held(self) -> int:
+        return len(self._head) + len(self._writing) + len(self._tail)
 
     def _spilled(self) -> int:
         return self._spill.waiting if self._spill is not None else 0
@@ -265,38 +300,70 @@ class MetricQueue:
             self._dropped += len(batch)
         return True
 
-    # --- with the lock held --------------------------------------------------------------------------------------
+    # --- the thread that writes to disk --------------------------------------------------------------------------
 
-    def _make_room(self) -> None:
-        """Have the tail wait on disk; where the disk takes nothing more, give up the oldest points."""
-        if self._spill is not None and time.monotonic() >= self._disk_again_at:
-            if self._write_tail(self._spill):
-                return
-            self._disk_again_at = time.monotonic() + self._disk_retry_s
-        excess = len(self._head) + len(self._tail) - 2 * self._half
-        for _ in range(excess):
-            (self._head or self._tail).popleft()
-        self._give_up(excess)
+    def _spill_over(self, spill: Spill) -> None:
+        while True:
+            with self._changed:
+                self._overfull.wait_for(lambda: self._closed or self._is_overfull())
+                if self._closed:
+                    return
+                part = self._writing = self._cut_off()
+            written = self._write(spill, part)
+            with self._changed:
+                if not written:
+                    self._disk_again_at = time.monotonic() + self._disk_retry_s
+                    if self._writing is part:
+                        self._take_back()
+                    self._drop_beyond(2 * self._half)
+                self._changed.notify_all()
 
-    def _write_tail(self, spill: Spill) -> bool:
-        """Have the tail wait on disk, in place of the oldest file there where that makes room; whether it does."""
-        if not self._tail:
-            # One call brought more than the memory's share: the newest half is written like any other.
-            self._tail.extend(islice(self._head, self._half, None))
-            self._head = deque(islice(self._head, self._half))
+    def _write(self, spill: Spill, part: deque[Point]) -> bool:
+        """Have points wait on disk, in place of the oldest file there where that makes room; whether they do."""
+        lines = to_lines(part)
         for may_drop in (True, False):
             try:
-                spill.append(self._tail)
+                self._append(spill, lines, part)
             except OSError as error:
                 self._tell_of_disk(error)
-                gone = spill.drop_oldest() if may_drop and error.errno in NO_ROOM else 0
-                if not gone:
+                if not (may_drop and error.errno in NO_ROOM and self._drop_oldest(spill)):
                     return False
-                self._give_up(gone)
             else:
-                self._tail.clear()
                 return True
         return False
+
+    def _append(self, spill: Spill, lines: bytes, part: deque[Point]) -> None:
+        spill.prepare()
+        with self._changed:
+            place = spill.behind(len(lines))
+        size = count = 0
+        try:
+            write(place, lines)
+            size, count = len(lines), len(part)
+        finally:
+            with self._changed:
+                if self._writing is not part:
+                    size = count = 0  # somebody else has them: what lies there is written over
+                elif count:
+                    self._writing = deque()
+                spill.wrote(place, size, count)
+
+    def _drop_oldest(self, spill: Spill) -> bool:
+        """Make room on disk; whether there is some now."""
+        with self._changed:
+            oldest = spill.oldest()
+        spill.remove()
+        if oldest is None:
+            return False
+        try:
+            oldest.path.unlink(missing_ok=True)
+        except OSError:
+            with self._changed:
+                spill.restore(oldest)
+            return False
+        with self._changed:
+            self._give_up(oldest.waiting)
+        return True
 
     def _tell_of_disk(self, error: OSError) -> None:
         if not self._disk_failed:
@@ -305,6 +372,40 @@ class MetricQueue:
                 error=error.strerror or str(error),
             )
         self._disk_failed = True
+
+    # --- with the lock held --------------------------------------------------------------------------------------
+
+    def _is_overfull(self) -> bool:
+        """Whether something is to be written to disk now."""
+        return self._held() > 2 * self._half and time.monotonic() >= self._disk_again_at
+
+    def _make_room(self) -> None:
+        """Have the disk take points; where it takes nothing, or not soon enough, give up the oldest."""
+        if self._spill is not None and time.monotonic() >= self._disk_again_at:
+            self._overfull.notify_all()
+            self._drop_beyond(self._hard)
+        else:
+            self._drop_beyond(2 * self._half)
+
+    def _cut_off(self) -> deque[Point]:
+        """The oldest points of the tail, to be sent or written next; so many that files keep their size."""
+        if len(self._tail) <= self._half:
+            part, self._tail = self._tail, deque()
+            return part
+        return deque(self._tail.popleft() for _ in range(self._half))
+
+    def _take_back(self) -> None:
+        """What is being written waits in memory as before, whatever comes of the writing."""
+        if self._writing:
+            self._tail, self._writing = deque([*self._writing, *self._tail]), deque()
+
+    def _drop_beyond(self, limit: int) -> None:
+        """Give up the oldest points that memory holds, those that are being written aside."""
+        excess = min(self._held() - limit, len(self._head) + len(self._tail))
+        if excess > 0:
+            for _ in range(excess):
+                (self._head or self._tail).popleft()
+            self._give_up(excess)
 
     def _give_up(self, count: int) -> None:
         """Count points that were never sent."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from heimdall_tracking.points import Point, from_line, to_lines
+from heimdall_tracking.points import Point, from_line
 
 FILE_BYTES: Final = 4 * 2**20
 """A file that has reached this size gets no more points."""
@@ -24,7 +24,9 @@ PATTERN: Final = "metrics-*.jsonl"
 
 
 @dataclass
-class _File:
+class File:
+    """A file of the row."""
+
     path: Path
     size: int = 0
     """Bytes of whole lines: what lies beyond them is the rest of a write that failed."""
@@ -34,14 +36,24 @@ class _File:
 
     @property
     def waiting(self) -> int:
+        """Points of it that were not read yet."""
         return self.points - self.read_points
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Where points are written next."""
+
+    file: File
+    end: int
+    """Bytes of it that count: what lies beyond them is cut off."""
 
 
 @dataclass(frozen=True)
 class Ahead:
     """Where points lie that are read next."""
 
-    file: _File
+    file: File
     start: int
     count: int
 
@@ -58,8 +70,9 @@ class Found:
 class Spill:
     """Points on disk, first in, first out. Not safe for threads: the queue's lock is around it.
 
-    Reading alone goes without that lock (`read`), between two calls with it that say what to read and that it was read:
-    what is appended or dropped meanwhile lies behind it.
+    What takes a disk's time goes without that lock: `prepare`, `write`, `read`, `remove`. Reading and writing each lie
+    between two calls with it, which say where, and what came of it. One thread writes, and one reads: what the other
+    does meanwhile lies elsewhere.
     """
 
     def __init__(
@@ -73,11 +86,15 @@ class Spill:
             limit_bytes: Most bytes that may lie on disk.
         """
         self._make_folder = folder
+        self._folder: Path | None = None
         self._file_bytes = file_bytes
         self._limit_bytes = limit_bytes
-        self._files: deque[_File] = deque()
-        self._reading: list[_File] = []
-        """Files that must stay: they are being read."""
+        self._files: deque[File] = deque()
+        self._reading: list[File] = []
+        self._writing: File | None = None
+        """Files that must stay: they are being read, and written to."""
+        self._needless: deque[Path] = deque()
+        """Files that nobody needs any more, to be removed."""
         self._made = 0
 
     @property
@@ -85,25 +102,37 @@ class Spill:
         """Points that were written and not read yet."""
         return sum(file.waiting for file in self._files)
 
-    def append(self, points: Collection[Point]) -> None:
-        """Write points behind those that are there: all of them or none.
+    def prepare(self) -> None:
+        """Make the folder, if it is not made yet; without the lock.
 
         Raises:
-            OSError: The disk is full, or the bound was reached (ENOSPC); nothing was written.
+            OSError: The disk takes nothing more.
         """
-        lines = to_lines(points)
-        if sum(file.size for file in self._files) + len(lines) > self._limit_bytes:
+        if self._folder is None:
+            self._folder = self._make_folder()
+
+    def behind(self, size: int) -> Behind:
+        """Where so many bytes are to be written; `wrote` says what came of it.
+
+        Raises:
+            OSError: The bound was reached (ENOSPC).
+        """
+        if sum(file.size for file in self._files) + size > self._limit_bytes:
             raise OSError(errno.ENOSPC, f"the bound of {self._limit_bytes} bytes is reached")
-        file = self._newest()
-        try:
-            with file.path.open("ab") as stream:
-                stream.truncate(file.size)
-                stream.write(lines)
-        except OSError:
-            self._cut(file)
-            raise
-        file.size += len(lines)
-        file.points += len(points)
+        self._writing = self._newest()
+        return Behind(self._writing, self._writing.size)
+
+    def wrote(self, place: Behind, size: int, count: int) -> None:
+        """Count what was written; nothing of it counts where that failed, or is not wanted any more.
+
+        Args:
+            place: Where.
+            size: Bytes.
+            count: Points.
+        """
+        self._writing = None
+        place.file.size += size
+        place.file.points += count
 
     def ahead(self, limit: int) -> list[Ahead]:
         """Where the oldest points lie, to be read; those that were taken before are no longer needed.
@@ -111,7 +140,7 @@ class Spill:
         Args:
             limit: Most points.
         """
-        self._remove_read()
+        self._leave_read()
         parts: list[Ahead] = []
         for file in self._files:
             count = min(limit - sum(part.count for part in parts), file.waiting)
@@ -134,22 +163,34 @@ class Spill:
         points = [point for each in found for point in each.points]
         return points, sum(each.ahead.count for each in found) - len(points)
 
-    def drop_oldest(self) -> int:
-        """Make room: remove the oldest file that is not being read, if it can be; how many points are gone with it."""
-        self._remove_read()
-        oldest = next((file for file in self._files if file not in self._reading), None)
+    def oldest(self) -> File | None:
+        """Take the oldest file that is in nobody's hands out of the row; it is to be removed without the lock.
+
+        Returns:
+            The file, to be given back (`restore`) where it can't be removed; None where there is none.
+        """
+        self._leave_read()
+        oldest = next((file for file in self._files if file not in (*self._reading, self._writing)), None)
         if oldest is None:
-            return 0
-        try:
-            oldest.path.unlink(missing_ok=True)
-        except OSError:
-            return 0
+            return None
         self._files.remove(oldest)
-        return oldest.waiting
+        return oldest
+
+    def restore(self, oldest: File) -> None:
+        """Put a file back that could not be removed."""
+        self._files.appendleft(oldest)
+
+    def remove(self) -> None:
+        """Remove the files that were read; without the lock."""
+        while (path := self._next_needless()) is not None:
+            # One that stays there takes room, and is delivered again at worst: the server takes equal points once.
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def settle(self) -> int:
-        """Leave on disk exactly what was not read; how many points that is."""
-        self._remove_read()
+        """Leave on disk exactly what was not read; how many points that is. For who has the disk alone."""
+        self._leave_read()
+        self.remove()
         if self._files and self._files[0].read_bytes:
             file = self._files[0]
             try:
@@ -163,26 +204,44 @@ class Spill:
                 pass  # Points that were delivered are delivered again: the server takes equal ones once.
         return self.waiting
 
-    def _newest(self) -> _File:
+    def _newest(self) -> File:
+        assert self._folder is not None  # noqa: S101 - it was prepared
         if not self._files or self._files[-1].size >= self._file_bytes:
             self._made += 1
-            self._files.append(_File(self._make_folder() / f"metrics-{self._made:08}.jsonl"))
+            self._files.append(File(self._folder / f"metrics-{self._made:08}.jsonl"))
         return self._files[-1]
 
-    def _cut(self, file: _File) -> None:
-        """Take half a write back. Where that fails too, the next write does it, and a reader stops before it."""
+    def _next_needless(self) -> Path | None:
+        # Two threads may remove at once.
         try:
-            with file.path.open("r+b") as stream:
-                stream.truncate(file.size)
-        except OSError:
-            return
+            return self._needless.popleft()
+        except IndexError:
+            return None
 
-    def _remove_read(self) -> None:
-        while self._files and not self._files[0].waiting:
-            # One that stays there takes room, and is delivered again at worst: the server takes equal points once.
-            with suppress(OSError):
-                self._files[0].path.unlink(missing_ok=True)
-            self._files.popleft()
+    def _leave_read(self) -> None:
+        while self._files and not self._files[0].waiting and self._files[0] is not self._writing:
+            self._needless.append(self._files.popleft().path)
+
+
+def write(place: Behind, lines: bytes) -> None:
+    """Write lines where they belong, all of them or none; without the lock.
+
+    Raises:
+        OSError: The disk is full, or does not answer.
+    """
+    try:
+        with place.file.path.open("ab") as stream:
+            stream.truncate(place.end)
+            stream.write(lines)
+    except OSError:
+        _cut(place)
+        raise
+
+
+def _cut(place: Behind) -> None:
+    """Take half a write back. Where that fails too, the next write does it, and a reader stops before it."""
+    with suppress(OSError), place.file.path.open("r+b") as stream:
+        stream.truncate(place.end)
 
 
 def read(parts: Sequence[Ahead]) -> list[Found]:

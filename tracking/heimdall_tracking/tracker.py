@@ -30,7 +30,7 @@ from heimdall_tracking.outbox import Outbox
 from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.params import Names, clean_name, clean_text, flatten
 from heimdall_tracking.points import Point, is_number, is_step, storable
-from heimdall_tracking.queue import MetricQueue, now_ms
+from heimdall_tracking.queue import DISK_WAIT_S, MetricQueue, now_ms
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import find_version, source_of, wait_until_ready
 from heimdall_tracking.runs import Fence, FinalStatus
@@ -347,6 +347,8 @@ class MLflowTracker:
         for part in (self._metrics, self._outbox, self._uploader):
             if part is not None:
                 part.stop()
+        if self._metrics is not None:
+            self._metrics.rest(DISK_WAIT_S)  # what is being written would make the folder anew
         if self._made_folder is not None:
             self._made_folder.discard()
         self._metrics = self._outbox = self._uploader = None

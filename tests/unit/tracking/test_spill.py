@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heimdall_tracking import queue as queue_module
 from heimdall_tracking import spill as spill_module
 from heimdall_tracking.points import Point, from_line, to_lines
 from heimdall_tracking.queue import BATCH, MetricQueue
-from heimdall_tracking.spill import PATTERN, Ahead, Found, Spill
-from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, Server, join, points
+from heimdall_tracking.spill import PATTERN, Ahead, Behind, Found, Spill
+from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, Server, in_thread, join, points
 
 MEMORY = 20
 """Points that the queues of these tests keep in memory."""
@@ -32,9 +33,23 @@ def spill_in(folder: Path, *, file_bytes: int = 200, limit_bytes: int = 2**20) -
     return Spill(lambda: folder, file_bytes=file_bytes, limit_bytes=limit_bytes)
 
 
+def append_to(spill: Spill, added: Sequence[Point]) -> None:
+    """As the queue does it."""
+    lines = to_lines(added)
+    spill.prepare()
+    place, written = spill.behind(len(lines)), False
+    try:
+        spill_module.write(place, lines)
+        written = True
+    finally:
+        spill.wrote(place, written * len(lines), written * len(added))
+
+
 def read_from(spill: Spill, limit: int) -> tuple[list[Point], int]:
     """As the queue does it."""
-    return spill.take(spill_module.read(spill.ahead(limit)))
+    ahead = spill.ahead(limit)
+    spill.remove()
+    return spill.take(spill_module.read(ahead))
 
 
 def files(folder: Path) -> list[Path]:
@@ -85,7 +100,7 @@ def test_what_is_appended_is_read_once_in_order_and_leaves_nothing(moves: list[i
         spill, put, read = spill_in(Path(name)), 0, list[int]()
         for move in moves:
             if move % 2:
-                spill.append(points(range(put, put + move)))
+                append_to(spill, points(range(put, put + move)))
                 put += move
             else:
                 found, lost = read_from(spill, move)
@@ -102,7 +117,7 @@ def test_what_is_appended_is_read_once_in_order_and_leaves_nothing(moves: list[i
 def test_beyond_its_bound_nothing_is_written(tmp_path: Path) -> None:
     spill = spill_in(tmp_path, limit_bytes=1000)
     with pytest.raises(OSError, match="bound of 1000 bytes"):
-        spill.append(points(range(1000)))
+        append_to(spill, points(range(1000)))
     assert spill.waiting == 0
     assert on_disk(tmp_path) == []
 
@@ -113,13 +128,13 @@ def test_a_write_that_fails_half_way_leaves_no_trace(
 ) -> None:
     spill = spill_in(tmp_path, file_bytes=10_000)
     if not can_cut:
-        monkeypatch.setattr(spill, "_cut", lambda file: None)
-    spill.append(points(range(10)))
+        monkeypatch.setattr(spill_module, "_cut", lambda place: None)
+    append_to(spill, points(range(10)))
     with full_disk(files(tmp_path)[0].stat().st_size + 30), pytest.raises(OSError):
-        spill.append(points(range(10, 20)))
+        append_to(spill, points(range(10, 20)))
     assert not can_cut or on_disk(tmp_path) == list(range(10))
 
-    spill.append(points(range(20, 22)))
+    append_to(spill, points(range(20, 22)))
 
     found, lost = read_from(spill, 100)
     assert [point.step for point in found] == [*range(10), 20, 21]
@@ -128,8 +143,8 @@ def test_a_write_that_fails_half_way_leaves_no_trace(
 
 def test_a_file_that_somebody_removed_is_counted_as_lost(tmp_path: Path) -> None:
     spill = spill_in(tmp_path)
-    spill.append(points(range(20)))
-    spill.append(points(range(20, 25)))
+    append_to(spill, points(range(20)))
+    append_to(spill, points(range(20, 25)))
     files(tmp_path)[0].unlink()
 
     assert read_from(spill, 100) == (points(range(20, 25)), 20)
@@ -138,7 +153,7 @@ def test_a_file_that_somebody_removed_is_counted_as_lost(tmp_path: Path) -> None
 def test_settled_it_holds_what_was_not_read_and_nothing_else(tmp_path: Path) -> None:
     spill = spill_in(tmp_path)
     for start in range(0, 60, 20):
-        spill.append(points(range(start, start + 20)))
+        append_to(spill, points(range(start, start + 20)))
     read_from(spill, 27)
 
     assert spill.settle() == 33
@@ -226,10 +241,16 @@ def held_up(folder: Path, *, limit_bytes: int = 2**20) -> tuple[MetricQueue, Ser
     return queue, server
 
 
+def put_each(queue: MetricQueue, steps: Sequence[int]) -> None:
+    """Put points one by one, and wait until the disk has taken what it can."""
+    for step in steps:
+        queue.put(points([step]))
+    assert queue.rest(PATIENCE_S)
+
+
 def test_memory_holds_its_share_and_the_disk_the_rest(tmp_path: Path) -> None:
     queue, server = held_up(tmp_path)
-    for step in range(1, 500):
-        queue.put(points([step]))
+    put_each(queue, range(1, 500))
 
     assert len(queue._head) + len(queue._tail) <= MEMORY
     assert len(on_disk(tmp_path)) >= 499 - MEMORY
@@ -251,8 +272,7 @@ def test_one_put_larger_than_the_memory_keeps_its_order(tmp_path: Path) -> None:
 
 def test_beyond_the_bound_on_disk_the_oldest_are_dropped_and_counted(tmp_path: Path) -> None:
     queue, server = held_up(tmp_path, limit_bytes=2000)
-    for step in range(1, 500):
-        queue.put(points([step]))
+    put_each(queue, range(1, 500))
 
     assert sum(file.stat().st_size for file in files(tmp_path)) <= 2000
     dropped = queue.dropped
@@ -270,8 +290,7 @@ def test_a_full_disk_is_told_once_and_what_it_can_not_take_is_counted(tmp_path: 
 
     queue, server = held_up(tmp_path)
     with capture_logs() as lines, full_disk(0):
-        for step in range(1, 500):
-            queue.put(points([step]))
+        put_each(queue, range(1, 500))
 
     assert queue.dropped == 499 - MEMORY
     assert [line["event"].partition(";")[0] for line in lines if "disk" in line["event"]] == [
@@ -288,13 +307,12 @@ def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(tmp_path: Path, mon
     queue, server = held_up(tmp_path)
     queue._disk_retry_s, tries = 3600, []
 
-    def full(points: object) -> None:
+    def full(*_: object) -> None:
         tries.append(1)
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(queue._spill, "append", full)
-    for step in range(1, 500):
-        queue.put(points([step]))
+    monkeypatch.setattr(queue_module, "write", full)
+    put_each(queue, range(1, 500))
 
     assert len(tries) == 1
     server.open.set()
@@ -304,7 +322,7 @@ def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(tmp_path: Path, mon
 def test_a_training_on_a_full_disk_goes_on(tmp_path: Path) -> None:
     """A process of its own, whose files may not grow: nothing is raised, it ends, and says what is lost."""
     script = f"""
-import resource, signal
+import resource, signal, sys
 from pathlib import Path
 from heimdall_tracking.points import Point
 from heimdall_tracking.queue import MetricQueue
@@ -316,11 +334,13 @@ def send(batch):
 queue = MetricQueue(send, spill=Spill(lambda: Path({str(tmp_path)!r})), memory_points=100, retry_s=3600)
 for step in range(10_000):
     queue.put([Point("loss", 0.5, step, step)])
-print(queue.close(0), queue.dropped + queue.waiting)
+closed = queue.close(0)
+queue.left()  # its thread has done with the disk
+sys.exit(f"{{closed}} {{queue.dropped + queue.waiting}}")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
 
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "False 10000"), done.stderr
+    assert done.stderr == "False 10000\n"
 
 
 def test_a_refused_point_among_spilled_ones_is_dropped_alone(tmp_path: Path) -> None:
@@ -340,8 +360,7 @@ def test_files_that_can_not_be_opened_for_a_moment_cost_no_backlog(
 ) -> None:
     """Too many open files say nothing of what lies on disk: it stays, and what memory can't hold meanwhile goes."""
     queue, server = held_up(tmp_path)
-    for step in range(1, 200):
-        queue.put(points([step]))
+    put_each(queue, range(1, 200))
     before, queue._disk_retry_s, tries = on_disk(tmp_path), 3600, []
 
     def refuse(self: Path, *_: object, **__: object) -> None:
@@ -351,6 +370,7 @@ def test_files_that_can_not_be_opened_for_a_moment_cost_no_backlog(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", refuse)
         queue.put(points(range(200, 200 + 2 * MEMORY)))
+        assert queue.rest(PATIENCE_S)
 
     assert len(tries) <= 2, "one write and its repair: then the disk is left alone for a while"
     assert on_disk(tmp_path) == before
@@ -363,15 +383,15 @@ def test_files_that_can_not_be_opened_for_a_moment_cost_no_backlog(
 
 def test_one_put_drops_one_file_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue, server = held_up(tmp_path)
-    for step in range(1, 200):
-        queue.put(points([step]))
+    put_each(queue, range(1, 200))
     count, queue._disk_retry_s = len(files(tmp_path)), 3600
 
-    def full(points: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(queue._spill, "append", full)
+    monkeypatch.setattr(queue_module, "write", full)
     queue.put(points(range(200, 300)))
+    assert queue.rest(PATIENCE_S)
 
     assert len(files(tmp_path)) == count - 1
     server.open.set()
@@ -382,8 +402,7 @@ def test_what_can_not_be_read_for_a_moment_is_delivered_later_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue, server = held_up(tmp_path)
-    for step in range(1, 200):
-        queue.put(points([step]))
+    put_each(queue, range(1, 200))
     refused, whole_read = threading.Event(), spill_module._read
 
     def refuse_once(part: Ahead) -> Found:
@@ -419,8 +438,7 @@ class SlowDisk:
 def held_up_while_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MetricQueue, Server, SlowDisk]:
     """A queue that has begun to read 199 points from a disk that is slow, behind the first one."""
     queue, server = held_up(folder)
-    for step in range(1, 200):
-        queue.put(points([step]))
+    put_each(queue, range(1, 200))
     disk = SlowDisk(monkeypatch)
     server.open.set()
     assert disk.reading.wait(PATIENCE_S)
@@ -457,8 +475,7 @@ def test_what_is_being_read_when_the_queue_is_closed_is_left_on_disk(
 
 def test_a_closed_queue_leaves_the_disk_to_who_has_closed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue, server = held_up(tmp_path)
-    for step in range(1, 200):
-        queue.put(points([step]))
+    put_each(queue, range(1, 200))
     queue.stop()
     queue._head.clear()
     assert on_disk(tmp_path)
@@ -476,13 +493,11 @@ def test_what_is_being_read_is_not_dropped_for_what_comes_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue, server = held_up(tmp_path, limit_bytes=1000)
-    for step in range(1, 40):
-        queue.put(points([step]))
+    put_each(queue, range(1, 40))
     disk = SlowDisk(monkeypatch)
     server.open.set()
     assert disk.reading.wait(PATIENCE_S)
-    for step in range(40, 200):
-        queue.put(points([step]))
+    put_each(queue, range(40, 200))
     disk.free.set()
 
     assert queue.flush(PATIENCE_S)
@@ -495,7 +510,7 @@ def test_what_is_being_read_is_not_dropped_for_what_comes_meanwhile(
 
 def test_points_that_could_not_be_read_wait_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spill = spill_in(tmp_path)
-    spill.append(points(range(20)))
+    append_to(spill, points(range(20)))
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -511,8 +526,8 @@ def test_points_that_could_not_be_read_wait_as_before(tmp_path: Path, monkeypatc
 
 def test_files_that_can_not_be_removed_raise_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spill = spill_in(tmp_path)
-    spill.append(points(range(20)))
-    spill.append(points(range(20, 40)))
+    append_to(spill, points(range(20)))
+    append_to(spill, points(range(20, 40)))
     read_from(spill, 20)
 
     def refuse(*_: object, **__: object) -> None:
@@ -520,5 +535,137 @@ def test_files_that_can_not_be_removed_raise_nothing(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "unlink", refuse)
 
-    assert spill.drop_oldest() == 0, "what stays is not gone"
+    spill.remove()
     assert read_from(spill, 20) == (points(range(20, 40)), 0)
+
+
+def test_a_file_that_can_not_be_removed_to_make_room_stays_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, server = held_up(tmp_path)
+    put_each(queue, range(1, 200))
+    before, queue._disk_retry_s = on_disk(tmp_path), 3600
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue_module, "write", full)
+        patch.setattr(Path, "unlink", refuse)
+        queue.put(points(range(200, 200 + 2 * MEMORY)))
+        assert queue.rest(PATIENCE_S)
+
+    assert on_disk(tmp_path) == before
+    server.open.set()
+    assert queue.flush(PATIENCE_S)
+    assert set(before) <= set(server.steps)
+    assert len(server.steps) == 200 + 2 * MEMORY - queue.dropped
+    queue.close(0)
+
+
+# --- a disk that hangs ---------------------------------------------------------------------------------------------
+
+
+class HangingDisk:
+    """A disk that takes points only when it is allowed to: it hangs as a network's does that is away."""
+
+    def __init__(self, folder: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hangs, self.free = threading.Event(), threading.Event()
+
+        def make() -> Path:
+            if where == "folder":
+                self.wait()
+            return folder
+
+        def write(place: Behind, lines: bytes) -> None:
+            if where == "write":
+                self.wait()
+            spill_module.write(place, lines)
+
+        monkeypatch.setattr(queue_module, "write", write)
+        self.spill = Spill(make, file_bytes=200)
+
+    def wait(self) -> None:
+        self.hangs.set()
+        assert self.free.wait(PATIENCE_S)
+
+
+def held_up_by_the_disk(disk: HangingDisk, *, hard_points: int = 10_000) -> tuple[MetricQueue, Server]:
+    """A queue whose server hangs with the first point, and whose disk hangs with what memory can't hold."""
+    server = Server()
+    server.open.clear()
+    queue = MetricQueue(
+        server.send, spill=disk.spill, memory_points=MEMORY, hard_points=hard_points, linger_s=0, retry_s=0.001
+    )
+    queue.put(points([0]))
+    server.wait_for_call()
+    queue.put(points(range(1, MEMORY + 2)))
+    assert disk.hangs.wait(PATIENCE_S)
+    return queue, server
+
+
+@pytest.fixture(params=["folder", "write"])
+def hanging(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HangingDisk:
+    return HangingDisk(tmp_path, request.param, monkeypatch)
+
+
+def test_a_step_that_logs_does_not_wait_for_a_disk_that_hangs(hanging: HangingDisk) -> None:
+    queue, server = held_up_by_the_disk(hanging)
+
+    join(in_thread(lambda: [queue.put(points([step])) for step in range(MEMORY + 2, 500)]))
+
+    assert (queue.waiting, queue.dropped) == (500, 0)
+    hanging.free.set()
+    server.open.set()
+    assert queue.close(PATIENCE_S)
+    assert server.steps == list(range(500))
+
+
+def test_what_a_disk_that_hangs_does_not_take_is_bounded_and_the_oldest_go(hanging: HangingDisk) -> None:
+    queue, server = held_up_by_the_disk(hanging, hard_points=3 * MEMORY)
+    for step in range(MEMORY + 2, 500):
+        queue.put(points([step]))
+
+    assert queue._held() == 3 * MEMORY
+    assert (queue.waiting, queue.dropped) == (1 + 3 * MEMORY, 499 - 3 * MEMORY)
+    hanging.free.set()
+    server.open.set()
+    assert queue.flush(PATIENCE_S), "what was dropped is not waited for"
+    assert len(server.steps) == 1 + 3 * MEMORY
+    assert server.steps == sorted(server.steps)
+    assert server.steps[-MEMORY:] == list(range(500 - MEMORY, 500)), "the newest say most"
+    assert not queue.close(PATIENCE_S)
+
+
+def test_a_server_that_is_there_again_is_not_kept_waiting_by_a_disk_that_hangs(
+    hanging: HangingDisk, tmp_path: Path
+) -> None:
+    queue, server = held_up_by_the_disk(hanging)
+    server.open.set()
+
+    assert queue.flush(PATIENCE_S)
+    assert server.steps == list(range(MEMORY + 2))
+    hanging.free.set()
+    assert queue.close(PATIENCE_S)
+    assert hanging.spill.settle() == 0, "what was written in the end nobody needs"
+
+
+def test_what_a_disk_that_hangs_has_not_taken_at_the_end_is_left(
+    hanging: HangingDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_module, "DISK_WAIT_S", 0.02)
+    queue, server = held_up_by_the_disk(hanging)
+    assert not queue.close(0)
+
+    before, behind = queue.left()
+
+    assert [point.step for point in (*before, *behind)] == list(range(MEMORY + 2))
+    hanging.free.set()
+    assert queue._spilling is not None
+    join(queue._spilling)
+    assert queue.left() == (before, behind)
+    assert hanging.spill.waiting == 0, "what came of the writing does not count as well"
+    server.open.set()

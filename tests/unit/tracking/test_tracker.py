@@ -471,6 +471,8 @@ def test_what_is_discarded_is_neither_sent_nor_kept(
         started.log_metrics({"loss": step}, step)
     started.put_tag("second", 2)
     started.log_artifact(tmp_path / "file")
+    assert started._metrics is not None
+    assert started._metrics.rest(PATIENCE_S)
     assert (tmp_path / "undelivered").exists()
     threads = [part._thread for part in (started._metrics, started._outbox, started._uploader) if part is not None]
 
