@@ -21,7 +21,7 @@ from heimdall_trainer.data.cache import ENTRY_BYTES, Features
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.features import FeatureSource, Problem, keep_readable
 from heimdall_trainer.data.geo import to_geographic
-from heimdall_trainer.data.module import HeimdallDataModule
+from heimdall_trainer.data.module import HeimdallDataModule, digest_of
 from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import Recording, SessionStore, Transmission
 from heimdall_trainer.data.spectrogram import SHAPE, mel_spectrogram
@@ -284,6 +284,47 @@ def test_the_identity_of_a_dataset_changes_with_a_single_recording(mine: DataSet
     shutil.rmtree(mine.cache_dir)
     data_file(mine, sent_of(mine)[0], 0).unlink()
     assert HeimdallDataModule(mine, spec).dataset_identity()["digest"] != whole["digest"]
+
+
+@pytest.mark.parametrize(
+    "table_and_change",
+    [
+        ("transmissions", "latitude = latitude + 1e-6"),
+        ("receivers", "longitude = longitude + 1e-6"),
+        ("receivers", "noise_figure_db = noise_figure_db + 1"),
+        ("recording_sessions", "origin_latitude = origin_latitude + 1e-6"),
+        ("recording_sessions", "center_frequency_hz = center_frequency_hz + 1"),
+    ],
+    ids=lambda each: f"{each[0]}: {each[1].split()[0]}",
+)
+def test_the_identity_of_a_dataset_changes_with_what_is_true_of_a_single_row(
+    table_and_change: tuple[str, str], mine: DataSettings
+) -> None:
+    table, change = table_and_change
+    whole = HeimdallDataModule(mine, DataSpec()).dataset_identity()
+    with sqlite3.connect(mine.database_url.get_secret_value().removeprefix("sqlite:///")) as database:
+        database.execute(f"UPDATE {table} SET {change} WHERE rowid = (SELECT min(rowid) FROM {table})")
+    database.close()
+
+    corrected = HeimdallDataModule(mine, DataSpec()).dataset_identity()
+
+    assert corrected.pop("digest") != whole.pop("digest")
+    assert corrected == whole, "nothing was left out for it"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"full_scale_dbm": -51.0}, {"sample_rate_hz": 100e3}, {"sample_count": 512}],
+    ids=lambda each: next(iter(each)),
+)
+def test_the_digest_of_a_dataset_tells_scales_and_rates_apart_and_no_orders(other: dict[str, Any]) -> None:
+    sent = [transmission(number) for number in range(2)]
+    first, *rest = sent[0].recordings
+    changed = replace(sent[0], recordings=(replace(first, **other), *rest))
+    turned = replace(sent[0], recordings=(*reversed(rest), first))
+
+    assert digest_of([changed, sent[1]]) != digest_of(sent)
+    assert digest_of([sent[1], turned]) == digest_of(sent)
 
 
 def test_a_side_that_can_not_be_read_is_told_before_training(mine: DataSettings) -> None:

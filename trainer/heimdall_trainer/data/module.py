@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as L  # noqa: N812 - the name its users know
@@ -142,14 +143,13 @@ class HeimdallDataModule(L.LightningDataModule):
         """What was trained on, for tracking.
 
         Returns:
-            `digest` (SHA-256 over the checksums of all recordings that are used), counts, and each side's sessions.
+            `digest` (see `digest_of`), counts, and each side's sessions.
         """
         split, transmissions = self._load()
-        checksums = sorted(f"{item}:{item.sha256}" for sent in transmissions for item in sent.recordings)
         return {
-            "digest": hashlib.sha256("\n".join(checksums).encode()).hexdigest(),
+            "digest": digest_of(transmissions),
             "transmissions": len(transmissions),
-            "recordings": len(checksums),
+            "recordings": sum(len(sent.recordings) for sent in transmissions),
             "train_sessions": list(split.train),
             "validation_sessions": list(split.validation),
             "test_sessions": list(split.test),
@@ -201,6 +201,24 @@ class HeimdallDataModule(L.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def digest_of(transmissions: Iterable[Transmission]) -> str:
+    """SHA-256 of all that a training is told by transmissions, in any order: recordings, and what is true of them.
+
+    A place that was corrected is another truth, and a scale or a rate another input, of the same samples.
+    """
+    facts = [
+        [
+            *(sent.session_id, sent.id, sent.latitude, sent.longitude, *sent.origin, sent.center_frequency_hz),
+            *(about.receiver_id, about.latitude, about.longitude, about.altitude_m, about.noise_figure_db),
+            *(heard.sha256, heard.sample_count, heard.full_scale_dbm, heard.sample_rate_hz),
+        ]
+        for sent in transmissions
+        for heard in sent.recordings
+        for about in (heard.receiver,)
+    ]
+    return hashlib.sha256("\n".join(sorted(map(json.dumps, facts))).encode()).hexdigest()
 
 
 def _still_there(split: Split, database: SessionStore) -> Split:
