@@ -17,14 +17,14 @@ import torch
 from heimdall_api.types import DataSpec
 from heimdall_trainer import group
 from heimdall_trainer.data.augment import Augmentation
-from heimdall_trainer.data.cache import ENTRY_BYTES, Features
+from heimdall_trainer.data.cache import ENTRY_BYTES, Caches, Features
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.features import FeatureSource, Problem, keep_readable
 from heimdall_trainer.data.geo import to_geographic
 from heimdall_trainer.data.module import HeimdallDataModule, digest_of
 from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import Recording, SessionStore, Transmission
-from heimdall_trainer.data.spectrogram import SHAPE, mel_spectrogram
+from heimdall_trainer.data.spectrogram import SHAPE, SpectrogramParameters, mel_spectrogram
 from heimdall_trainer.data.split import Split
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
@@ -126,9 +126,12 @@ def test_features_are_computed_once(mine: DataSettings) -> None:
 
 def test_features_of_other_content_scale_or_parameters_are_not_taken_for_the_same(mine: DataSettings) -> None:
     source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
-    source.get(recording)
+    first = source.get(recording)
     for other in (replace(recording, sha256="0" * 64), replace(recording, full_scale_dbm=-1.0)):
         assert source.check(other) is not None
+    parameters = SpectrogramParameters(reference_dbm=-100.0)
+    fresh = FeatureSource(RecordingStore.open(mine), Caches.open(mine), parameters).get(recording)
+    assert fresh == pytest.approx(first - 1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("content", [b"", b"cut short", bytes(ENTRY_BYTES), bytes(2 * ENTRY_BYTES)])

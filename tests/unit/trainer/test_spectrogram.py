@@ -113,6 +113,31 @@ def test_it_is_what_librosa_gives(samples: int) -> None:
     assert found == pytest.approx(of_librosa(iq), rel=1e-5, abs=2e-6)
 
 
+SUMS_OF_VERSION = {1: [-0.8894541, 0.0003665, -0.0002012, -0.0010933]}
+"""Of the features of a known recording, by SpectrogramParameters.version: weighted sums in which each value counts."""
+
+
+def test_who_changes_the_computation_is_told_to_raise_the_version() -> None:
+    """Caches hold features by version: those of another computation would be taken for the same."""
+    times = np.arange(6000)
+    iq = tone(6000, 0.07, -90.0) + 10 ** (-100 / 20) * np.exp(1e-4j * times**2 * (1 + 1e-5 * times)) + noise(6000, -115)
+    parameters = SpectrogramParameters(
+        window=WINDOW,
+        transform=TRANSFORM,
+        longest_hop=LONGEST_HOP,
+        floor_dbm=FLOOR_DBM,
+        reference_dbm=REFERENCE_DBM,
+        scale_db=SCALE_DB,
+    )
+    features = mel_spectrogram(torch.from_numpy(iq), parameters).numpy().astype(np.float64)
+    index = np.arange(features.size)
+    sums = [float(np.mean(features.ravel() * np.cos(index * step))) for step in (0.0, 0.7, 1.9, 3.1)]
+
+    assert sums == pytest.approx(SUMS_OF_VERSION[parameters.version], abs=1e-6), (
+        "the computation of features has changed: raise SpectrogramParameters.version, and note the new sums here"
+    )
+
+
 def test_single_precision_is_near_enough() -> None:
     iq = noise(4096) + tone(4096, 0.05, -95.0)
     found = mel_spectrogram(torch.from_numpy(iq.astype(np.complex64))).numpy()
