@@ -134,6 +134,21 @@ def test_an_mlflow_that_is_not_trusted_is_named_with_the_remedy(private: Private
         tracker.start_run("never")
 
 
+@pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
+def test_an_mlflow_whose_certificate_is_not_looked_at_is_tracked_beside_authorities_for_others(
+    private: Private, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(private.stranger))
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+    tracker = MLflowTracker(load_settings(tracking_uri=private.mlflow.url))
+    run_id = tracker.start_run("insecure")
+    tracker.log_metrics({"loss": 0.5}, 1)
+
+    assert tracker.end_run(timeout_s=TIMEOUT_S)
+
+    assert tracker.client.get_run(run_id).data.metrics == {"loss": 0.5}
+
+
 def test_a_file_without_certificates_is_named(private: Private, tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("no certificate")
     tracker = MLflowTracker(load_settings(tracking_uri=private.mlflow.url, ca_bundle=tmp_path / "ca.pem"))

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from heimdall_api.contract import ENV_ATTEMPT
 from heimdall_tracking.errors import AwayError
-from heimdall_tracking.settings import SettingsError, TrackingSettings
+from heimdall_tracking.settings import SettingsError, TrackingSettings, trusts_anybody
 
 TIMEOUT_S: Final = 10
 HTTPS_PORT: Final = 443
@@ -30,8 +30,7 @@ def check_certificate(settings: TrackingSettings) -> None:
         AwayError: The same in a later attempt, or its certificate is out of its time: it may be renewed meanwhile.
     """
     address = urlsplit(settings.tracking_uri)
-    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
-    if address.scheme != "https" or not address.hostname or insecure or _by_proxy(settings.tracking_uri):
+    if address.scheme != "https" or not address.hostname or trusts_anybody() or _by_proxy(settings.tracking_uri):
         return
     context = _context(settings)
     try:

@@ -122,7 +122,8 @@ class TrackingSettings(BaseSettings):
             "MLFLOW_TRACKING_USERNAME": self.username,
             "MLFLOW_TRACKING_PASSWORD": self.password.get_secret_value(),
             "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint_url,
-            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(self.ca_bundle or ""),
+            # Its client refuses both together, and the file may be meant for others (REQUESTS_CA_BUNDLE).
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": "" if trusts_anybody() else str(self.ca_bundle or ""),
             "AWS_CA_BUNDLE": str(self.s3_ca_bundle or ""),
             "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path" if self.s3_endpoint_url and self.s3_path_style else "",
         }
@@ -148,6 +149,11 @@ def load_settings(**overrides: object) -> TrackingSettings:
     except ValidationError as error:
         named = "; ".join(f"{_where(item['loc'])}: {item['msg']}" for item in error.errors(include_input=False))
         raise SettingsError(f"the tracking settings can't be used: {named}") from None
+
+
+def trusts_anybody() -> bool:
+    """Whether MLflow's client is told to look at no certificate."""
+    return os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
 
 
 def _where(location: tuple[int | str, ...]) -> str:

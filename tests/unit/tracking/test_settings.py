@@ -209,3 +209,19 @@ def test_export_gives_mlflow_what_it_lacks_and_leaves_what_is_set(monkeypatch: p
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == CANARY
     assert os.environ["MLFLOW_S3_ENDPOINT_URL"] == "http://minio"
     assert os.environ["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] == "path"
+
+
+@pytest.mark.parametrize(("insecure", "given"), [("true", ""), ("1", ""), ("false", "bundle")])
+def test_authorities_are_not_given_to_an_mlflow_that_looks_at_no_certificate(
+    insecure: str, given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its client refuses both together; the file may be meant for everything else that is asked."""
+    (tmp_path / "bundle").touch()
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "bundle"))
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", insecure)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH")  # so that it is put back after the test
+
+    load_settings().export()
+
+    assert Path(os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH", "")).name == given
