@@ -11,6 +11,7 @@ import numpy as np
 
 from heimdall_trainer.data.cache import Features
 from heimdall_trainer.data.features import FeatureSource
+from heimdall_trainer.data.recordings import Folder, RecordingStore
 from heimdall_trainer.data.sessions import Receiver, Recording, Session, Status, Transmission
 from heimdall_trainer.settings import DataSettings, load_data_settings
 
@@ -98,6 +99,7 @@ class DrawnFeatures(FeatureSource):
 
     def __init__(self) -> None:
         """Nothing is read."""
+        self._store = RecordingStore(Folder(Path("nowhere")))
 
     def get(self, recording: Recording) -> Features:
         """Always the same for a recording."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import sqlite3
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,21 @@ import torch
 
 from heimdall_api.types import DataSpec
 from heimdall_trainer import group
+from heimdall_trainer.data import recordings
+from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation
 from heimdall_trainer.data.cache import ENTRY_BYTES, Caches, Features
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.features import FeatureSource, Problem, keep_readable
 from heimdall_trainer.data.geo import to_geographic
 from heimdall_trainer.data.module import HeimdallDataModule, digest_of
-from heimdall_trainer.data.recordings import RecordingStore
+from heimdall_trainer.data.recordings import Bucket, RecordingStore
 from heimdall_trainer.data.sessions import Recording, SessionStore, Transmission
 from heimdall_trainer.data.spectrogram import SHAPE, SpectrogramParameters, mel_spectrogram
 from heimdall_trainer.data.split import Split
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
+from heimdall_trainer.termination import TerminatedError
 from tests.unit.trainer.builders import SESSIONS, DrawnFeatures, data_settings, transmission
 
 TRANSMISSIONS = SESSIONS["sessions"] * SESSIONS["transmissions_per_session"]
@@ -205,6 +210,53 @@ def test_as_many_recordings_are_read_side_by_side_as_were_asked_for_and_no_more(
     sent = [transmission(number) for number in range(4)]
     assert keep_readable(sent, Counting(), skip_limit=0, threads=threads) == sent
     assert most == threads
+
+
+def read_features(store: RecordingStore, caches: Caches, threads: int) -> None:
+    keep_readable(
+        [transmission(number) for number in range(4)], FeatureSource(store, caches), skip_limit=0, threads=threads
+    )
+
+
+def read_arrivals(store: RecordingStore, caches: Caches, threads: int) -> None:
+    ArrivalSource(store, caches).prepare([transmission(number) for number in range(4)], threads)
+
+
+@pytest.mark.parametrize("read", [read_features, read_arrivals])
+def test_who_is_asked_to_end_waits_for_no_store_that_is_away(
+    read: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the process, which joins the threads that read before it ends."""
+    threads, asked, settings = 2, threading.Semaphore(0), data_settings(tmp_path)
+
+    def away(*_: object) -> None:
+        asked.release()
+        raise ConnectionError("does not answer")
+
+    def end(*_: object) -> None:
+        raise TerminatedError
+
+    def end_when_all_wait() -> None:
+        for _ in range(threads):
+            assert asked.acquire(timeout=PATIENCE_S)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    for name in ("FIRST_WAIT_S", "LONGEST_WAIT_S", "PATIENCE_S"):
+        monkeypatch.setattr(recordings, name, PATIENCE_S)
+    monkeypatch.setattr(Bucket, "_ask", away)
+    store = RecordingStore(Bucket(settings, "bucket", ""))
+    before, known = signal.signal(signal.SIGUSR1, end), set(threading.enumerate())
+    ending = threading.Thread(target=end_when_all_wait)
+    ending.start()
+    try:
+        with pytest.raises(TerminatedError):
+            read(store, Caches.open(settings), threads)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    for thread in set(threading.enumerate()) - known:
+        thread.join()
+
+    assert not asked.acquire(blocking=False), "nobody has asked a second time"
 
 
 def test_a_receiver_whose_row_holds_no_numbers_is_reported() -> None:

@@ -316,8 +316,9 @@ def test_a_store_that_stays_away_is_waited_for_ever_more_slowly_and_not_for_ever
         raise ConnectionError("does not answer")
 
     monkeypatch.setattr(Bucket, "_ask", away)
-    monkeypatch.setattr(recordings, "time", SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append))
+    monkeypatch.setattr(recordings, "time", SimpleNamespace(monotonic=lambda: sum(waits)))
     bucket = Bucket(data_settings(tmp_path), "bucket", "iq/")
+    monkeypatch.setattr(bucket, "_given_up", SimpleNamespace(wait=waits.append))
     with pytest.raises(ConnectionError, match="does not answer"):
         bucket.get("key")
     assert waits[:3] == [1, 2, 4]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -55,7 +54,7 @@ class ArrivalSource:
             ConnectionError: The store does not answer.
         """
         problems: list[Problem] = []
-        with ThreadPoolExecutor(threads) as pool:
+        with self._store.side_by_side(threads) as pool:
             for start in range(0, len(transmissions), REPORT_EVERY):
                 part = transmissions[start : start + REPORT_EVERY]
                 for found in pool.map(self._prepare, part):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
@@ -64,6 +65,10 @@ class FeatureSource:
         except ValueError as error:
             raise UnreadableError(str(error)) from None
         return features
+
+    def side_by_side(self, threads: int) -> AbstractContextManager[Executor]:
+        """Threads to read in, see `RecordingStore.side_by_side`."""
+        return self._store.side_by_side(threads)
 
     def check(self, recording: Recording) -> str | None:
         """Make sure that a recording's features are in the cache; what is wrong with it if they can't be."""
@@ -159,7 +164,7 @@ def _are_numbers(*values: float) -> bool:
 
 def _find_problems(every: Sequence[Recording], source: FeatureSource, threads: int) -> list[Problem]:
     problems = []
-    with ThreadPoolExecutor(threads) as pool:
+    with source.side_by_side(threads) as pool:
         for start in range(0, len(every), REPORT_EVERY):
             part = every[start : start + REPORT_EVERY]
             for recording, reason in zip(part, pool.map(source.check, part), strict=True):

@@ -13,7 +13,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,6 +79,9 @@ class ObjectStore(Protocol):
     def has(self, key: str) -> bool:
         """Whether there is such an object."""
 
+    def give_up(self) -> None:
+        """Whoever waits for a server that is away waits no longer."""
+
 
 class Folder:
     """Objects as files of a folder."""
@@ -99,6 +104,9 @@ class Folder:
         """Whether there is such a file."""
         return (self._root / key).is_file()
 
+    def give_up(self) -> None:
+        """Nobody waits for a folder."""
+
 
 class Bucket:
     """Objects of an S3 bucket. A server that is away for a while is waited for, in every call."""
@@ -110,6 +118,7 @@ class Bucket:
         self._made: Any = None
         self._made_by = 0
         self._away_since: float | None = None
+        self._given_up = threading.Event()
 
     @property
     def _client(self) -> Any:
@@ -120,7 +129,10 @@ class Bucket:
         return self._made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None, "_away_since": None}
+        return {**self.__dict__, "_made": None, "_away_since": None, "_given_up": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _given_up=threading.Event())
 
     def get(self, key: str) -> bytes:
         """The object's bytes."""
@@ -138,6 +150,10 @@ class Bucket:
         """Whether there is such an object."""
         return self._patiently(lambda: self._ask("head_object", key)) is not None
 
+    def give_up(self) -> None:
+        """Have nobody wait for the server until it has answered again."""
+        self._given_up.set()
+
     @property
     def _where(self) -> str:
         return redact(f"{self._settings.s3_endpoint_url or 'S3'}, bucket {self._bucket}")
@@ -149,13 +165,16 @@ class Bucket:
             try:
                 answer = call()
             except ConnectionError as error:
+                failure = error
                 left_s = min(began, self._since(error)) + PATIENCE_S - time.monotonic()
                 if left_s <= 0:
                     raise
             else:
                 self._away_since = None
+                self._given_up.clear()
                 return answer
-            time.sleep(min(wait_s, left_s))
+            if self._given_up.wait(min(wait_s, left_s)):
+                raise failure
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     def _since(self, error: ConnectionError) -> float:
@@ -309,6 +328,18 @@ class RecordingStore:
     def open(cls, settings: DataSettings) -> RecordingStore:
         """The store that `HEIMDALL_RECORDINGS_URL` names; nothing is asked of it yet."""
         return cls(open_objects(settings))
+
+    @contextmanager
+    def side_by_side(self, threads: int) -> Iterator[ThreadPoolExecutor]:
+        """Threads to read in. Where an error or SIGTERM ends that, they begin nothing more and wait for no server."""
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield pool
+        except BaseException:
+            self._objects.give_up()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
 
     def has(self, object_key: str) -> bool:
         """Whether the recording is there; its metadata is written last."""
