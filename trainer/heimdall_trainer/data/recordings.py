@@ -47,12 +47,15 @@ REFUSED: Final = {
     **dict.fromkeys(("AuthorizationHeaderMalformed", "PermanentRedirect"), _REGION),
 }
 """Error codes of S3 that waiting does not help against, and what to check."""
-S3_TIMEOUT_S: Final = 30
+S3_CONNECT_TIMEOUT_S: Final = 10
+S3_READ_TIMEOUT_S: Final = 20
+"""How long an answer may stand still."""
 S3_TRIES: Final = 2
 """How often boto3 tries by itself, which knows nothing of answers that break off."""
-PATIENCE_S: Final = 180.0
-"""How long a store that is away is waited for. With a last try that takes its time it is less than
-group.COLLECTIVE_TIMEOUT, for which the other processes of a group wait for this one's batch."""
+PATIENCE_S: Final = 230.0
+"""How long a store that is away is waited for: three minutes, and as long as it may take to be ready again. With a last
+try that takes its time it is less than group.COLLECTIVE_TIMEOUT, for which the other processes of a group wait for this
+one's batch."""
 FIRST_WAIT_S: Final = 1.0
 LONGEST_WAIT_S: Final = 20.0
 _MAKING_CLIENT: Final = threading.Lock()
@@ -245,8 +248,8 @@ def _s3_client(settings: DataSettings) -> Any:
         region_name=settings.s3_region,
         verify=str(settings.s3_ca_bundle) if settings.s3_ca_bundle else None,
         config=Config(
-            connect_timeout=S3_TIMEOUT_S,
-            read_timeout=S3_TIMEOUT_S,
+            connect_timeout=S3_CONNECT_TIMEOUT_S,
+            read_timeout=S3_READ_TIMEOUT_S,
             retries={"max_attempts": S3_TRIES, "mode": "standard"},
             max_pool_connections=settings.read_threads,
             s3={"addressing_style": "path" if settings.s3_path_style else "auto"},
