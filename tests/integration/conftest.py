@@ -18,7 +18,8 @@ from tests.integration.servers import Minio, Mlflow, Postgres, Redis, Server
 
 HTTP_RETRIES = "2"
 HTTP_TIMEOUT_S = "10"
-"""Less patience within a call than MLflow's own: what is tested is the patience around it."""
+"""Less patience within a call than MLflow's own: what is tested is the patience around it. Where HEIMDALL_OUTAGE_S asks
+for the long form, calls have MLflow's own, as users' have."""
 
 OWN_VARIABLES = {
     *("HEIMDALL_DATABASE_URL", "HEIMDALL_S3_CA_BUNDLE", "HEIMDALL_REDIS_URL", "HEIMDALL_UNDELIVERED_DIR"),
@@ -45,8 +46,9 @@ def clean_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("MLFLOW_", "AWS_", "PG")) or name in OWN_VARIABLES:
                 patch.delenv(name)
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
-        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", HTTP_TIMEOUT_S)
+        if "HEIMDALL_OUTAGE_S" not in os.environ:
+            patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
+            patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", HTTP_TIMEOUT_S)
         patch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield

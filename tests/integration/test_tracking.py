@@ -33,7 +33,8 @@ OUTAGE_S = float(os.environ.get("HEIMDALL_OUTAGE_S", "8"))
 """How long a server stays away in mid-training; HEIMDALL_OUTAGE_S=180 for minutes."""
 STEP_S = 0.05
 """How long a step of the training takes that goes on meanwhile."""
-DELIVERY_TIMEOUT_S = 180
+DELIVERY_TIMEOUT_S = 180 + 2 * OUTAGE_S
+"""Within a call MLflow's client waits ever longer before it tries again, up to two minutes."""
 GIVE_UP_S = 2
 PARAMETERS = 10_000
 """Logged in one call."""

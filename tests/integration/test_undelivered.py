@@ -119,7 +119,7 @@ def test_what_was_left_is_delivered_once_though_its_delivery_is_killed(
     assert not tracker.undelivered.folder.exists()
 
 
-@pytest.mark.parametrize("away", ["mlflow", "postgres"])
+@pytest.mark.parametrize("away", ["mlflow", "postgres", "minio"])
 def test_a_training_whose_server_stays_away_ends_and_names_the_command_that_delivers(
     away: str, stack: Stack, name: str, tmp_path: Path
 ) -> None:
