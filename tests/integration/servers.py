@@ -341,15 +341,25 @@ class Redis(Server):
 
     name = "redis"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificate: Certificate | None = None) -> None:
         super().__init__(folder)
+        self._certificate = certificate
         self.password = secrets.token_hex(12)
         # It goes by the name that it is called by.
         self._program = folder / "redis-server"
         self._program.symlink_to(redis_program())
 
     def command(self) -> list[str]:
-        listen = ["--bind", HOST, "--port", str(self.port), "--requirepass", self.password]
+        listen = ["--bind", HOST, "--requirepass", self.password, "--port"]
+        listen += [str(self.port)] if self._certificate is None else ["0", "--tls-port", str(self.port)]
+        if self._certificate is not None:
+            files = [
+                "--tls-cert-file",
+                str(self._certificate.certificate),
+                "--tls-key-file",
+                str(self._certificate.key),
+            ]
+            listen += [*files, "--tls-ca-cert-file", str(self._certificate.authority), "--tls-auth-clients", "no"]
         return [str(self._program), *listen, "--save", "", "--appendonly", "no"]
 
     def is_ready(self) -> bool:
@@ -363,7 +373,9 @@ class Redis(Server):
 
     @property
     def url(self) -> str:
-        return f"redis://:{self.password}@{HOST}:{self.port}/0"
+        if self._certificate is None:
+            return f"redis://:{self.password}@{HOST}:{self.port}/0"
+        return f"rediss://:{self.password}@{HOST}:{self.port}/0?ssl_ca_certs={self._certificate.authority}"
 
     def client(self) -> Any:
         """A client of its own."""

@@ -19,6 +19,7 @@ from heimdall_trainer.data.features import FeatureSource
 from heimdall_trainer.data.generator import generate
 from heimdall_trainer.data.sessions import Recording, SessionStore
 from heimdall_trainer.settings import DataSettings, load_data_settings
+from tests.integration.certificates import make_certificate
 from tests.integration.servers import ROOT, Redis, free_port
 
 PROCESSES = 3
@@ -104,6 +105,26 @@ def test_what_one_machine_computed_another_takes_from_redis(recorded: DataSettin
     assert len(list(second.cache_dir.rglob("*.features"))) == 1, "it is in the folder now"
     redis.stop()
     assert np.array_equal(FeatureSource.open(second).get(recording), first)
+
+
+def test_a_redis_that_is_asked_by_tls_is_trusted_by_its_authority_alone(recorded: DataSettings, tmp_path: Path) -> None:
+    recording = recording_of(recorded)
+    certificate = make_certificate(tmp_path / "certificate")
+    stranger = make_certificate(tmp_path / "stranger").authority
+    (tmp_path / "redis").mkdir()
+    redis = Redis(tmp_path / "redis", certificate)
+    redis.start()
+    try:
+        FeatureSource.open(with_redis(recorded, redis.url, "one")).get(recording)
+        with redis.client() as client:
+            assert len(list(client.scan_iter(f"{REDIS_PREFIX}*"))) == 1
+        with capture_logs() as lines:
+            wrong = redis.url.replace(str(certificate.authority), str(stranger))
+            FeatureSource.open(with_redis(recorded, wrong, "two")).get(recording)
+    finally:
+        redis.stop()
+    (told,) = [line for line in lines if "HEIMDALL_REDIS_URL" in line["event"]]
+    assert "CERTIFICATE_VERIFY_FAILED" in told["error"]
 
 
 def test_a_broken_entry_in_redis_is_computed_again(recorded: DataSettings, redis: Redis) -> None:
