@@ -117,6 +117,26 @@ def test_weights_of_another_backbone_name_field_and_file_and_not_every_tensor(se
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the library's own use of torch
+@pytest.mark.parametrize(
+    ("backbone", "place"), [("test_vit", "pos_embed"), ("test_maxvit", "rel_pos")], ids=["absolute", "relative"]
+)
+def test_weights_for_the_library_s_own_image_size_are_fitted_to_that_of_spectrograms(
+    backbone: str, place: str, settings: DataSettings
+) -> None:
+    torch.manual_seed(3)
+    published = timm.create_model(backbone).state_dict()  # for images of 160 x 160
+    save_file(published, FOLDER / f"{backbone}.safetensors")
+
+    found, fresh = loaded(settings, backbone), state(backbone)
+
+    resized = {name for name, value in found.items() if value.shape != published[name].shape}
+    assert resized
+    assert all(place in name for name in resized)
+    assert all(torch.equal(value, published[name]) for name, value in found.items() if name not in resized)
+    assert not any(torch.equal(found[name], fresh[name]) for name in resized), "they come from the file as well"
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's cache, empty; the hub is not asked: HF_HUB_CACHE and HF_HUB_OFFLINE, as read when it is imported."""
