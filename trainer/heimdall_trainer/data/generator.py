@@ -239,14 +239,20 @@ def _make_transmission(
 
 
 def receiver_places(count: int, radius_m: float, rng: np.random.Generator) -> Points:
-    """Places around the origin, spread over all directions: metres east and north, shape (count, 2)."""
+    """Places around the origin, spread over all directions: metres east and north, shape (count, 2).
+
+    Transmitters lie between them: outside of their receivers places are far less certain (Torrieri 1984).
+    """
     angles = 2 * np.pi * (rng.uniform() + (np.arange(count) + rng.uniform(-0.3, 0.3, count)) / count)
     distances = radius_m * rng.uniform(0.6, 1.2, count)
     return np.stack([distances * np.cos(angles), distances * np.sin(angles)], axis=-1)
 
 
 def transmitter_place(radius_m: float, rng: np.random.Generator) -> Points:
-    """A place drawn evenly from a disc around the origin: metres east and north, shape (2,)."""
+    """A place drawn evenly from a disc around the origin: metres east and north, shape (2,).
+
+    The distance by inversion: its distribution is (distance / radius)² (Devroye 1986, II.2).
+    """
     angle, distance = rng.uniform(0, 2 * np.pi), radius_m * np.sqrt(rng.uniform())
     return np.array([distance * np.cos(angle), distance * np.sin(angle)])
 

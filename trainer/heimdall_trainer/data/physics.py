@@ -21,6 +21,7 @@ FM_DEVIATION_HZ: Final = 2500.0
 """Peak deviation of narrow-band voice FM in 12.5 kHz channels (ETSI EN 300 086)."""
 FSK_BAUD: Final = 9600.0
 FSK_DEVIATION_HZ: Final = 4800.0
+"""Half the symbol rate: modulation index 1."""
 OFDM_CARRIERS: Final = 64
 OFDM_USED: Final = 48
 OFDM_PREFIX: Final = 16
@@ -199,7 +200,19 @@ def fm_voice(samples: int, sample_rate_hz: float, rng: np.random.Generator) -> S
 
 
 def fsk(samples: int, sample_rate_hz: float, rng: np.random.Generator) -> Signal:
-    """Two-level FSK at 9,600 baud with 4.8 kHz deviation, continuous phase, unit power, shape (samples,)."""
+    """Two-level FSK at 9,600 baud with 4.8 kHz deviation, continuous phase, unit power.
+
+    Modulation index 1 (Proakis and Salehi 2008, 5th ed., 3.3-1); by Carson's rule 19 kHz wide, as a data radio is in
+    channels of 25 kHz (cf. ETSI EN 300 113).
+
+    Args:
+        samples: How many samples.
+        sample_rate_hz: Sampling rate in hertz, at least 20 kHz.
+        rng: Source of randomness.
+
+    Returns:
+        Samples, shape (samples,).
+    """
     symbol = (np.arange(samples) * FSK_BAUD / sample_rate_hz).astype(np.int64)
     bits = rng.integers(0, 2, symbol[-1] + 1) * 2 - 1
     return np.exp(2j * np.pi * FSK_DEVIATION_HZ * np.cumsum(bits[symbol]) / sample_rate_hz)
