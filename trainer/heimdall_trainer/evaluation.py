@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from heimdall_api.types import DataSpec
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
+from heimdall_trainer.data.geo import to_geographic
 from heimdall_trainer.data.sessions import SessionStore
 from heimdall_trainer.data.split import split_sessions
 from heimdall_trainer.model.metrics import PositionMetrics
@@ -22,6 +23,7 @@ BATCH_SIZE: Final = 32
 
 Side = Literal["train", "validation", "test"]
 Metres = NDArray[np.float64]
+Degrees = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ class Predictions:
     """Of each transmission, shape (R, 2)."""
     sessions: tuple[str, ...]
     """The session of each transmission."""
+    transmissions: tuple[str, ...]
+    """Their IDs."""
+    origins: Degrees
+    """Latitude and longitude of the sessions' origins, shape (N, 2)."""
+
+    @property
+    def geographic(self) -> Degrees:
+        """Predicted places as latitude and longitude in degrees, shape (N, 2)."""
+        found = [to_geographic(place, origin) for place, origin in zip(self.position, self.origins, strict=True)]
+        return np.stack(found)
 
     @property
     def errors_m(self) -> Metres:
@@ -88,6 +100,8 @@ def predict(net: torch.nn.Module, dataset: HeimdallDataset) -> Predictions:
         truth=torch.cat(truths).double().numpy(),
         receivers=tuple(receivers),
         sessions=tuple(item.session_id for item in dataset.transmissions),
+        transmissions=tuple(item.id for item in dataset.transmissions),
+        origins=np.array([item.origin for item in dataset.transmissions]),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +25,7 @@ from heimdall_tracking.registry import register
 from heimdall_tracking.runs import read_facts
 from heimdall_trainer import cli
 from heimdall_trainer.data.dataset import HeimdallDataset
+from heimdall_trainer.data.geo import to_local
 from heimdall_trainer.data.split import split_sessions
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.model.module import LocalizationModule
@@ -171,6 +173,20 @@ def test_people_are_told_in_metres_and_per_cent(call: Any, looked: Looked) -> No
     assert lines[2].startswith("error:    median ")
     assert lines[2].endswith(" m")
     assert "% within the 68 % ellipse" in lines[3]
+
+
+def test_places_are_told_as_latitude_and_longitude(call: Any, looked: Looked, recorded: DataSettings) -> None:
+    with capture_logs():
+        dataset = HeimdallDataset.open(recorded, SESSIONS["test"])
+    places: Any = evaluated(call, "--model", looked.checkpoint, "--places")["places"]
+
+    assert [place["transmission"] for place in places] == [sent.id for sent in dataset.transmissions]
+    for sent, place in zip(dataset.transmissions, places, strict=True):
+        found, truth = to_local([(place["latitude"], place["longitude"]), (sent.latitude, sent.longitude)], sent.origin)
+        assert place["error_m"] == pytest.approx(np.linalg.norm(found - truth), abs=0.01)
+    said = call("evaluate", "--model", looked.checkpoint, "--places").splitlines()
+    assert said[4].startswith(f"{SESSIONS['test'][0]} {places[0]['transmission']}: {places[0]['latitude']:.6f}, ")
+    assert len(said) == 4 + len(places)
 
 
 def test_a_run_file_says_which_sessions_are_on_which_side(call: Any, looked: Looked) -> None:

@@ -22,6 +22,8 @@ def predictions(sessions: int, transmissions: int = 12) -> Predictions:
         truth=truth,
         receivers=tuple(rng.uniform(-1500, 1500, (3, 2)) for _ in range(transmissions)),
         sessions=tuple(f"session {index % sessions}" for index in range(transmissions)),
+        transmissions=tuple(f"transmission {index}" for index in range(transmissions)),
+        origins=np.tile([52.0, 10.0], (transmissions, 1)),
     )
 
 

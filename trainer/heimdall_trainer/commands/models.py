@@ -35,6 +35,7 @@ def add(commands: Any) -> None:
 
     evaluate = commands.add_parser("evaluate", parents=[model, data], help="tell how good a trained localizer is")
     evaluate.add_argument("--json", action="store_true", help="print JSON, for machines")
+    evaluate.add_argument("--places", action="store_true", help="also tell where each transmission was located")
     evaluate.set_defaults(call=_evaluate)
 
     plot = commands.add_parser("plot", parents=[model, data], help="draw errors, calibration and losses of a localizer")
@@ -72,7 +73,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     count = len(done.predictions.truth)
     if arguments.json:
         about = {"model": arguments.model, "run": done.localizer.run_id, "split": arguments.split}
-        print(json.dumps({**about, "sessions": list(done.sessions), "transmissions": count, **figures}))
+        places = {"places": _places(done.predictions)} if arguments.places else {}
+        print(json.dumps({**about, "sessions": list(done.sessions), "transmissions": count, **figures, **places}))
         return
     print(f"model:    {arguments.model}")
     print(f"split:    {arguments.split}, sessions: {len(done.sessions)}, transmissions: {count}")
@@ -84,6 +86,35 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         f"coverage: {100 * figures['coverage_68']:.1f} % within the 68 % ellipse, "
         f"{100 * figures['coverage_95']:.1f} % within the 95 % ellipse"
     )
+    for place in _places(done.predictions) if arguments.places else ():
+        print(
+            f"{place['session']} {place['transmission']}: {place['latitude']:.6f}, {place['longitude']:.6f} "
+            f"± {place['sigma_east_m']:.1f} m east, {place['sigma_north_m']:.1f} m north, "
+            f"{place['error_m']:.1f} m from the truth"
+        )
+
+
+def _places(predictions: Predictions) -> list[dict[str, Any]]:
+    """Where each transmission was located: degrees, and metres of doubt and error."""
+    return [
+        {
+            "session": session,
+            "transmission": transmission,
+            "latitude": float(place[0]),
+            "longitude": float(place[1]),
+            "sigma_east_m": float(sigma[0]),
+            "sigma_north_m": float(sigma[1]),
+            "error_m": float(error),
+        }
+        for session, transmission, place, sigma, error in zip(
+            predictions.sessions,
+            predictions.transmissions,
+            predictions.geographic,
+            predictions.sigma,
+            predictions.errors_m,
+            strict=True,
+        )
+    ]
 
 
 def _plot(arguments: argparse.Namespace) -> None:
