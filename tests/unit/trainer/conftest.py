@@ -26,6 +26,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def _signals() -> Iterator[None]:
     """What watches for SIGTERM in one test's process does not in the next."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background have it ignored
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

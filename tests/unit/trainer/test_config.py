@@ -116,7 +116,7 @@ def test_a_flag_that_can_not_be_used_is_named() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainingRun, Path]]:
     """What the command line would train, and where."""
     calls: list[tuple[TrainingRun, Path]] = []
-    monkeypatch.setattr(training, "_train_locally", lambda run, output_dir, _: calls.append((run, output_dir)))
+    monkeypatch.setattr(training, "_train_locally", lambda run, output_dir, *_: calls.append((run, output_dir)))
     return calls
 
 
@@ -161,7 +161,7 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(
 def test_the_train_command_has_no_other_flags_than_these_and_where_to_read_and_write() -> None:
     names = {flag.partition(" ")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for flag in FLAGS}
     known = vars(cli._parser().parse_args(["train"])).keys() - {"command", "call"}
-    assert known == names | {"config", "output_dir"}
+    assert known == names | {"config", "output_dir", "resume"}
 
 
 def test_the_output_folder_is_the_flag_s_or_the_default(trained: list[tuple[TrainingRun, Path]]) -> None:
