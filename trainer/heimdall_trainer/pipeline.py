@@ -42,6 +42,8 @@ CURVES_TIMEOUT_S: Final = 60
 WRITING_TIMEOUT_S: Final = 600
 """How long the end waits for a checkpoint to be on disk."""
 FENCE_TIMEOUT_S: Final = 10
+TENSOR_CORES: Final = (7, 0)
+"""Compute capability of the first GPUs (Volta) that are faster in half precision."""
 FAILURE_TIMEOUT_S: Final = 30
 """How long a training that failed waits for what it logged before it puts that away."""
 log = structlog.get_logger()
@@ -299,9 +301,13 @@ class TrainingPipeline:
 
         if self.spec.training.precision != "auto":
             return self.spec.training.precision
+        if not torch.cuda.is_available():
+            return "32-true"
         # Emulated, which torch counts as supported, it would be slower than what it is to save.
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16-mixed" if has_bf16 else "32-true"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed"
+        # Its scaler, which a checkpoint holds, leaves out the first few steps until it has found its scale.
+        return "16-mixed" if torch.cuda.get_device_capability() >= TENSOR_CORES else "32-true"
 
     def _log_parameters(self, trainer: Any) -> None:
         import torch

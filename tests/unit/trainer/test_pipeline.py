@@ -1078,23 +1078,36 @@ def test_a_terminal_gets_a_bar_and_a_log_plain_lines(
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpu", "has_bf16", "precision"),
+    ("asked", "capability", "has_bf16", "precision"),
     [
-        ("auto", False, False, "32-true"),
-        ("auto", True, True, "bf16-mixed"),
-        ("auto", True, False, "32-true"),
-        ("16-mixed", True, True, "16-mixed"),
-        ("32-true", True, True, "32-true"),
+        ("auto", None, False, "32-true"),
+        ("auto", (9, 0), True, "bf16-mixed"),
+        ("auto", (7, 5), False, "16-mixed"),
+        ("auto", (7, 0), False, "16-mixed"),
+        ("auto", (6, 1), False, "32-true"),
+        ("16-mixed", (9, 0), True, "16-mixed"),
+        ("32-true", (7, 5), False, "32-true"),
     ],
 )
 def test_half_precision_where_the_device_has_it_or_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, asked: str, gpu: bool, has_bf16: bool, precision: str
+    monkeypatch: pytest.MonkeyPatch, asked: str, capability: tuple[int, int] | None, has_bf16: bool, precision: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: has_bf16)
     run: Any = SimpleNamespace(spec=described(user_spec("Line") | {"training": {"precision": asked}}).spec)
 
     assert TrainingPipeline._precision(run) == precision
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+def test_a_checkpoint_in_half_precision_holds_what_the_scaler_has_found(package: str) -> None:
+    """Lightning asks every precision for its state; this one can't train on a CPU."""
+    plugins = pytest.importorskip(f"{package}.plugins")
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    scaler.scale(torch.ones(()))
+    plugin = plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    assert plugin.state_dict()["scale"] == 512
 
 
 # --- the command, without an operator ------------------------------------------------------------------------------
