@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
+import matplotlib.image
 import numpy as np
 import pytest
 
 from heimdall_trainer.evaluation import Predictions
-from heimdall_trainer.plots import _by_step, _smoothed, draw
+from heimdall_trainer.plots import PREDICTED, RECEIVER, TRUE, VALIDATION, _by_step, _smoothed, draw
 
 SIGNATURE = b"\x89PNG"
+SERIES = {
+    "error_map.png": (TRUE, PREDICTED, RECEIVER),
+    "calibration.png": (PREDICTED, RECEIVER),
+    "loss.png": (PREDICTED, VALIDATION),
+}
+"""Colours of what each plot shows; of all but the receivers' grey, nothing else is in them."""
+A_FEW: Final = 50
+"""Pixels of a mark's inside, which no blending has changed."""
 
 
 def predictions(sessions: int, transmissions: int = 12) -> Predictions:
@@ -27,11 +37,31 @@ def predictions(sessions: int, transmissions: int = 12) -> Predictions:
     )
 
 
+def pixels(file: Path, colour: str) -> int:
+    """How many pixels of a picture are of a colour, exactly."""
+    wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
+    found = np.round(255 * matplotlib.image.imread(file)[..., :3]).astype(int)
+    return int((found == wanted).all(-1).sum())
+
+
+HISTORY = {"train/loss_step": [(0, 1.0), (1, 0.5), (2, 0.4)], "val/loss": [(1, 0.8), (2, 0.7)]}
+
+
 @pytest.mark.parametrize("sessions", [1, 3, 6])
-def test_any_number_of_sessions_is_drawn(sessions: int) -> None:
-    files = draw(predictions(sessions), {"train/loss_step": [(0, 1.0), (1, 0.5)], "val/loss": []}, Path("plots"))
-    assert [file.name for file in files] == ["error_map.png", "calibration.png", "loss.png"]
-    assert all(file.read_bytes().startswith(SIGNATURE) for file in files)
+def test_any_number_of_sessions_is_drawn_with_all_that_there_is_to_see(sessions: int) -> None:
+    files = draw(predictions(sessions), HISTORY, Path("plots"))
+    assert [file.name for file in files] == list(SERIES)
+    for file in files:
+        assert file.read_bytes().startswith(SIGNATURE)
+        assert {colour: pixels(file, colour) >= A_FEW for colour in SERIES[file.name]} == dict.fromkeys(
+            SERIES[file.name], True
+        )
+
+
+def test_what_there_is_none_of_is_not_in_the_picture() -> None:
+    *_, losses = draw(predictions(1), {**HISTORY, "val/loss": []}, Path("plots"))
+    assert pixels(losses, VALIDATION) == 0
+    assert pixels(losses, PREDICTED) >= A_FEW
 
 
 def test_one_transmission_is_enough_and_without_losses_there_are_no_loss_curves() -> None:
