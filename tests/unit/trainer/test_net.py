@@ -40,7 +40,7 @@ FAMILIES = [
     "efficientnet_b4",
 ]
 SMALLEST = ["test_convnext", "test_resnet", "test_vit", "test_efficientnet"]
-REAL = ["convnext_tiny", "resnet50"]
+REAL = ["convnext_tiny", "resnet50", "vit_base_patch16_224", "efficientnet_b3"]
 """Of the size that people train: weights and graph as they are, not a toy's."""
 
 
