@@ -202,17 +202,14 @@ class Cluster(World):
             "containerStatuses": [_container(terminated=terminated)],
             **status,
         }
-        could_be = self.could_be[attempt_of(pod)]
-        reason = {"OOMKilled": "HostOutOfMemory", "ContainerStatusUnknown": "NodeLost"}.get(how.get("reason", ""))
-        if reason is None and "message" in how:
-            reason = "UserError"
+        could_be, reason = self.could_be[attempt_of(pod)], _reason_of(how)
         if "deletionTimestamp" not in pod["metadata"]:
-            could_be.add(reason or BY_CODE[code])
+            could_be.add(reason)
             if code == SIGTERM and attempt_of(pod) > UNOWNED_LIMIT:
                 could_be.add("Killed")  # the last time in a row may cost a retry
         elif pod["metadata"]["name"] not in self.released:
             # The Job alone may be there to tell of it, or the pod is the first to. Exit 0 is then no sign of success.
-            could_be |= {"Preempted"} | ({reason or BY_CODE[code]} if code else set())
+            could_be |= {"Preempted"} | ({reason} if code else set())
         self.stamp(pod)
 
     def delete_pod(self, name: str, disruption: str | None = None) -> None:
@@ -259,7 +256,15 @@ class Cluster(World):
             job = self.jobs.get(pod["metadata"]["labels"][JOB_NAME])
             if job is not None and not is_over(job):
                 self._fail(job)
+                self._count_released(job)
         self.sync()
+
+    def _count_released(self, job: dict[str, Any]) -> None:
+        """A Job that was held and fails all the same has ended as its pods did, also those that it had let go."""
+        for name, pod in self.pods_of(job).items():
+            state = pod["status"].get("containerStatuses", [{}])[0].get("state", {})
+            if name in self.released and "terminated" in state and state["terminated"]["exitCode"]:
+                self.could_be[attempt_of(pod)].add(_reason_of(state["terminated"]))
 
     def evict(self, disruption: str, *, only: int | None = None, node: str | None = None) -> None:
         """Take the pods' place for something else: of all, of one worker, or of those on a node."""
@@ -411,3 +416,9 @@ def workers_of(job: dict[str, Any]) -> int:
 
 def _container(**state: Any) -> dict[str, Any]:
     return {"name": "trainer", "state": state}
+
+
+def _reason_of(how: dict[str, Any]) -> str:
+    """The reason of an attempt whose container ended so by itself."""
+    reason = {"OOMKilled": "HostOutOfMemory", "ContainerStatusUnknown": "NodeLost"}.get(how.get("reason", ""))
+    return reason or ("UserError" if "message" in how else BY_CODE[how["exitCode"]])

@@ -641,6 +641,17 @@ def test_a_trainer_that_is_cut_off_says_nothing_to_a_run_that_was_ended(life: Li
 
 
 @pytest.mark.parametrize("life", ["group"], indirect=True)
+def test_a_crash_in_a_held_group_counts_once_its_other_pod_is_gone_by_force(life: Life) -> None:
+    life.jobs_are_suspended(suspend=True)
+    life.pods_end(end="crash", only=0)
+    life.somebody_removes_pods_by_force()
+    life.operator_lists_everything()
+
+    life.the_status_is_sound()
+    assert [item["reason"] for item in life._status()["attempts"]] == ["Unknown"]
+
+
+@pytest.mark.parametrize("life", ["group"], indirect=True)
 def test_the_other_workers_of_a_lost_node_end_with_it(life: Life) -> None:
     life.a_node_is("node2", "lost")
     life.lost_nodes("are not heard of for long")
