@@ -55,6 +55,8 @@ def bound_http() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", HTTP_TIMEOUT_S)
+    # One connection for each thread: those beyond the default of 10 would be made anew for every call.
+    os.environ.setdefault("MLFLOW_HTTP_POOL_MAXSIZE", str(THREADS))
 
 
 class MlflowSilentError(Exception):
