@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from heimdall_api.contract import ENV_GRACE_PERIOD
 from heimdall_trainer.errors import ConfigurationError
@@ -18,6 +18,8 @@ from heimdall_trainer.errors import ConfigurationError
 DEFAULT_GRACE_PERIOD_S: Final = 60
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=5)
 """How long a process waits for the others: a lost one makes them wait, not fail."""
+ALONE_TIMEOUT: Final = timedelta(hours=2)
+"""How long the others wait for what one does alone and in good order: an export, a download."""
 SHUTDOWN_MARGIN_S: Final = 5
 """How much sooner than the pod's grace period torchrun's patience with its processes ends."""
 BROKEN: Final = (
@@ -25,6 +27,8 @@ BROKEN: Final = (
     *("timed out waiting", "socket timeout", "nccl error: remote", "ncclremoteerror"),
 )
 """Words of an error that another process's end has caused."""
+
+Made = TypeVar("Made")
 
 
 def is_group() -> bool:
@@ -127,6 +131,26 @@ def from_first(value: Any) -> Any:
     holder = [value]
     torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def begin(trainer: Any) -> None:
+    """Have the processes find each other, sooner than Lightning would; it finds that done."""
+    if world_size() > 1:
+        trainer.strategy.setup_environment()
+
+
+def by_first(make: Callable[[], Made]) -> Made | None:
+    """What the first process makes alone, which may take longer than a collective; None in the others."""
+    if world_size() == 1:
+        return make()
+    import torch.distributed
+
+    # On the CPU, and made while nobody has to wait: its own timeout is what the others wait by.
+    patient: Any = torch.distributed.new_group(timeout=ALONE_TIMEOUT, backend="gloo")
+    made = make() if is_first() else None
+    torch.distributed.barrier(group=patient)
+    torch.distributed.destroy_process_group(patient)
+    return made
 
 
 def is_broken_connection(error: BaseException) -> bool:

@@ -161,10 +161,10 @@ class TrainingPipeline:
             raise ConfigurationError(f"{why}; name another folder (--output-dir)") from None
         self._resumed = self._publisher.newest_file(self.output_dir / "resumed")
         self.setup_model()
-        if group.is_first():
-            self._results.check(self.module, rehearse=not self._publisher.listed)
-        self.setup_data_loaders()
         trainer = self._make_trainer()
+        group.begin(trainer)
+        group.by_first(lambda: self._results.check(self.module, rehearse=not self._publisher.listed))
+        self.setup_data_loaders()
         self._log_parameters(trainer)
         self._fit(trainer)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -360,7 +360,7 @@ class TrainingPipeline:
         self._publisher.wait_for_file()
         self._deliver_checkpoints()
         folder = self.output_dir / "resumed"
-        best = group.from_first(self._publisher.best(folder) if group.is_first() else None)
+        best = group.from_first(group.by_first(lambda: self._publisher.best(folder)))
         self._check_best(best)
         if best is not None:
             file = self._publisher.local_file(best, folder)

@@ -376,14 +376,43 @@ def test_the_others_wait_for_the_first_and_end_as_it_does(
     assert list(said) == []
 
 
-def test_a_process_that_can_not_have_the_best_weights_tests_no_others(clock: Clock, tmp_path: Path) -> None:
+def test_a_process_that_can_not_have_the_best_weights_tests_no_others(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it give the first up, which may download them for long."""
+    alone = list[Any]()
+    monkeypatch.setattr(group, "by_first", lambda make: alone.append(make()) or alone[-1])
+    best = SimpleNamespace(path="checkpoints/best.ckpt")
     made, _ = training(clock, tmp_path)
     publisher: Any = made._publisher
     publisher.flush = lambda _: True
-    publisher.best = lambda _: SimpleNamespace(path="checkpoints/best.ckpt")
+    publisher.best = lambda _: best
     publisher.local_file = lambda *_: None
     with pytest.raises(ConnectionError, match=r"checkpoints/best\.ckpt, can't be had"):
         made._test(None)
+    assert alone == [best]
+
+
+def test_the_others_of_a_group_wait_as_long_as_the_first_rehearses_the_export(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did = list[str]()
+
+    def by_first(make: Any) -> None:
+        did.append("they wait")
+        make()
+
+    made, _ = training(clock, tmp_path)
+    steps: Any = made
+    monkeypatch.setattr(group, "begin", lambda _: did.append("they meet"))
+    monkeypatch.setattr(group, "by_first", by_first)
+    steps.setup_model = steps._make_trainer = lambda: None
+    steps._results.check = lambda *_, **__: did.append("checked")
+    steps.setup_data_loaders = lambda: 1 / 0
+    steps._publisher.newest_file = lambda _: None
+    with pytest.raises(ZeroDivisionError):
+        made._train()
+    assert did == ["they meet", "they wait", "checked"]
 
 
 @pytest.mark.parametrize(

@@ -27,3 +27,22 @@ def test_a_group_of_no_fixed_size_is_refused(name: str, told: str, monkeypatch: 
     monkeypatch.setenv(name, told)
     with pytest.raises(ConfigurationError, match=f"{name} is '{told}': give one number"):
         group.is_group()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_the_first_makes_alone_is_waited_for_longer_than_for_each_other(
+    rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before it begins: making something to wait by takes all of them."""
+    did: list[object] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "new_group", lambda timeout, backend: did.append((timeout, backend)) or "patient")
+    monkeypatch.setattr(dist, "barrier", lambda group: did.append(f"waited, {group}"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: None)
+    made = group.by_first(lambda: did.append("made") or "this")
+    is_first = rank == "0"
+    assert made == ("this" if is_first else None)
+    assert did == [(group.ALONE_TIMEOUT, "gloo"), *(["made"] if is_first else []), "waited, patient"]
+    assert group.ALONE_TIMEOUT > 10 * group.COLLECTIVE_TIMEOUT

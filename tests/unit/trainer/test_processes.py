@@ -71,6 +71,7 @@ def test_a_group_of_which_one_is_stopped_goes_on_as_if_nothing_had_been(
 ) -> None:
     training = {"epochs": 2, "batchSize": 2, "dataLoaderWorkers": 0, "checkpoints": {"keep": 1}}
     spec = {"model": {"backbone": "test_resnet"}, "data": {"testFraction": 0.2}, "training": training}
+    spec |= {"export": {"onnx": True}}  # which the first one rehearses while the other waits
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"metadata": {"name": "group"}, "spec": spec}))
     client = MlflowClient(mlflow_uri)
