@@ -105,17 +105,21 @@ class Store:
         return key
 
     def drop_child(self, kind: ChildKind, child: Manifest) -> Key | None:
-        """Forget a Job or pod."""
-        key = run_of(child)
-        if key is not None:
-            self._note_gone(child["metadata"]["uid"])
-            children = self._children[kind].get(key, {})
-            known = children.pop(child["metadata"]["name"], None)
-            if not children:
-                self._children[kind].pop(key, None)
-            # One that had ended before it was deleted did not end because of that.
-            has_ended = known is not None and (known.get("status") or {}).get("phase") in ENDED
-            self._keep_or_forget(kind, key, known if known is not None and has_ended else child)
+        """Forget a Job or pod, unless another of its name is there."""
+        key, metadata = run_of(child), child["metadata"]
+        if key is None:
+            return None
+        self._note_gone(metadata["uid"])
+        children = self._children[kind].get(key, {})
+        known = children.get(metadata["name"])
+        if known is not None and known["metadata"]["uid"] != metadata["uid"]:
+            return key
+        children.pop(metadata["name"], None)
+        if not children:
+            self._children[kind].pop(key, None)
+        # One that had ended before it was deleted did not end because of that.
+        has_ended = known is not None and (known.get("status") or {}).get("phase") in ENDED
+        self._keep_or_forget(kind, key, known if known is not None and has_ended else child)
         return key
 
     def _keep_or_forget(self, kind: ChildKind, key: Key, child: Manifest) -> None:

@@ -20,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from heimdall_api.contract import LABEL_QUEUE, LABEL_RUN
+from heimdall_api.contract import LABEL_QUEUE
 from heimdall_operator.controller import Controller
 from heimdall_operator.decide import DELETION_LIMIT_S, UNOWNED_LIMIT
 from heimdall_operator.failures import FREE
@@ -519,11 +519,10 @@ def test_a_job_that_is_deleted_before_its_pod_was_seen_is_not_made_again_beside_
     life.world.pods = {}
     life.an_operator_falls_behind()
     life.world.pods = unseen
+    job = life.world.jobs["run-a1"]
     life.somebody_deletes_the_jobs()
     assert life.behind is not None
-    life.behind.store.drop_child(
-        "Job", {"metadata": {"namespace": "team", "name": "run-a1", "uid": "gone", "labels": {LABEL_RUN: "run"}}}
-    )
+    life.behind.store.drop_child("Job", job)
 
     life.the_one_behind_looks()
     life.the_one_behind_looks()

@@ -106,9 +106,12 @@ def test_what_has_come_while_it_was_listed_stays() -> None:
 def test_the_end_of_another_of_its_name_is_not_its_end() -> None:
     store = Store()
     store.put(state(5, uid="b"))
+    store.put_child("Job", state(6, uid="second", name="one-a1"))
     store.drop(KEY, "a")
+    store.drop_child("Job", state(4, uid="first", name="one-a1"))
 
     assert store.get(KEY) == state(5, uid="b")
+    assert store.children("Job", KEY) == [state(6, uid="second", name="one-a1")]
 
 
 def pod_of(job: str, name: str, **status: Any) -> dict[str, Any]:
