@@ -1,20 +1,35 @@
 """torchrun, which exits as it was told to: `python -m heimdall_trainer.torchrun`, see `group.become_torchrun`.
 
 Its own exit code after SIGTERM is 1, whatever its processes have saved. And a container's first process ignores a
-signal that it does not handle: torchrun handles none until its processes are there.
+signal that it does not handle: torchrun handles none until its processes are there. Without an operator it also sees to
+it that the run is ended where the process that should have done it was killed, or never came so far.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
+from typing import Final
+
+HURRIED: Final = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""How long MLflow is waited for in the end, when the processes that have something to deliver have waited already."""
 
 
 def main() -> None:
     """Start the processes, and end when they have ended."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
+    try:
+        _start()
+    except BaseException as error:
+        told = isinstance(error, SystemExit) and error.code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        _end_run(told=told)
+        raise
+
+
+def _start() -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.run import main as start
 
@@ -27,6 +42,26 @@ def main() -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     del frame
     sys.exit(128 + number)
+
+
+def _end_run(*, told: bool) -> None:
+    """End the run of a group without an operator, unless its first process has."""
+    from heimdall_trainer.commands.training import LOCAL_RUN_ID
+
+    run_id = os.environ.get(LOCAL_RUN_ID)
+    if run_id is None:
+        return
+    os.environ.update(HURRIED)  # MLflow reads them when it is imported
+    from heimdall_tracking import initialize_mlflow, runs
+    from heimdall_tracking.redact import redact
+
+    try:
+        client = initialize_mlflow().client
+        found = runs.read_facts(client, run_id)
+        if found is not None and found.status == "RUNNING":
+            runs.end_run(client, run_id, "KILLED" if told else "FAILED")
+    except Exception as error:  # noqa: BLE001 - why the processes have ended is what counts
+        print(f"MLflow could not be told that run {run_id} has ended: {redact(error)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
