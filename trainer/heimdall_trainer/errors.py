@@ -11,6 +11,10 @@ class DataError(Exception):
     """The recordings can't be trained on; the message names them and the remedy."""
 
 
+class DeviceError(Exception):
+    """The GPU that is there can't be used."""
+
+
 class DivergedError(Exception):
     """What is monitored is no number, and there are no weights of which it was one."""
 

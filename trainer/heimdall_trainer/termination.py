@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Final
 
 from heimdall_api.contract import ENV_TERMINATION_MESSAGE, MESSAGE_LIMIT, ExitCode, Reason, TerminationMessage
-from heimdall_trainer.errors import ConfigurationError, DataError, DivergedError, FencedError, UndeliveredError
+from heimdall_trainer.errors import (
+    ConfigurationError,
+    DataError,
+    DeviceError,
+    DivergedError,
+    FencedError,
+    UndeliveredError,
+)
 from heimdall_trainer.group import is_broken_connection
 
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -76,8 +83,8 @@ def judge(error: BaseException) -> tuple[int, Reason, str]:
             return ExitCode.CONFIGURATION, Reason.INVALID_CONFIGURATION, str(error)
         case DivergedError():
             return ExitCode.ERROR, Reason.USER_ERROR, str(error)
-        case ConnectionError():
-            # A database or a store that does not answer may answer the next attempt.
+        case ConnectionError() | DeviceError():
+            # A database or a store that does not answer may answer the next attempt, which may be on another node.
             return ExitCode.ERROR, Reason.UNKNOWN, str(error)
         case FencedError():
             return ExitCode.FENCED, Reason.FENCED, str(error)

@@ -104,8 +104,11 @@ def _train_in_pod(run: TrainingRun, output_dir: Path, grace: Grace) -> None:
     """The operator owns the run: it is neither created nor ended here."""
     from heimdall_api.contract import ENV_ATTEMPT, ENV_MLFLOW_RUN_ID
     from heimdall_tracking import initialize_mlflow
+    from heimdall_trainer.devices import check_gpu
     from heimdall_trainer.pipeline import TrainingPipeline
 
+    if run.spec.resources.gpus_per_worker:
+        check_gpu()
     tracker = initialize_mlflow()
     tracker.attach(os.environ[ENV_MLFLOW_RUN_ID])
     attempt = int(os.environ.get(ENV_ATTEMPT, "1"))
