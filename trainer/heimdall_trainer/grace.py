@@ -21,7 +21,10 @@ from heimdall_trainer import group
 from heimdall_trainer.termination import EXIT_BY_HAND, StoppedByHandError, TerminatedError
 
 LOADER: Final = "torch.utils.data.dataloader"
-WAITS_FOR_BATCH: Final = "_get_data"
+WAITS_FOR_BATCH: Final = "_next_data"
+FETCHER: Final = ".loops.fetchers"
+IN_USE: Final = (".loops.evaluation_loop", ".loops.optimization")
+"""Lightning's own modules: where a batch is waited for, and where something is being done with one."""
 TERMINATED_LOADER: Final = ("DataLoader worker", "is killed by signal: Terminated")
 """Words of torch's error where it was told that such a process has ended, whatever was being done."""
 RESERVE_SHARE: Final = 1 / 6
@@ -40,7 +43,7 @@ class Grace:
 
     SIGTERM interrupts what the process does, except where that must not be cut in two. There it is noted: the training
     loop looks at each step whether it `began`, and the end of a training, which must put away what was not delivered,
-    waits no longer than what is left.
+    waits no longer than what is left. The wait for a batch, which a store that is away makes long, is interrupted.
     """
 
     def __init__(self, *, by_hand: bool = False) -> None:
@@ -80,12 +83,14 @@ class Grace:
         self._settling = True
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del number
         self.begin()
         # What is due to the same signal is no failure: torch would raise in the middle of a step.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not (self._in_loop or self._settling):
             raise self.error(" outside of the training loop.")
+        if self._in_loop and not self._settling and group.world_size() == 1 and _waits_to_train(frame):
+            raise self.error(" while it waited for a batch.")
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self._error is StoppedByHandError:
@@ -139,11 +144,22 @@ def _live_apart() -> None:
 
 
 def is_lost_batch(error: BaseException) -> bool:
-    """Whether a batch was waited for of a process that loads data: nothing was done with it."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(
-        frame.f_code.co_name == WAITS_FOR_BATCH and frame.f_globals.get("__name__") == LOADER for frame in frames
-    )
+    """Whether a batch was waited for, which nothing was done with yet."""
+    return any(_waits(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _waits_to_train(frame: FrameType | None) -> bool:
+    """Whether what is interrupted is the wait for the next batch to train on: no step and no validation."""
+    if frame is None:
+        return False
+    frames = [each for each, _ in traceback.walk_stack(frame)]
+    modules = {str(each.f_globals.get("__name__")) for each in frames}
+    between = not any(part in module for module in modules for part in IN_USE)
+    return between and any(FETCHER in module for module in modules) and any(_waits(each) for each in frames)
+
+
+def _waits(frame: FrameType) -> bool:
+    return frame.f_code.co_name == WAITS_FOR_BATCH and frame.f_globals.get("__name__") == LOADER
 
 
 def is_terminated_loader(error: BaseException) -> bool:

@@ -561,6 +561,32 @@ def test_with_processes_that_load_data_going_on_gives_the_same_losses_too(
         assert dict(stopped) == pytest.approx(dict(whole), rel=1e-6)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_who_waits_for_a_batch_that_does_not_come_saves_the_step_before(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(user_modules.Away, "reads", 0)
+    spec, run_id = user_spec("AwayFrom", epochs=2), bench.new_run()
+    spec["model"]["args"] = {"num_workers": workers}
+    with pytest.raises(TerminatedError, match=r"at step [0-2]; its checkpoint was delivered"):
+        bench.train(spec, run_id)
+    monkeypatch.setattr(user_modules.Away, "reads", 6)  # of a process that loads, as it begins
+    bench.train(spec, run_id, attempt=2)
+    assert [step for step, _ in bench.history(run_id, "train/loss")] == list(range(8))
+
+
+@pytest.mark.parametrize(("where", "validations"), [("step", 1), ("validation", 1)])
+def test_a_batch_that_is_read_in_a_step_or_to_validate_on_is_waited_for(
+    bench: Bench, where: str, validations: int
+) -> None:
+    spec, run_id = user_spec("ReadsMore", epochs=2), bench.new_run()
+    spec["model"]["args"] = {"where": where}
+    with pytest.raises(TerminatedError, match="at step 1; its checkpoint was delivered"):
+        bench.train(spec, run_id)
+    assert len(bench.history(run_id, "train/loss")) == 1
+    assert len(bench.history(run_id, "val/loss")) == validations
+
+
 def test_a_validation_that_takes_too_long_is_broken_off_when_told_to_end(
     trained: Trained, bench: Bench, localizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

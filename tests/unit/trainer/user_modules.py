@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 
 class Line(pl.LightningModule):
@@ -68,6 +76,39 @@ class Noisy(TensorDataset):
     def __getitem__(self, index: Any) -> Any:
         x, y = super().__getitem__(index)
         return x + 0.1 * (torch.randn(1) + float(np.random.randn()) + random.gauss(0, 1)), y
+
+
+class Away(TensorDataset):
+    """Where it is read for the sixth time, its store is away for good, and the training is told to end."""
+
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        Away.reads += 1
+        if Away.reads == 6:
+            os.kill(os.getppid() if get_worker_info() else os.getpid(), signal.SIGTERM)
+            threading.Event().wait()
+        return super().__getitem__(index)
+
+
+class Told(TensorDataset):
+    """Has the training told to end while it is read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+class AwayFrom(Line):
+    """Reads from there, two points a batch."""
+
+    def __init__(self, num_workers: int = 0) -> None:
+        super().__init__()
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> Any:
+        x = torch.linspace(-1, 1, 8).unsqueeze(1)
+        return DataLoader(Away(x, 2 * x), batch_size=2, num_workers=self.num_workers)
 
 
 class Dropping(Shuffled):
@@ -131,6 +172,27 @@ class LineWithoutData(Line):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test/loss", torch.nn.functional.mse_loss(self(batch[0]), batch[1]))
+
+
+class ReadsMore(LineWithoutData):
+    """Reads such data in a step, or to validate on."""
+
+    train_dataloader = Line.train_dataloader
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.where == "step":
+            batch = next(iter(self.told()))
+        return super().training_step(batch, batch_idx)
+
+    def val_dataloader(self) -> Any:
+        return self.told() if self.where == "validation" else points()
+
+    def told(self) -> Any:
+        return DataLoader(Told(*points().dataset.tensors), batch_size=8)
 
 
 class WorseAndWorse(LineWithoutData):
