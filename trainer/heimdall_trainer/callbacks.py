@@ -117,12 +117,12 @@ class Checkpointing:
         A process alone that was waiting for its next batch makes a checkpoint. A group's processes can't agree on one.
         """
         del pl_module
+        is_lost = self._grace.began and is_lost_batch(exception)
+        if is_lost and trainer.training and group.world_size() == 1:
+            self._stop(trainer)
         if isinstance(exception, TerminatedError):
             return  # where it is raised says nothing of processes that load data
-        if self._grace.began and is_lost_batch(exception):
-            if trainer.training and group.world_size() == 1:
-                self._stop(trainer)
-        elif not is_terminated_loader(exception):
+        if not is_lost and not is_terminated_loader(exception):
             return
         self._grace.begin()
         raise self._grace.error(", as was a process that loads data; an older checkpoint is used.")

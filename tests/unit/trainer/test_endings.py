@@ -253,7 +253,7 @@ def test_sigterm_outside_training_says_nothing_of_processes_that_load_data(clock
     with pytest.raises(TerminatedError) as caught:
         waits[grace.WAITS_FOR_BATCH]()
     assert grace.is_lost_batch(caught.value)
-    made._checkpointing.on_exception(None, None, caught.value)
+    made._checkpointing.on_exception(SimpleNamespace(training=False), None, caught.value)
 
 
 @pytest.mark.parametrize("how", ["raised", "noticed by the publisher"])
