@@ -195,7 +195,7 @@ class TrainingSpec(Model):
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = Field(
         default="auto",
         description="Numeric precision. auto: bf16-mixed on a GPU that has it, 16-mixed on one with tensor cores for "
-        "that alone (V100, T4), 32-true otherwise.",
+        "that alone (T4), 32-true otherwise.",
     )
     seed: int = Field(default=42, ge=0, le=4_294_967_295, description="Seed of every random number generator.")
     data_loader_workers: int = Field(default=2, ge=0, le=64, description="Processes that load data, per device.")
