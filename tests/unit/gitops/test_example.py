@@ -51,6 +51,10 @@ def test_argo_cd_and_flux_apply_it_where_it_says(rendered: list[dict[str, Any]])
     assert (kustomization["path"], kustomization["targetNamespace"]) == ("./runs", namespace)
 
 
+def test_flux_does_not_wait_for_trainings_before_it_applies_the_next_run() -> None:
+    assert yaml.safe_load((GITOPS / "flux/kustomization.yaml").read_text())["spec"]["wait"] is False
+
+
 def test_the_page_shows_its_files() -> None:
     (tree,) = re.findall(r"^```\ntraining/.*?^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     shown = set(re.findall(r"[├└]── ([\w.-]+\w)(?!/)\b", tree))
