@@ -187,7 +187,7 @@ def test_kubectl_is_asked_for_what_there_is(words: list[str], names: set[str]) -
         rest = rest[1:]
     if verb in ("logs", "exec", "port-forward", "top"):
         rest = [word for word in rest[:1] if not word.isdigit()]
-    if verb == "create" and rest[0] == "secret":
+    if verb == "create" and rest[0] in ("secret", "configmap"):
         rest = rest[:1]
     kinds = {alias for aliases in KINDS.values() for alias in aliases}
     for word in rest:
