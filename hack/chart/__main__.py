@@ -25,7 +25,7 @@ INFERRED: Final = {bool: "boolean", int: "integer", float: "number", str: "strin
 INTRODUCTION: Final = """\
 ```sh
 # not run by a test in these words: tests label the namespace before
-helm -n heimdall install heimdall charts/heimdall --create-namespace --wait
+helm -n heimdall upgrade --install heimdall charts/heimdall --create-namespace --wait --timeout 15m
 helm -n heimdall test heimdall
 ```
 

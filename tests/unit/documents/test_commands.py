@@ -59,7 +59,7 @@ WITH_VALUE = {
 """Flags whose value is the next word."""
 HELM_FLAGS = {
     *("-n", "-f", "--wait", "--create-namespace", "--reset-then-reuse-values", "--reuse-values", "--set", "--timeout"),
-    *("-o", "--reset-values", "--revision", "--take-ownership"),
+    *("-o", "--reset-values", "--revision", "--take-ownership", "--install"),
     "-",  # standard input, as a file of values
 }
 RUN_BY = {
