@@ -48,6 +48,7 @@ KINDS = {
     "pvc": {"pvc"},
     "secret": {"secret", "secrets"},
     "service": {"service", "svc"},
+    "serviceaccount": {"serviceaccount"},
     "statefulset": {"statefulset"},
     "storageclass": {"storageclass"},
     "trainingrun": {"trainingrun", "trainingruns", "tr"},
@@ -172,7 +173,7 @@ def names() -> set[str]:
     found |= {values()["trainer"]["secretName"], values()["trainer"]["writerSecretName"]}
     found |= {f"{name}-0" for name in found}
     found |= {f"data-{name}" for name in found}
-    found |= {"heimdall", "argocd", "argocd-cm", "kubernetes", "trainingruns.training.heimdall.dev"}
+    found |= {"heimdall", "argocd", "argocd-cm", "kubernetes", "default", "trainingruns.training.heimdall.dev"}
     manifests = [path.read_text() for path in (ROOT / "manifests/examples").glob("*.yaml")]
     for text in [*manifests, *(block.text for block in blocks("yaml"))]:
         found |= {item["metadata"]["name"] for item in yaml.safe_load_all(text) if item and "metadata" in item}
