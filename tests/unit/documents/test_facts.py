@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import yaml
 
 from heimdall_api.contract import ExitCode, Reason
 from heimdall_api.types import Phase
 from heimdall_operator.failures import FINAL, FREE
-from tests.unit.documents.documents import ROOT
+from heimdall_operator.manifests import CA_VARIABLES
+from tests.unit.documents.documents import ROOT, blocks
 
 QUICK = (ROOT / "docs/quick-reference.md").read_text()
 
@@ -66,6 +68,19 @@ def test_exit_codes_are_the_contracts(page: str, heading: str) -> None:
     rows = re.findall(r"^\| (\d+)", section((ROOT / f"docs/{page}.md").read_text(), heading), re.MULTILINE)
 
     assert sorted(map(int, rows)) == sorted(code.value for code in ExitCode)
+
+
+def test_the_contract_names_every_variable_that_the_secret_and_the_bundle_bring() -> None:
+    given = section((ROOT / "docs/contract.md").read_text(), "What a pod is given")
+    manifests = [item for block in blocks("yaml") for item in yaml.safe_load_all(block.text)]
+    (keys,) = [set(item["stringData"]) for item in manifests if named(item) == ("Secret", "heimdall-trainer")]
+
+    assert "PGPASSWORD" in keys
+    assert {name for name in keys | set(CA_VARIABLES) if f"{name}`" not in given} == set()
+
+
+def named(manifest: dict[str, Any]) -> tuple[str, str]:
+    return manifest.get("kind", ""), manifest.get("metadata", {}).get("name", "")
 
 
 def test_phases_are_the_resources() -> None:
