@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from heimdall_operator.overrides import refusals
 from heimdall_trainer.cli import _parser
 from heimdall_trainer.config import parse
 from tests.unit.documents.documents import (
@@ -233,7 +234,7 @@ def test_a_manifest_or_a_file_of_values_can_be_used(block: Block) -> None:
         if "kind" not in document:
             assert [path for path in leaves(document) if not is_value(path)] == []
         elif document["kind"] == "TrainingRun":
-            assert parse(document).metadata.name
+            assert refusals(parse(document).spec.pod_template) == []
 
 
 def leaves(part: Any, path: str = "") -> list[str]:
