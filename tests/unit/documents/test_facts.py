@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from heimdall_api.contract import ExitCode, Reason
 from heimdall_api.types import Phase
 from heimdall_operator.failures import FINAL, FREE
 from heimdall_operator.manifests import CA_VARIABLES
+from heimdall_trainer.cli import _parser
 from tests.unit.documents.documents import ROOT, blocks
 
 QUICK = (ROOT / "docs/quick-reference.md").read_text()
@@ -81,6 +83,24 @@ def test_the_contract_names_every_variable_that_the_secret_and_the_bundle_bring(
 
 def named(manifest: dict[str, Any]) -> tuple[str, str]:
     return manifest.get("kind", ""), manifest.get("metadata", {}).get("name", "")
+
+
+def options(parser: argparse.ArgumentParser, command: str = "") -> set[str]:
+    """Commands and flags of a parser, those of its commands too."""
+    found = {command.strip()}
+    for action in parser._actions:
+        found |= {flag for flag in action.option_strings if flag.startswith("--") and not flag.startswith("--no-")}
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*(options(below, f"{command} {name}") for name, below in action.choices.items()))
+    return found - {"", "data", "--help"}
+
+
+def test_every_command_and_flag_of_the_trainer_is_told() -> None:
+    page = (ROOT / "docs/trainer.md").read_text().partition("\n## ")[0]
+    spelled = {"--file": "-f ", "--output": "-o "}
+
+    assert {"deliver", "data inspect", "--freeze-backbone"} < options(_parser())
+    assert {name for name in options(_parser()) if spelled.get(name, name) not in page} == set()
 
 
 def test_phases_are_the_resources() -> None:
