@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from heimdall_operator.overrides import refusals
+from heimdall_operator.settings import OperatorSettings
 from heimdall_trainer.cli import _parser
 from heimdall_trainer.config import parse
 from tests.unit.documents.documents import (
@@ -272,6 +273,7 @@ def test_variables_that_are_named_are_read_by_something() -> None:
     ]
     code = "\n".join(path.read_text() for path in sources if "unit/documents" not in str(path))
     fields = {f"HEIMDALL_{name.upper()}" for name in re.findall(r"^    (\w+): ", code, re.MULTILINE)}
+    fields |= {f"HEIMDALL_OPERATOR_{name.upper()}" for name in OperatorSettings.model_fields}
 
     assert len(named) > 15
     assert {name for name in named if name not in code and name not in fields} == set()

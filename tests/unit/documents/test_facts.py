@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from heimdall_api.contract import ExitCode, Reason
 from heimdall_api.types import Phase
 from heimdall_operator.failures import FINAL, FREE
 from heimdall_operator.manifests import CA_VARIABLES
+from heimdall_operator.settings import OperatorSettings
 from heimdall_trainer.cli import _parser
 from tests.unit.documents.documents import ROOT, blocks
 
@@ -101,6 +103,20 @@ def test_every_command_and_flag_of_the_trainer_is_told() -> None:
 
     assert {"deliver", "data inspect", "--freeze-backbone"} < options(_parser())
     assert {name for name in options(_parser()) if spelled.get(name, name) not in page} == set()
+
+
+def test_every_setting_of_the_operator_is_told_with_its_default() -> None:
+    told = {}
+    for row in section((ROOT / "docs/settings.md").read_text(), "Operator").splitlines():
+        names, defaults, *_ = [re.findall(r"`([^`]+)`", cell) for cell in row.strip("| ").split("|")] + [[], []]
+        told |= dict(itertools.zip_longest(names, defaults, fillvalue="")) if "HEIMDALL_OPERATOR_" in row else {}
+
+    settings = OperatorSettings.model_fields.items()
+    wanted = {
+        f"HEIMDALL_OPERATOR_{name.upper()}": "" if field.is_required() else str(field.default)
+        for name, field in settings
+    }
+    assert told == wanted
 
 
 def test_phases_are_the_resources() -> None:
