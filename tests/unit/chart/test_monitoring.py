@@ -24,6 +24,8 @@ ENABLED = {
     "monitoring.rules.labels": {"release": "prometheus"},
     "monitoring.dashboard.enabled": True,
 }
+SYMPTOMS = {"HeimdallVolumeFull": "A volume is full"}
+"""Alerts whose runbook is one of a symptom, by its heading."""
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,38 @@ def test_alerts_are_of_metrics_and_reasons_that_there_are_and_lead_to_a_runbook(
     rule = rendered.one("PrometheusRule", "heimdall")
     assert rule["metadata"]["labels"]["release"] == "prometheus"
     alerts = [item for group in rule["spec"]["groups"] for item in group["rules"]]
-    assert len(alerts) == 5
+    assert len(alerts) == 6
     for alert in alerts:
         assert used(alert["expr"]) <= exported(), alert["alert"]
         assert f'namespace="{NAMESPACE}"' in alert["expr"]
         for reasons in re.findall(r'reason=~"([^"]+)"', alert["expr"]):
             assert set(reasons.split("|")) <= set(Reason)
         runbook = ROOT / alert["annotations"]["runbook_url"]
-        assert runbook.read_text().startswith(f"# {alert['alert']}\n"), runbook
+        heading = SYMPTOMS.get(alert["alert"], alert["alert"])
+        assert runbook.read_text().startswith(f"# {heading}\n"), runbook
     runbooks = {path.stem for path in (ROOT / "docs/runbooks").glob("Heimdall*.md")}
-    assert runbooks == {alert["alert"] for alert in alerts}
+    assert runbooks == {alert["alert"] for alert in alerts} - set(SYMPTOMS)
+
+
+def test_the_alert_on_volumes_is_of_the_releases_own() -> None:
+    values = {**ENABLED, "fullnameOverride": "radio"}
+    rendered = render(values)
+    (alert,) = [
+        item
+        for group in rendered.one("PrometheusRule", "radio")["spec"]["groups"]
+        for item in group["rules"]
+        if item["alert"] == "HeimdallVolumeFull"
+    ]
+    (chosen,) = re.findall(r'persistentvolumeclaim=~"([^"]+)"', alert["expr"])
+    claims = [
+        f"{claim['metadata']['name']}-{item['metadata']['name']}-0"
+        for item in rendered.manifests
+        if item["kind"] == "StatefulSet"
+        for claim in item["spec"]["volumeClaimTemplates"]
+    ]
+    assert len(claims) == 2
+    assert [claim for claim in claims if not re.fullmatch(chosen, claim)] == []
+    assert not re.fullmatch(chosen, "data-another-database-0")
 
 
 def test_alerts_lead_to_the_pages_of_a_site() -> None:
