@@ -75,6 +75,7 @@ RUN_BY = {
     ),
     "heimdall-train run -f line.yaml": ("tests/unit/documents/test_own_model.py", '["run", "-f", "line.yaml"]'),
     "heimdall-train validate -f line.yaml": ("tests/unit/documents/test_own_model.py", '["validate", "-f"'),
+    "heimdall-train data inspect": ("tests/unit/documents/test_localizer_pages.py", '"data", "inspect"'),
     "heimdall-train plot --model … -o plots": ("tests/integration/test_export.py", "looks = {"),
     "heimdall-train deliver …": ("tests/integration/test_undelivered.py", '"deliver", str(folder)'),
     "python3 hack/images list": ("tests/unit/hack/test_images.py", '"hack/images", "list"'),
