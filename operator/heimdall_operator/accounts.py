@@ -153,6 +153,10 @@ class Keeper:
                 await self._wait(account, account.task, pods_go=pods_go)
         return account.result
 
+    def runs(self) -> list[Key]:
+        """The TrainingRuns of which accounts are remembered."""
+        return list(self._accounts)
+
     def forget(self, key: Key) -> None:
         """Forget a TrainingRun that is gone."""
         self._accounts.pop(key, None)

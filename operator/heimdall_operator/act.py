@@ -95,7 +95,10 @@ class Actor:
         others = [item for item in metadata.get(FINALIZERS, ()) if item != FINALIZER]
         wanted = [*others, FINALIZER] if present else others
         patched = await self._kube.patch_finalizers(observed.namespace, observed.name, wanted, observed.version)
-        self._store.put(patched)
+        if "deletionTimestamp" in patched["metadata"] and not wanted:
+            self._store.drop(key, observed.uid)  # gone with it: its DELETED may have come before this answer
+        else:
+            self._store.put(patched)
         version = patched["metadata"]["resourceVersion"]
         return replace(observed, has_finalizer=present, is_fresh=present, version=version)
 

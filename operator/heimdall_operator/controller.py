@@ -160,9 +160,13 @@ class Controller:
             jobs += found[1]
             pods += found[2]
         self.store.replace(resources, jobs, pods, before)
-        for key in self.store.known():
+        for key in dict.fromkeys([*self.store.known(), *self._remembered()]):
             self.queue.add(key)
         self._last_look = time.monotonic()
+
+    def _remembered(self) -> list[Key]:
+        """Runs of which something is remembered: a look at one whose end no watch has told of forgets it."""
+        return [*self._troubles, *self._unwritten, *self._refusals, *self._in_doubt, *self._actor.keeper.runs()]
 
     async def _list(self, namespace: str | None) -> tuple[list[dict[str, Any]], ...]:
         return (

@@ -660,13 +660,61 @@ def test_what_is_gone_is_forgotten() -> None:
         handlers = Handlers(OperatorSettings(tracking_uri="http://mlflow:5000", trainer_image="trainer:1"))
         handlers._started = operator
         await operator.refresh()
-        operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, "no quota")
+        operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, ForbiddenError("no quota"))
+        assert list(operator._troubles) == [KEY]
         await handlers.training_run({"type": "DELETED", "object": operator.store.get(KEY)})  # type: ignore[typeddict-item]
         assert await asyncio.wait_for(operator.queue.get(), 10) == KEY
         await operator.look(KEY)
         return operator._troubles
 
     assert asyncio.run(scenario()) == {}
+
+
+def test_what_went_while_no_watch_was_there_to_tell_is_forgotten() -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> dict[Key, Any]:
+        operator = controller(world)
+        await operator.refresh()
+        operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, ForbiddenError("no quota"))
+        world.run = None
+        operator.queue = WorkQueue()
+        await operator.refresh()
+        assert await asyncio.wait_for(operator.queue.get(), 10) == KEY
+        await operator.look(KEY)
+        return operator._troubles
+
+    assert asyncio.run(scenario()) == {}
+
+
+def test_a_run_whose_end_is_told_before_its_finalizer_is_answered_for_stays_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    world.apply(SPEC)
+
+    async def scenario() -> None:
+        await look(world)
+        assert world.run is not None
+        world.run["metadata"]["deletionTimestamp"] = STAMP
+        world.jobs.clear()
+        world.pods.clear()
+        operator = controller(world)
+        await operator.refresh()
+        patch = operator._actor._kube.patch_finalizers
+
+        async def told_first(*words: Any) -> dict[str, Any]:
+            patched = await patch(*words)
+            operator.store.drop(KEY, UID)
+            return patched
+
+        monkeypatch.setattr(operator._actor._kube, "patch_finalizers", told_first)
+        await operator.look(KEY)
+        assert world.run is None
+        assert operator.store.get(KEY) is None
+
+    asyncio.run(scenario())
 
 
 def test_trouble_with_a_job_that_was_made_after_all_is_over() -> None:
@@ -678,7 +726,8 @@ def test_trouble_with_a_job_that_was_made_after_all_is_over() -> None:
         operator = controller(world)
         await operator.refresh()
         await operator.look(KEY)
-        operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, "the answer was lost")
+        operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, ForbiddenError("no quota"))
+        assert list(operator._troubles) == [KEY]
         await operator.refresh()
         await operator.look(KEY)
         return operator._troubles
