@@ -341,6 +341,8 @@ class Controller:
             except Exception as error:
                 if isinstance(action, CreateJob):
                     self._note_trouble(observed, action.number, error)
+                else:
+                    self._leave_out(Key(observed.namespace, observed.name))
                 status = with_words(decision.status, said_by_mlflow(error))
                 if status != observed.status:
                     # What happened is kept, and people see what is waited for.
@@ -351,9 +353,11 @@ class Controller:
     def _note_trouble(self, observed: Observed, attempt: int, error: Exception) -> None:
         """Note why a Job was not created; only what somebody decided counts towards the deadline."""
         is_decided = isinstance(error, DECIDED)
+        key = Key(observed.namespace, observed.name)
+        if not is_decided:
+            self._leave_out(key)
         if not is_decided and answer_of(error) is None:
             return  # the API server is away, which is no trouble of this run
-        key = Key(observed.namespace, observed.name)
         known = self._troubles.get(key)
         since = known.since if known is not None and known.is_of(observed.uid, attempt) else None
         tried = known.tried if known is not None and since is not None else None
@@ -361,6 +365,12 @@ class Controller:
             since, tried = since or self._clock(), self._clock()
         words = str(getattr(error, "reason", error))
         self._troubles[key] = Trouble(observed.uid, attempt, shorten(words), since, tried)
+
+    def _leave_out(self, key: Key) -> None:
+        """Leave the time since the last try out of a refusal's: nobody could decide."""
+        known, now = self._troubles.get(key), self._clock()
+        if known is not None and known.since is not None and known.tried is not None:
+            self._troubles[key] = replace(known, since=known.since + (now - known.tried), tried=now)
 
     async def _write(self, status: TrainingRunStatus, observed: Observed) -> Observed:
         """Write a status that changed, and an Event for each transition."""

@@ -113,9 +113,10 @@ class Trouble:
     attempt: int
     message: str
     since: datetime | None
-    """When its creation was refused for the first time; None while it was not."""
+    """When its creation was refused for the first time, later by all time since in which nobody could decide about it;
+    None while it was not."""
     tried: datetime | None
-    """When it was refused last."""
+    """When it was tried last; None while it was not refused."""
 
     def is_of(self, uid: str, attempt: int) -> bool:
         """Whether it is an attempt's."""

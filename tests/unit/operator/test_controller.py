@@ -522,6 +522,54 @@ def test_what_is_away_for_longer_than_the_pending_deadline_fails_no_run(
     assert list(world.jobs) == ["run-a1"]
 
 
+@pytest.mark.parametrize(
+    ("errors", "phase"),
+    [
+        ({"create_job": ApiException(status=500, reason="failed calling webhook")}, "Pending"),
+        ({"create_job": ConnectionError("away"), "get_training_run": ConnectionError("away")}, "Pending"),
+        ({"create_job": ForbiddenError("no quota")}, "Failed"),
+    ],
+    ids=["a webhook", "the API server", "refused all the time"],
+)
+def test_an_outage_between_two_refusals_is_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception], phase: str
+) -> None:
+    world = World()
+    world.apply({"pendingDeadlineSeconds": 1800})
+    now = NOW
+
+    async def scenario() -> None:
+        nonlocal now
+        operator = controller(world, clock=lambda: now)
+        await operator.refresh()
+
+        async def look_with(errors: dict[str, Exception], times: int) -> None:
+            nonlocal now
+            with monkeypatch.context() as patch:
+                for name, error in errors.items():
+                    patch.setattr(operator._actor._kube, name, failing(error))
+                for _ in range(times):
+                    now += timedelta(seconds=60)
+                    await operator._look_safely(KEY)
+
+        refused: dict[str, Exception] = {"create_job": ForbiddenError("no quota")}
+        await look_with(refused, 2)
+        await look_with(errors, 60)
+        await look_with(refused, 2)
+        operator.queue.close()
+
+    asyncio.run(scenario())
+    assert world.run is not None
+    assert world.run["status"]["phase"] == phase
+
+
+def failing(error: Exception) -> Any:
+    async def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize("is_made", [True, False])
 def test_a_write_whose_answer_is_lost_is_told_of_once(monkeypatch: pytest.MonkeyPatch, is_made: bool) -> None:
     world = World()
