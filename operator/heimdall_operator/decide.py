@@ -37,7 +37,7 @@ from heimdall_operator.actions import (
     RegisterModel,
     RemoveFinalizer,
 )
-from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, shorten
+from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, parse_last_words, shorten
 from heimdall_operator.observe import JobFacts, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import ConditionValue, age_s, waiting, with_conditions, with_facts
@@ -243,11 +243,14 @@ def _unless_in_vain(observed: Observed, outcome: Outcome) -> Outcome:
     if len(before) < UNOWNED_LIMIT or any(end not in asked for end in ends):
         return outcome
     made = _with_progress(observed.status, observed).last_checkpoint
-    # Both by the clocks of nodes.
+    # Both by nodes' clocks, but no container starts before its pod was made: on a node whose clock is far behind,
+    # checkpoints seem older than they are. That may cost a retry.
     if made is not None and (since := before[0].running_time) is not None and made.time >= since:
         return outcome
     words = "It was asked to end (SIGTERM) once more by nobody who owns up to it, and no checkpoint was made since"
-    message = f"{words} attempt {before[0].number}. {outcome.message}"
+    # What is said where it left no words is that it made one.
+    said_reason, said = parse_last_words(pod.last_words)
+    message = f"{words} attempt {before[0].number}. {said if said_reason is not None else ''}".rstrip()
     return replace(outcome, reason=Reason.KILLED, message=shorten(message))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -957,6 +958,23 @@ def test_a_sigterm_that_nobody_owns_up_to_costs_a_retry_once_it_comes_in_vain(
 
     assert (after.attempts[-1].reason if after.attempt == over.attempt else after.attempts[-2].reason) == reason
     assert after.failures == (reason == "Killed")
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ("", ""),
+        ("Epoch 3: loss 0.2", ""),
+        (json.dumps({"reason": "Preempted", "message": "Asked to end before step 1."}), " Asked to end before step 1."),
+    ],
+    ids=["nothing", "a log", "words"],
+)
+def test_a_sigterm_in_vain_is_told_in_the_pods_words_or_none(left: str, told: str) -> None:
+    after = decide(observed(status=status(*IN_VAIN), jobs=(job(4),), pods=(ended_pod(143, 4, last_words=left),)), NOW)
+
+    killed = next(item for item in after.status.attempts if item.number == 4)
+    words = "It was asked to end (SIGTERM) once more by nobody who owns up to it, and no checkpoint was made since"
+    assert killed.message == f"{words} attempt 1.{told}"
 
 
 def test_a_pod_that_its_node_refused_says_so() -> None:
