@@ -101,7 +101,11 @@ def kill(release: Cluster, report: Report) -> None:
 
 
 def note_mistakes(release: Cluster, report: Report) -> None:
-    report.mistakes += mistakes_said(release.kubectl("logs", "deployment/heimdall-operator", "--tail=-1"))
+    logs = ("logs", "deployment/heimdall-operator", "--tail=-1")
+    report.mistakes += mistakes_said(release.kubectl(*logs))
+    # A container that ended by itself has left its log to the next one; where none has, that is refused.
+    before = release.run("kubectl", "-n", release.namespace, *logs, "--previous", check=False)
+    report.mistakes += mistakes_said(before.stdout)
 
 
 @contextmanager
