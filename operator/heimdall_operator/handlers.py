@@ -58,7 +58,8 @@ class Backoffs:
     """How long kopf waits after each failure in a row of one of its calls: without end.
 
     Where these end, kopf ends the process: for one namespace that was deleted with its Role, all others would be left
-    alone too, and what only this process knows (what hangs, since when) would be lost.
+    alone too, and what only this process knows (what hangs, since when) would be lost. Of answers that kopf does not
+    try again (410, where a listing took longer than its pages are kept, say) the process still ends, and starts anew.
     """
 
     def __iter__(self) -> Iterator[float]:
