@@ -1,10 +1,11 @@
 """Order and random numbers that depend on seed and place in training alone: who goes on finds them as they were.
 
 A DataLoader of the user's own draws the order of an epoch at its beginning, and Lightning begins the rest of an epoch
-that was interrupted with the epoch's first batches again; dropout draws at each step. So generators are seeded for each
-epoch's order, each batch and each step, in every training, stopped or not. Their states in a checkpoint would do the
-same for one process. But a group's would have to be collected from every process for each checkpoint, and how much was
-drawn between a checkpoint and what comes after it depends on how the process that made it ended.
+that was interrupted with the epoch's first batches again; dropout draws at each step. So generators are seeded for the
+order of each pass of each loader, each batch and each step, in every training, stopped or not. Their states in a
+checkpoint would do the same for one process. But a group's would have to be collected from every process for each
+checkpoint, and how much was drawn between a checkpoint and what comes after it depends on how the process that made it
+ended.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Repeatable:
         self._seed = seed
         self._at_start = True
         """Whether this process has not trained a batch yet."""
+        self._loaders = 0
+        """How many data loaders have a number."""
 
     def follow(self, trainer: Any) -> None:
         """Have the training's data loaders go on where they were, once they are there.
@@ -44,42 +47,59 @@ class Repeatable:
         trainer.strategy.process_dataloader = processed
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """What a module draws here, another attempt that begins with this epoch draws as well."""
+        """What a module draws here, another attempt that begins with this epoch draws as well.
+
+        And every process of a group the same: what is drawn here may be divided among them.
+        """
         del pl_module
-        self.seed_process("epoch", trainer)
+        self.seed_for("epoch", trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The batch is there, and the step is next; from here on none is left out."""
+        """The step is next.
+
+        What its code decides by Python's and numpy's generators is decided by all of a group as one, or they would wait
+        for each other in vain. Dropout, which draws from torch's, is each process's own.
+        """
         del pl_module, batch
+        self.seed_for("step", trainer.current_epoch, batch_idx)
+        seed_torch(number_of("step", self._seed, trainer.global_rank, trainer.current_epoch, batch_idx))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A batch was trained on: from here on none is left out. A step may have fetched its batch by itself."""
+        del trainer, pl_module, outputs, batch, batch_idx
         self._at_start = False
-        self.seed_process("step", trainer, batch_idx)
 
     def _make_resumable(self, loader: Any, trainer: Any) -> None:
-        loader.heimdall_places = _Places(loader, trainer, self)
+        loader.heimdall_places = _Places(loader, trainer, self, number=self._loaders)
         loader.__class__ = _resumable(type(loader))
+        self._loaders += 1
 
-    def seed_for(self, what: str, epoch: int) -> None:
-        """Seed what something of an epoch may be drawn from; all processes of a group draw the same."""
-        seed_all(number_of(what, self._seed, epoch))
+    def seed_for(self, what: str, *place: int) -> None:
+        """Seed what something at a place in training may be drawn from; all processes of a group draw the same."""
+        seed_all(number_of(what, self._seed, *place))
 
-    def seed_process(self, what: str, trainer: Any, number: int = 0) -> None:
-        """Seed what something of an epoch draws in this process; each process of a group draws its own."""
-        seed_all(number_of(what, self._seed, trainer.global_rank, trainer.current_epoch, number))
+    def seed_process(self, what: str, trainer: Any, *place: int) -> None:
+        """Seed what something at a place in an epoch draws in this process; each of a group draws its own."""
+        seed_all(number_of(what, self._seed, trainer.global_rank, trainer.current_epoch, *place))
 
-    def batches_done(self, size: int, trainer: Any) -> int:
-        """How many batches of a loader's next pass were trained on before this process began.
+    def place_of(self, size: int, trainer: Any) -> tuple[int, int]:
+        """Where in an epoch a loader's next pass begins.
 
         Args:
             size: How many batches the loader has.
             trainer: Lightning's, whose counts say it.
+
+        Returns:
+            Which of the epoch's passes it is, and how many of its batches were trained on before this process began.
         """
-        if not (self._at_start and trainer.training):
-            return 0  # an epoch's beginning, or somebody else who looks at the data
+        if not trainer.training:
+            return 0, 0  # somebody else who looks at the data
         loop = trainer.fit_loop
         done = int(loop._data_fetcher.fetched)  # noqa: SLF001 - there is no other way
         # Of several loaders the shorter ones begin again, in Lightning's usual mode.
         cycles = loop._combined_loader._mode == "max_size_cycle"  # noqa: SLF001
-        return done % size if cycles and size else min(done, size)
+        number, left_out = divmod(done, size) if cycles and size else (0, min(done, size))
+        return number, left_out if self._at_start else 0
 
 
 def _resumable(kind: Any) -> Any:
@@ -110,23 +130,28 @@ def _resumable(kind: Any) -> Any:
 class _Places:
     """The indices of each batch. Those that are left out are drawn, but nothing of them is loaded."""
 
-    def __init__(self, loader: Any, trainer: Any, repeatable: Repeatable) -> None:
+    def __init__(self, loader: Any, trainer: Any, repeatable: Repeatable, *, number: int) -> None:
+        self._number = number
+        """Which of the training's loaders it is: two of one length are to have two orders."""
         self._sampler = loader._index_sampler  # noqa: SLF001 - there is no other way
         self._generators = [(each, each.initial_seed()) for each in _generators(loader)]
+        self._divided = [(each, each.seed) for each in _divided(loader)]
         self._trainer = trainer
         self._repeatable = repeatable
-        self._skip = 0
+        self._pass = self._skip = 0
 
     def begin(self) -> None:
         """A pass begins."""
-        self._skip = self._repeatable.batches_done(len(self), self._trainer)
+        self._pass, self._skip = self._repeatable.place_of(len(self), self._trainer)
         self._seed_for("workers")
 
     def _seed_for(self, what: str) -> None:
-        epoch = self._trainer.current_epoch
-        self._repeatable.seed_for(what, epoch)
+        place = (self._trainer.current_epoch, self._number, self._pass)
+        self._repeatable.seed_for(what, *place)
         for generator, initial in self._generators:
-            generator.manual_seed(number_of(what, initial, epoch))
+            generator.manual_seed(number_of(what, initial, *place))
+        for sampler, initial in self._divided:
+            sampler.seed = number_of(initial, self._number, self._pass)  # it adds the epoch by itself
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -135,15 +160,14 @@ class _Places:
         # Here, where the order is drawn: a loader whose processes stay draws less before it in a later epoch.
         self._seed_for("order")
         places = iter(self._sampler)
-        number = sum(1 for _ in itertools.islice(places, self._skip))
-        while True:
-            if number:
-                self._repeatable.seed_process("batch", self._trainer, number)
+        for batch in itertools.count():
+            if batch:  # those that are left out, too: a sampler may draw each place only when it is asked for
+                self._repeatable.seed_process("batch", self._trainer, self._number, self._pass, batch)
             place = next(places, END)
             if place is END:
                 return
-            yield place
-            number += 1
+            if batch >= self._skip:
+                yield place
 
 
 def can_leave_out(loader: Any) -> bool:
@@ -167,9 +191,19 @@ def _generators(loader: Any) -> list[Any]:
     """The generators of a loader and its samplers, where they have some of their own."""
     import torch
 
-    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    found = (getattr(holder, "generator", None) for holder in holders)
+    found = (getattr(holder, "generator", None) for holder in (loader, *_samplers(loader)))
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+def _divided(loader: Any) -> list[Any]:
+    """The samplers of a loader that divide the data among the processes of a group, in an order of a seed of theirs."""
+    from torch.utils.data import DistributedSampler
+
+    return list({id(each): each for each in _samplers(loader) if isinstance(each, DistributedSampler)}.values())
+
+
+def _samplers(loader: Any) -> tuple[Any, ...]:
+    return loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
 
 
 def number_of(*place: object) -> int:
@@ -178,12 +212,18 @@ def number_of(*place: object) -> int:
 
 
 def seed_all(number: int) -> None:
-    """Seed the generators that everybody draws from. CUDA's are left alone where there is none yet to be seeded."""
+    """Seed the generators that everybody draws from."""
     import numpy as np
-    import torch
 
     random.seed(number)
     np.random.seed(number)
+    seed_torch(number)
+
+
+def seed_torch(number: int) -> None:
+    """Seed torch's generators alone. CUDA's are left alone where there is none yet to be seeded."""
+    import torch
+
     torch.default_generator.manual_seed(number)
     cuda: Any = torch.cuda
     if cuda.is_initialized():
