@@ -119,7 +119,12 @@ def any_of(flags: Sequence[bool], trainer: Any) -> list[bool]:
 
 def is_first_of_node() -> bool:
     """Whether this process does what is done once on each node."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return local_rank() == 0
+
+
+def local_rank() -> int:
+    """Which process of its node this is: the number of its GPU, too."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def from_first(value: Any) -> Any:

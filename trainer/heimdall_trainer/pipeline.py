@@ -263,7 +263,7 @@ class TrainingPipeline:
             as_callback(pl, self._progress),
             as_callback(pl, self._checkpointing),
             # Only then is the data there: in a group, one process of each node reads it first, for all of the node.
-            pl.callbacks.LambdaCallback(on_train_start=lambda *_: self._begin()),
+            pl.callbacks.LambdaCallback(on_train_start=lambda trainer, _: self._begin(trainer)),
         ]
         if stopping.patience > 0 and self._has_validation():
             stopper = pl.callbacks.EarlyStopping(
@@ -303,11 +303,14 @@ class TrainingPipeline:
             return self.spec.training.precision
         if not torch.cuda.is_available():
             return "32-true"
-        # Emulated, which torch counts as supported, it would be slower than what it is to save.
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16-mixed"
-        # Its scaler, which a checkpoint holds, leaves out the first few steps until it has found its scale.
-        return "16-mixed" if torch.cuda.get_device_capability() >= TENSOR_CORES else "32-true"
+        with torch.cuda.device(group.local_rank()):  # the GPUs of one machine may be unlike
+            # Emulated, which torch counts as supported, it would be slower than what it is to save.
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return "bf16-mixed"
+            capability = torch.cuda.get_device_capability()
+        # Its scaler, which a checkpoint holds, leaves out the first few steps until it has found its scale. Who steps
+        # the optimizers by hand may look at gradients, which are scaled then.
+        return "16-mixed" if capability >= TENSOR_CORES and self.module.automatic_optimization else "32-true"
 
     def _log_parameters(self, trainer: Any) -> None:
         import torch
@@ -327,17 +330,29 @@ class TrainingPipeline:
         if self._weights is not None:
             self.tracker.log_params({"weights": f"{self._weights.parent.name}/{self._weights.name}"})
 
-    def _begin(self) -> None:
+    def _begin(self, trainer: Any) -> None:
         """Nothing was trained yet, and all processes are there.
 
         Raises:
             ConnectionError: They would go on from different places.
+            ConfigurationError: They would train in unlike precision, which each has chosen for its own GPU.
         """
         mine = self._resumed.name if self._resumed is not None else "the beginning"
         first = group.from_first(mine)
         if mine != first:
             raise ConnectionError(f"this process goes on from {mine}, the first of its group from {first}")
+        self._check_precision(trainer)
         self._log_data()
+
+    def _check_precision(self, trainer: Any) -> None:
+        mine = str(trainer.precision)
+        first = group.from_first(mine)
+        if group.any_of([mine != first], trainer)[0]:
+            other = "" if mine == first else f", {mine} here"
+            raise ConfigurationError(
+                f"the GPUs of this group are unlike: spec.training.precision auto is {first} in its first "
+                f"process{other}; name one that all of them can do"
+            )
 
     def _log_data(self) -> None:
         if group.is_first() and hasattr(self.data, "dataset_identity"):

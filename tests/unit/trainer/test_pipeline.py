@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,6 +336,16 @@ def test_a_localizer_trains_in_half_precision(bench: Bench, localizer: dict[str,
 def test_processes_that_would_go_on_from_different_places_do_not(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.group, "from_first", lambda _: "step-00000004.ckpt")
     with pytest.raises(ConnectionError, match=r"goes on from the beginning, the first of its group from step-00000004"):
+        bench.train(user_spec("Line", epochs=1), bench.new_run())
+
+
+def test_processes_whose_gpus_have_chosen_unlike_precision_do_not_train(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.group, "from_first", lambda mine: "16-mixed" if mine == "32-true" else mine)
+    with pytest.raises(
+        ConfigurationError, match=r"spec\.training\.precision auto is 16-mixed .*, 32-true here; name one"
+    ):
         bench.train(user_spec("Line", epochs=1), bench.new_run())
 
 
@@ -1104,24 +1115,44 @@ def test_a_terminal_gets_a_bar_and_a_log_plain_lines(
 
 
 @pytest.mark.parametrize(
-    ("asked", "capability", "has_bf16", "precision"),
+    ("asked", "capability", "module", "precision"),
     [
-        ("auto", None, False, "32-true"),
-        ("auto", (9, 0), True, "bf16-mixed"),
-        ("auto", (7, 5), False, "16-mixed"),
-        ("auto", (7, 0), False, "16-mixed"),
-        ("auto", (6, 1), False, "32-true"),
-        ("16-mixed", (9, 0), True, "16-mixed"),
-        ("32-true", (7, 5), False, "32-true"),
+        ("auto", None, "Line", "32-true"),
+        ("auto", (9, 0), "Line", "bf16-mixed"),
+        ("auto", (9, 0), "ByHand", "bf16-mixed"),
+        ("auto", (7, 5), "Line", "16-mixed"),
+        ("auto", (7, 5), "ByHand", "32-true"),
+        ("auto", (7, 0), "Line", "16-mixed"),
+        ("auto", (6, 1), "Line", "32-true"),
+        ("16-mixed", (9, 0), "Line", "16-mixed"),
+        ("16-mixed", (7, 5), "ByHand", "16-mixed"),
+        ("32-true", (7, 5), "Line", "32-true"),
     ],
 )
-def test_half_precision_where_the_device_has_it_or_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, asked: str, capability: tuple[int, int] | None, has_bf16: bool, precision: str
+def test_half_precision_where_the_process_s_own_device_has_it_or_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, capability: tuple[int, int] | None, module: str, precision: str
 ) -> None:
+    used, own, old = [0], 1, (6, 0)
+
+    @contextmanager
+    def device(number: int) -> Iterator[None]:
+        used.append(number)
+        yield
+        used.pop()
+
+    def capability_of_used() -> tuple[int, int] | None:
+        return capability if used[-1] == own else old
+
+    def has_bf16(*, including_emulation: bool) -> bool:
+        return not including_emulation and (capability_of_used() or old) >= (8, 0)
+
+    monkeypatch.setenv("LOCAL_RANK", str(own))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: has_bf16)
-    run: Any = SimpleNamespace(spec=described(user_spec("Line") | {"training": {"precision": asked}}).spec)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of_used)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", has_bf16)
+    spec = described(user_spec(module) | {"training": {"precision": asked}}).spec
+    run: Any = SimpleNamespace(spec=spec, module=getattr(user_modules, module)())
 
     assert TrainingPipeline._precision(run) == precision
 
