@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,8 @@ class MLflowTracker:
 
     As a context manager it ends the run that `start_run` has started: FINISHED, or FAILED where the block raises. One
     that was attached to keeps its status. What can't be delivered is put away on disk and named in the log; the
-    block's own exception goes on.
+    block's own exception goes on. A run that the block has ended keeps that end, where only the server could not be
+    told.
 
     Without `with`, call `end_run` (or `close`, which leaves the run as it is). A process that ends without them
     delivers what waits or puts it away all the same, in bounded time, and the run becomes FAILED: nobody has said that
@@ -91,6 +93,8 @@ class MLflowTracker:
         self._run_id: str | None = None
         self._is_own = False
         """Whether the run was started here, and is to be ended here."""
+        self._told: FinalStatus | None = None
+        """How its owner has ended it, where the server could not be told."""
         self._metrics: MetricQueue | None = None
         self._outbox: Outbox[Call] | None = None
         self._uploader: Uploader | None = None
@@ -210,7 +214,7 @@ class MLflowTracker:
             failed = kind is not None
             self.close(EXIT_TIMEOUT_S if failed else FLUSH_TIMEOUT_S)
             if self._is_own:
-                self.end_run_in_time("FAILED" if failed else "FINISHED")
+                self.end_run_in_time(self._told or ("FAILED" if failed else "FINISHED"))
 
     def _end_with_process(self) -> None:
         """The process ends, and nobody has closed this."""
@@ -220,7 +224,7 @@ class MLflowTracker:
         )
         self.close(EXIT_TIMEOUT_S)
         if self._is_own:
-            self.end_run_in_time("FAILED")
+            self.end_run_in_time(self._told or "FAILED")
 
     def _check_free(self) -> None:
         """What waits in the background belongs to one run."""
@@ -246,6 +250,7 @@ class MLflowTracker:
             self.client.set_terminated(run_id, status)
         except Exception as error:
             if not is_permanent(error):
+                self._told = status
                 self.undelivered = self._folder().keep_status(status)
             raise
         self._forget_run()
@@ -405,7 +410,7 @@ class MLflowTracker:
         """The run has ended: nobody logs to it any more, and its end need not be told."""
         if self._made_folder is not None:
             self.undelivered = self._made_folder.keep_status(None)
-        self._run_id, self._incomplete, self._made_folder = None, False, None
+        self._run_id, self._incomplete, self._made_folder, self._told = None, False, None, None
         self._names = Names()
         _open.discard(self._end_with_process)
 
@@ -634,6 +639,34 @@ os.register_at_fork(after_in_child=_open.clear)  # a child has none of the threa
 def _close_open() -> None:
     for close in list(_open):
         close()
+
+
+def _close_open_early() -> None:
+    """Close them while uploads can still be made: the pools that MLflow makes them in take nothing after this.
+
+    A thread that its program still waits for may log until `atexit`.
+    """
+    from concurrent.futures import thread as pools
+
+    expected = {threading.main_thread(), threading.current_thread(), *pools._threads_queues}  # noqa: SLF001
+    if any(not each.daemon and each not in expected for each in threading.enumerate()):
+        return
+    try:
+        _close_open()
+    except Exception as error:  # noqa: BLE001 - what else is to be done at the end is done
+        log.warning("what a tracker still had could not be put away", error=redact(error))
+
+
+def _register_early() -> None:
+    """In front of the pools' own end, which is what is registered when they are imported; Python's own, unnamed way."""
+    import concurrent.futures.thread  # noqa: F401
+
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        register(_close_open_early)
+
+
+_register_early()
 
 
 def initialize_mlflow(settings: TrackingSettings | None = None) -> MLflowTracker:

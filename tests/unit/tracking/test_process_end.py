@@ -116,6 +116,84 @@ log()
 
 
 @pytest.mark.slow
+def test_uploads_that_are_made_in_pools_are_still_made_when_the_process_ends(
+    client: MlflowClient, store_uri: str, name: str, experiment: str
+) -> None:
+    """As boto3's and MLflow's own are; Python lets no pool take anything new before it calls `atexit`."""
+    program = """
+from concurrent.futures import ThreadPoolExecutor
+module.EXIT_TIMEOUT_S = 10
+tracker.start_run()
+upload = tracker.client.log_artifact
+def in_pool(*arguments):
+    with ThreadPoolExecutor() as pool:
+        pool.submit(upload, *arguments).result()
+further = __import__("threading").Event()
+def late(*arguments):
+    further.wait()
+    in_pool(*arguments)
+tracker.client.log_artifact = late
+log()
+flush = tracker.flush
+def flushed(*arguments):
+    further.set()
+    return flush(*arguments)
+tracker.flush = flushed
+"""
+    done = end(program, store_uri, name)
+
+    assert done.returncode == 0, done.stderr
+    run_id = only_run(client, experiment)
+    assert is_there(client, run_id), done.stdout
+    assert client.get_run(run_id).info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_thread_that_a_process_still_waits_for_logs_to_its_end(
+    client: MlflowClient, store_uri: str, name: str, experiment: str
+) -> None:
+    program = """
+import threading
+tracker.start_run()
+log()
+def last():
+    threading.main_thread().join()
+    tracker.put_tag("note", "waits")
+    tracker.end_run()
+threading.Thread(target=last).start()
+"""
+    done = end(program, store_uri, name)
+
+    assert done.returncode == 0, done.stderr
+    assert client.get_run(only_run(client, experiment)).info.status == "FINISHED"
+    assert "was not closed" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_no_thread_can_be_started_any_more(
+    client: MlflowClient, store_uri: str, name: str, experiment: str
+) -> None:
+    """As since Python 3.12."""
+    program = """
+import atexit, threading
+tracker.start_run()
+log()
+def refuse(thread):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+def no_more():
+    threading.Thread.start = refuse
+atexit.register(no_more)
+threading._register_atexit(no_more)
+"""
+    done = end(program, store_uri, name)
+
+    run_id = only_run(client, experiment)
+    assert is_there(client, run_id), done.stdout
+    assert client.get_run(run_id).info.status == "FAILED"
+    assert "could not be told" not in done.stdout
+
+
+@pytest.mark.slow
 def test_a_forked_child_leaves_the_run_alone(client: MlflowClient, store_uri: str, name: str, experiment: str) -> None:
     program = """
 import os
@@ -157,3 +235,17 @@ def test_the_exception_of_a_block_goes_on_though_the_end_can_not_be_told(
 
     assert tracker.undelivered is not None
     assert "the end (FAILED)" in tracker.undelivered.sentence
+
+
+def test_an_end_that_only_could_not_be_told_stays_as_it_is(
+    tracker: MLflowTracker, own: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(own, "set_terminated", away)
+    with pytest.raises(ConnectionError), tracker:
+        tracker.end_run("FINISHED")
+
+    assert tracker.undelivered is not None
+    assert "the end (FINISHED)" in tracker.undelivered.sentence
