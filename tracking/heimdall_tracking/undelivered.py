@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -159,7 +160,7 @@ class Kept:
         lost = f" ({self.lost_points:,} points are lost: {self.problem})" if self.problem else ""
         return (
             f"{what} of run {entry.run_id} could not be delivered to {entry.tracking_uri} and are kept on disk{lost}; "
-            f"deliver them when it answers again with: {COMMAND} {shlex.quote(str(self.folder))}"
+            f"deliver them when it answers again with: {command_for(self.folder)}"
         )
 
 
@@ -318,6 +319,29 @@ class UndeliveredFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def folder_of_checkpoints(wanted: Path, run_id: str) -> Path | None:
+    """A folder that holds checkpoints of a run that were not delivered, or None where there is none.
+
+    Args:
+        wanted: The folder that its processes were to use; those that found it taken have one beside it.
+        run_id: The run.
+    """
+    beside = wanted.parent.iterdir() if wanted.parent.is_dir() else ()
+    for folder in sorted(each for each in beside if re.fullmatch(rf"{re.escape(wanted.name)}(-\d+)?", each.name)):
+        try:
+            manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
+        except (OSError, ValueError):
+            continue
+        if manifest.run_id == run_id and manifest.checkpoints:
+            return folder
+    return None
+
+
+def command_for(folder: Path) -> str:
+    """The command that delivers what lies in a folder."""
+    return f"{COMMAND} {shlex.quote(str(folder))}"
 
 
 def lock(folder: Path) -> IO[str]:

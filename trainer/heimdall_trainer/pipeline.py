@@ -99,7 +99,7 @@ class TrainingPipeline:
             fenced=fenced,
         )
         self._patience = Patience(lambda: self._publisher.outstanding() + tracker.outstanding(), DELIVERY_TIMEOUT_S)
-        tracker.keep_undelivered_in(output_dir / "undelivered", attempt=attempt if fenced else None)
+        tracker.keep_undelivered_in(undelivered_in(output_dir), attempt=attempt if fenced else None)
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training, monitored=self._has_validation())
@@ -470,6 +470,11 @@ class TrainingPipeline:
         """Wait until nothing is under way to MLflow; whether all of it was delivered."""
         self._patience.wait(self.tracker.settle, at_most_s)
         return self.tracker.flush(0)
+
+
+def undelivered_in(folder: Path) -> Path:
+    """Where in a run's folder lies what MLflow did not get."""
+    return folder / "undelivered"
 
 
 def _because(refusal: Refusal | None) -> str:

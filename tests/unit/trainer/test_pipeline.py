@@ -33,11 +33,13 @@ from structlog.testing import capture_logs
 
 from heimdall_api.contract import (
     ENV_ATTEMPT,
+    ENV_GRACE_PERIOD,
     ENV_MLFLOW_RUN_ID,
     ENV_TERMINATION_MESSAGE,
     ENV_TRACKING_URI,
     ONNX_FILE,
     PLOTS_DIR,
+    TAG_ATTEMPT,
     TAG_BEST,
     TAG_CHECKPOINTS,
     TAG_PROGRESS,
@@ -1412,6 +1414,57 @@ def test_a_run_to_go_on_in_that_there_is_not_is_refused(
     monkeypatch.setenv(ENV_MLFLOW_RUN_ID, bench.new_run())
     assert call_in_process("run", "-f", "run.json", "--resume", "mine") == ExitCode.CONFIGURATION
     assert "--resume and MLFLOW_RUN_ID both name a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["its own folder", "one that a setting names"])
+def test_who_goes_on_delivers_a_checkpoint_first_that_was_left_on_disk(
+    *,
+    chosen: bool,
+    run_locally: Any,
+    call_in_process: Any,
+    bench: Bench,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if chosen:
+        monkeypatch.setenv("HEIMDALL_UNDELIVERED_DIR", str(tmp_path / "left"))
+    monkeypatch.setenv(ENV_GRACE_PERIOD, "4")
+    with monkeypatch.context() as patch:
+        sigterm_at("training_step", 3, patch, user_modules.Line)
+        upload = MlflowClient.log_artifact
+
+        def late(self: MlflowClient, run_id: str, file: str, *rest: Any) -> None:
+            if "step-00000004" in str(file):
+                away()
+            upload(self, run_id, file, *rest)
+
+        patch.setattr(MlflowClient, "log_artifact", late)
+        code, _, run = run_locally(user_spec("Line", epochs=8), f"left-{str(chosen).lower()}")
+    assert code == ExitCode.SIGTERM
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("Go on with: heimdall-train deliver ")
+    deliver, go_on = (shlex.split(part)[1:] for part in said.removeprefix("Go on with: ").split(" && "))
+
+    assert call_in_process(*go_on) == ExitCode.CONFIGURATION
+    refused = capsys.readouterr().err
+    assert f"--resume {run.info.run_id}: its newest checkpoint was not delivered" in refused
+    assert f"deliver it first, with: {shlex.join(['heimdall-train', *deliver])}" in refused
+
+    assert call_in_process(*deliver) == ExitCode.SUCCESS
+    assert call_in_process(*go_on) == ExitCode.SUCCESS
+    assert [step for step, _ in bench.history(run.info.run_id, "train/loss")] == list(range(8))
+
+
+def test_a_run_of_an_operator_s_is_left_to_it(
+    call_in_process: Any, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run.json").write_text(json.dumps({"metadata": {"name": "operated"}, "spec": user_spec("Line")}))
+    run_id = bench.new_run()
+    bench.client.set_tag(run_id, TAG_ATTEMPT, "1")
+    assert call_in_process("run", "-f", "run.json", "--resume", run_id) == ExitCode.CONFIGURATION
+    assert f"--resume {run_id}: that run is an operator's" in capsys.readouterr().err
+    assert not bench.history(run_id, "train/loss")
 
 
 def test_the_command_to_go_on_names_the_run_once(monkeypatch: pytest.MonkeyPatch) -> None:

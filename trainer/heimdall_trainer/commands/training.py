@@ -127,7 +127,7 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str
     # A file that names no experiment leaves it to the environment.
     named = {"experiment_name": asked.experiment} if "experiment" in asked.model_fields_set else {}
     tracker = initialize_mlflow(load_settings(**named))
-    run_id = _open_run(run, tracker, resume)
+    run_id = _open_run(run, tracker, resume, output_dir)
     if not group.is_first():
         tracker.attach(run_id)
         TrainingPipeline(run, tracker, output_dir=output_dir, grace=grace).train()
@@ -145,7 +145,7 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str
         is_whole = training is not None and training.is_whole
         _end_without_success(run, tracker, error, is_whole=is_whole, left_s=grace.left_s())
         if training is not None and training.can_go_on and not is_whole:
-            error.add_note(grace.hint)
+            error.add_note(_how_to_go_on(run_id, tracker))
         raise
     ended = tracker.end_run_in_time("FINISHED")
     for name, value in sorted(metrics.items()):
@@ -156,7 +156,7 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str
         raise UndeliveredError(tracker.undelivered.sentence)
 
 
-def _open_run(run: TrainingRun, tracker: MLflowTracker, resume: str | None) -> str:
+def _open_run(run: TrainingRun, tracker: MLflowTracker, resume: str | None, output_dir: Path) -> str:
     """The run of this training, for all processes of a group: the first process of all makes or finds it."""
     from heimdall_tracking import runs
     from heimdall_trainer import group
@@ -164,6 +164,7 @@ def _open_run(run: TrainingRun, tracker: MLflowTracker, resume: str | None) -> s
     if LOCAL_RUN_ID not in os.environ:
         if resume is not None:
             _check_unfinished(tracker, resume)
+            _check_delivered(tracker, resume, output_dir)
         made = (
             resume
             or runs.ensure_run(
@@ -185,7 +186,7 @@ def _check_unfinished(tracker: MLflowTracker, run_id: str) -> None:
     """Make sure that there is something to go on with.
 
     Raises:
-        ConfigurationError: There is no such run, or it is finished.
+        ConfigurationError: There is no such run, it is finished, or an operator makes its attempts.
     """
     from mlflow.exceptions import MlflowException
 
@@ -203,16 +204,44 @@ def _check_unfinished(tracker: MLflowTracker, run_id: str) -> None:
         raise ConfigurationError(f"{RESUME} {run_id}: {tracker.settings.display_uri} has no such run")
     if found.status == "FINISHED":
         raise ConfigurationError(f"{RESUME} {run_id}: that run is finished, there is nothing to go on with")
+    if found.attempt > 0:  # nobody else opens a run for an attempt
+        raise ConfigurationError(
+            f"{RESUME} {run_id}: that run is an operator's, which makes its attempts by itself: look at its TrainingRun "
+            "(kubectl describe trainingrun)"
+        )
 
 
-def _how_to_go_on(run_id: str) -> str:
-    """This command, in the run that it has begun."""
+def _check_delivered(tracker: MLflowTracker, run_id: str, output_dir: Path) -> None:
+    """Make sure that no checkpoint lies on this disk, which training would have to go on from and doesn't look at.
+
+    Raises:
+        ConfigurationError: One does.
+    """
+    from heimdall_tracking.undelivered import command_for, folder_of_checkpoints
+    from heimdall_trainer.errors import ConfigurationError
+    from heimdall_trainer.pipeline import undelivered_in
+
+    chosen = tracker.settings.undelivered_dir
+    left = folder_of_checkpoints(chosen / run_id if chosen is not None else undelivered_in(output_dir / run_id), run_id)
+    if left is not None:
+        raise ConfigurationError(
+            f"{RESUME} {run_id}: its newest checkpoint was not delivered to MLflow: deliver it first, with: "
+            f"{command_for(left.absolute())}"
+        )
+
+
+def _how_to_go_on(run_id: str, tracker: MLflowTracker | None = None) -> str:
+    """This command, in the run that it has begun; before it the one that delivers a checkpoint that was left."""
+    from heimdall_tracking.undelivered import command_for
+
+    kept = tracker.undelivered if tracker is not None else None
+    first = f"{command_for(kept.folder)} && " if kept is not None and kept.manifest.checkpoints else ""
     words = sys.argv[1:]
     if RESUME in words:
         place = words.index(RESUME)
         del words[place : place + 2]
     words = [word for word in words if not word.startswith(f"{RESUME}=")]
-    return f"Go on with: {shlex.join(['heimdall-train', *words, RESUME, run_id])}"
+    return f"Go on with: {first}{shlex.join(['heimdall-train', *words, RESUME, run_id])}"
 
 
 def _check_start() -> None:
