@@ -206,8 +206,8 @@ def _check_unfinished(tracker: MLflowTracker, run_id: str) -> None:
         raise ConfigurationError(f"{RESUME} {run_id}: that run is finished, there is nothing to go on with")
     if found.attempt > 0:  # nobody else opens a run for an attempt
         raise ConfigurationError(
-            f"{RESUME} {run_id}: that run is an operator's, which makes its attempts by itself: look at its TrainingRun "
-            "(kubectl describe trainingrun)"
+            f"{RESUME} {run_id}: that run is an operator's, which makes its attempts by itself: look at its "
+            "TrainingRun (kubectl describe trainingrun)"
         )
 
 
