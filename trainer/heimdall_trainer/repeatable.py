@@ -16,6 +16,10 @@ import random
 from collections.abc import Iterator
 from typing import Any, Final
 
+import structlog
+
+log = structlog.get_logger()
+
 END: Final = object()
 
 
@@ -45,6 +49,7 @@ class Repeatable:
             return loader
 
         trainer.strategy.process_dataloader = processed
+        _restore_by_count(trainer.fit_loop)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """What a module draws here, another attempt that begins with this epoch draws as well.
@@ -100,6 +105,29 @@ class Repeatable:
         cycles = loop._combined_loader._mode == "max_size_cycle"  # noqa: SLF001
         number, left_out = divmod(done, size) if cycles and size else (0, min(done, size))
         return number, left_out if self._at_start else 0
+
+
+def _restore_by_count(loop: Any) -> None:
+    """Have Lightning leave alone what a checkpoint holds of other loaders than there are; it would fail for good.
+
+    As one does that was made when only loaders with a state of their own had one.
+    """
+    restore = loop._load_combined_loader_states  # noqa: SLF001 - there is no other way
+
+    def restored() -> None:
+        states, combined = loop._combined_loader_states_to_load, loop._combined_loader  # noqa: SLF001
+        if states and combined is not None and len(states) != sum(map(_is_stateful, combined.flattened)):
+            log.warning(
+                "the checkpoint is of other data loaders than there are: those with a state of their own begin anew"
+            )
+            loop._combined_loader_states_to_load = []  # noqa: SLF001
+        restore()
+
+    loop._load_combined_loader_states = restored  # noqa: SLF001
+
+
+def _is_stateful(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def _resumable(kind: Any) -> Any:

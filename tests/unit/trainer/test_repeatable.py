@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from structlog.testing import capture_logs
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from heimdall_trainer.callbacks import as_callback
@@ -163,6 +164,35 @@ def test_a_module_that_fetches_its_batches_goes_on_where_it_was(step: int, tmp_p
         return shuffled(LONG)
 
     assert seen_when_stopped(loader, tmp_path, step, Fetching) == seen(loader, tmp_path, Fetching)
+
+
+class Stateful(DataLoader):  # type: ignore[type-arg]
+    """Knows by itself where it was."""
+
+    def __iter__(self) -> Any:
+        return iter([0] * LONG)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is nothing in it."""
+
+
+def test_a_checkpoint_of_other_loaders_states_is_gone_on_from(tmp_path: Path) -> None:
+    """As one that was made before the ordinary loader had one, too."""
+
+    def loaders() -> Any:
+        return {"mine": Stateful(range(LONG)), "ordinary": shuffled(LONG)}
+
+    first, second, file = Seen(loaders), Seen(loaders), tmp_path / "x.ckpt"
+    train(first, tmp_path, Saving(file, 3), follow=False)
+    with capture_logs() as lines:
+        train(second, tmp_path, ckpt_path=file)
+    assert [line["event"].partition(":")[0] for line in lines] == [
+        "the checkpoint is of other data loaders than there are"
+    ]
+    assert len(second.seen) == EPOCHS * LONG - 3
 
 
 def drawn() -> tuple[float, float, float]:
