@@ -332,12 +332,13 @@ def test_a_store_that_stays_away_is_waited_for_ever_more_slowly_and_not_for_ever
 
 
 def test_a_store_that_is_away_for_three_minutes_and_starts_anew_is_waited_for() -> None:
-    assert recordings.PATIENCE_S >= 180 + 2 * recordings.LONGEST_WAIT_S
+    assert recordings.PATIENCE_S >= 180 + recordings.LONGEST_WAIT_S
 
 
 def test_waiting_for_the_store_ends_before_the_others_of_a_group_have_waited_for_too_long() -> None:
     last_try_s = recordings.S3_TRIES * (recordings.S3_CONNECT_TIMEOUT_S + recordings.S3_READ_TIMEOUT_S)
-    assert recordings.PATIENCE_S + last_try_s <= group.COLLECTIVE_TIMEOUT.total_seconds()
+    stalled_s = recordings.S3_READ_TIMEOUT_S
+    assert recordings.PATIENCE_S + last_try_s + stalled_s < group.COLLECTIVE_TIMEOUT.total_seconds()
 
 
 def test_a_bucket_of_an_impossible_name_is_no_server_that_is_away(tmp_path: Path) -> None:

@@ -52,10 +52,10 @@ S3_READ_TIMEOUT_S: Final = 20
 """How long an answer may stand still."""
 S3_TRIES: Final = 2
 """How often boto3 tries by itself, which knows nothing of answers that break off."""
-PATIENCE_S: Final = 230.0
-"""How long a store that is away is waited for: three minutes, and as long as it may take to be ready again. With a last
-try that takes its time it is less than group.COLLECTIVE_TIMEOUT, for which the other processes of a group wait for this
-one's batch."""
+PATIENCE_S: Final = 200.0
+"""How long a store that is away is waited for: three minutes, and the longest wait between two tries. With a last try
+that takes its time, and whose answer then stands still, it is less than group.COLLECTIVE_TIMEOUT, for which the other
+processes of a group wait for this one's batch."""
 FIRST_WAIT_S: Final = 1.0
 LONGEST_WAIT_S: Final = 20.0
 _MAKING_CLIENT: Final = threading.Lock()
