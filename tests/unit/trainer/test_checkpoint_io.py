@@ -240,11 +240,12 @@ def test_a_trainer_of_either_package_goes_on_from_what_it_saved(package: str, tm
     pl = import_module(package)
     model = import_module(f"{package}.demos.boring_classes").BoringModel
 
-    def trainer(steps: int) -> Any:
+    def trainer(steps: int, scale: float = 2.0**16) -> Any:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         return pl.Trainer(
             max_steps=steps,
             accelerator="cpu",
-            plugins=[make_checkpoint_io(pl)],
+            plugins=[make_checkpoint_io(pl), pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)],
             default_root_dir=tmp_path,
             limit_val_batches=0,
             logger=False,
@@ -253,7 +254,7 @@ def test_a_trainer_of_either_package_goes_on_from_what_it_saved(package: str, tm
             enable_progress_bar=False,
         )
 
-    first, second, file = trainer(1), trainer(3), tmp_path / "x.ckpt"
+    first, second, file = trainer(1, scale=512.0), trainer(3), tmp_path / "x.ckpt"
     first.fit(model())
     snapshot = save(first, file)
     assert snapshot is not None
@@ -266,3 +267,4 @@ def test_a_trainer_of_either_package_goes_on_from_what_it_saved(package: str, tm
     assert fsspec.filesystem("memory").exists(f"/{package}/x.ckpt")
     second.fit(model(), ckpt_path=file, weights_only=False)
     assert (first.global_step, second.global_step) == (1, 3)
+    assert second.precision_plugin.scaler.get_scale() == 512, "what the scaler had found"

@@ -1158,16 +1158,6 @@ def test_half_precision_where_the_process_s_own_device_has_it_or_it_is_asked_for
     assert TrainingPipeline._precision(run) == precision
 
 
-@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_a_checkpoint_in_half_precision_holds_what_the_scaler_has_found(package: str) -> None:
-    """Lightning asks every precision for its state; this one can't train on a CPU."""
-    plugins = pytest.importorskip(f"{package}.plugins")
-    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-    scaler.scale(torch.ones(()))
-    plugin = plugins.MixedPrecision("16-mixed", "cpu", scaler)
-    assert plugin.state_dict()["scale"] == 512
-
-
 # --- the command, without an operator ------------------------------------------------------------------------------
 
 
