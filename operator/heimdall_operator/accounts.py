@@ -1,19 +1,22 @@
 """Keeps the accounts of attempts' ends, their logs and events, with the MLflow run: behind the looks, a few at a time.
 
 A look waits a moment for the account to be kept: usually it is, and where it lies rides on what the look writes. A
-store that is slow or away holds up nothing else. Nothing is remembered that the pods and the status do not tell: an
-operator that starts anew takes up what is not kept.
+store that is slow or away holds up nothing else. Nothing is remembered that the pods and the status do not tell, and an
+operator that starts anew takes up what is not kept: all but the logs of pods that it ends itself. Those are read
+before, and held in memory until they are kept or ten minutes are over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
@@ -21,12 +24,13 @@ import structlog
 
 from heimdall_api.contract import ATTEMPTS_DIR, KIND
 from heimdall_api.types import TrainingRunStatus
-from heimdall_operator.decide import job_name
+from heimdall_operator.decide import KEEP_LOGS_LIMIT_S, job_name
 from heimdall_operator.kube import HTTP_NOT_FOUND, LOG_BYTES, ForbiddenError, Kube, RefusedError, answer_of
 from heimdall_operator.mistakes import mistake
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import CONTAINER, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
+from heimdall_operator.statuses import age_s
 from heimdall_operator.store import Key
 from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.redact import redact
@@ -45,8 +49,8 @@ READ_WAIT_S: Final = 30.0
 """How long a pod that is to be ended waits for its log to be read."""
 RETRY_S: Final = 15.0
 RETRY_LIMIT_S: Final = 3600.0
-READ_TRIES: Final = 6
-"""How often a log is asked for, within eight minutes, before its file says that it could not be read."""
+READ_LIMIT_S: Final = 480.0
+"""For how long a log is asked for again before its file says that it could not be read: pods expire later."""
 PIECE: Final = 2**16
 """Characters of a log between two of which everything else goes on."""
 
@@ -58,15 +62,34 @@ class _Account:
     """What became of keeping one attempt's account."""
 
     task: asyncio.Task[None] | None = None
+    pods_go: bool = False
+    """Whether its pods are ended: what was read of them can't be read again."""
     has_turn: asyncio.Event = field(default_factory=asyncio.Event)
     is_read: asyncio.Event = field(default_factory=asyncio.Event)
+    is_late: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether what was read is held because it could not be kept at once."""
     result: str | None = None
     """Where it lies; empty where it never can; None while neither is known."""
+    kept: set[str] = field(default_factory=set)
+    """Names of files that are kept while others could not be read yet."""
+    first: datetime | None = None
+    """When it was tried first."""
     failures: int = 0
-    unread: int = 0
-    """How often its logs could not be read."""
     due: datetime | None = None
     """When it is tried again."""
+
+    @property
+    def pause_s(self) -> float:
+        """How long after a failure it is tried again."""
+        return doubled_s(RETRY_S, self.failures, RETRY_LIMIT_S)
+
+    def is_known(self, now: datetime) -> bool:
+        """Whether nothing is to be done about it now."""
+        return self.result is not None or self.task is not None or (self.due is not None and self.due > now)
+
+    def insists(self, now: datetime) -> bool:
+        """Whether what can't be read now is asked for again."""
+        return not self.pods_go and age_s(self.first, now) + self.pause_s < READ_LIMIT_S
 
 
 class _Room:
@@ -78,18 +101,25 @@ class _Room:
         self._has_grown = asyncio.Event()
 
     @asynccontextmanager
-    async def of(self, size: int) -> AsyncIterator[None]:
-        """Wait for as many bytes, and take them."""
+    async def of(self, size: int) -> AsyncIterator[Callable[[int], None]]:
+        """Wait for as many bytes, and take them; what it yields gives back those that are not needed."""
         async with self._first:
             while self._free < size:
                 self._has_grown.clear()
                 await self._has_grown.wait()
             self._free -= size
-        try:
-            yield
-        finally:
-            self._free += size
+
+        def shrink(needed: int) -> None:
+            nonlocal size
+            left = min(size, needed)
+            self._free += size - left
+            size = left
             self._has_grown.set()
+
+        try:
+            yield shrink
+        finally:
+            shrink(0)
 
 
 class Keeper:
@@ -100,15 +130,17 @@ class Keeper:
         kube: Kube,
         mlflow: MlflowGateway,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        *,
         wait_s: float = WAIT_S,
         turn_wait_s: float = TURN_WAIT_S,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._kube = kube
         self._mlflow = mlflow
-        self._clock = clock
+        self._clock, self._sleep = clock, sleep
         self._wait_s, self._turn_wait_s = wait_s, turn_wait_s
         self._is_behind = False
-        """Whether a look has waited for a turn in vain since an account was last done with."""
+        """Whether a look has waited in vain since an account was last done with."""
         self._turns, self._uploads = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
         self._room = _Room(ROOM_BYTES)
         self._accounts: dict[Key, dict[tuple[str, int], _Account]] = defaultdict(dict)
@@ -127,7 +159,14 @@ class Keeper:
         if left:
             self._accounts[key] = left
         now = self._clock()
-        return {number: item.result for (_, number), item in left.items() if item.due is None or item.due > now}
+        return {number: item.result for (_, number), item in left.items() if item.is_known(now)}
+
+    def unread(self, key: Key, uid: str) -> frozenset[int]:
+        """Attempts of a run whose account queues, is under way or is to be tried again, and counts on their pods."""
+        accounts = self._accounts.get(key, {})
+        return frozenset(
+            number for (of, number), item in accounts.items() if of == uid and item.result is None and not item.pods_go
+        )
 
     async def keep(self, observed: Observed, number: int, *, pods_go: bool) -> str | None:
         """Begin to keep an attempt's account, and wait a moment.
@@ -140,18 +179,31 @@ class Keeper:
         Returns:
             Where it lies; empty where it never can; None while that goes on, or until it is tried again.
         """
-        key = Key(observed.namespace, observed.name)
-        account = self._accounts[key].setdefault((observed.uid, number), _Account())
-        if account.task is None:
-            account.due = None
-            account.has_turn.clear()
-            account.is_read.clear()
-            account.task = asyncio.create_task(self._keep(account, observed, number, pods_go=pods_go))
-            account.task.add_done_callback(lambda _: setattr(account, "task", None))
-            if number == observed.status.attempt:
-                # Of older ones there may be many, where a new operator takes them up.
-                await self._wait(account, account.task, pods_go=pods_go)
+        key, name = Key(observed.namespace, observed.name), (observed.uid, number)
+        account = self._accounts[key].setdefault(name, _Account())
+        is_told = pods_go and not account.pods_go
+        account.pods_go |= pods_go
+        if is_told and account.task is not None and not account.has_turn.is_set():
+            account.task.cancel()  # its pods can't wait for its turn
+            account.task = None
+        is_new = account.task is None
+        task = account.task or self._begin(account, observed, number)
+        # Of older ones there may be many, where a new operator takes them up.
+        if pods_go or (is_new and number == observed.status.attempt):
+            await self._wait(account, task, pods_go=pods_go)
         return account.result
+
+    def _begin(self, account: _Account, observed: Observed, number: int) -> asyncio.Task[None]:
+        def end(task: asyncio.Task[None]) -> None:
+            if account.task is task:
+                account.task = None
+
+        account.due = None
+        for event in (account.has_turn, account.is_read, account.is_late):
+            event.clear()
+        account.task = asyncio.create_task(self._keep(account, observed, number))
+        account.task.add_done_callback(end)
+        return account.task
 
     def runs(self) -> list[Key]:
         """The TrainingRuns of which accounts are remembered."""
@@ -168,15 +220,15 @@ class Keeper:
             task.cancel()
 
     async def _wait(self, account: _Account, task: asyncio.Task[None], *, pods_go: bool) -> None:
-        if not pods_go and not await self._comes_soon(account):
-            return
-        done, _ = await asyncio.wait({task}, timeout=self._wait_s)
-        if done:
+        if pods_go:
+            await _either(task, account.is_read, READ_WAIT_S)
+            is_soon = account.is_read.is_set() and not self._is_behind
+        else:
+            is_soon = await self._comes_soon(account)
+        if is_soon and not await _either(task, account.is_late, self._wait_s):
+            self._is_behind = True
+        if task.done():
             task.result()
-        elif pods_go and not account.is_read.is_set():
-            reading = asyncio.create_task(account.is_read.wait())
-            await asyncio.wait({task, reading}, timeout=READ_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-            reading.cancel()
 
     async def _comes_soon(self, account: _Account) -> bool:
         """Whether an account's turn comes in a moment: beside a slow store, those that queue would hold up looks."""
@@ -188,66 +240,113 @@ class Keeper:
         self._is_behind = not account.has_turn.is_set()
         return not self._is_behind
 
-    async def _keep(self, account: _Account, observed: Observed, number: int, *, pods_go: bool) -> None:
-        assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
-        # Pods that stay keep their logs until it is their turn; those that go can't be asked later, nor again.
-        insist = not pods_go and account.unread < READ_TRIES - 1
+    async def _keep(self, account: _Account, observed: Observed, number: int) -> None:
         pods = len(observed.pods_of(number))
-        async with nullcontext() if pods_go else self._turns, self._room.of(pods * _limit(pods)):
+        # Pods that stay keep their logs until it is their turn; those that go can't be asked later, nor again.
+        turn = nullcontext() if account.pods_go else self._turns
+        async with turn, self._room.of(pods * _limit(pods)) as shrink:
             account.has_turn.set()
+            account.first = account.first or self._clock()
             try:
-                files = await self._read_counted(account, observed, number, insist=insist)
-                folder = f"{ATTEMPTS_DIR}/{number}"
-                async with self._uploads:
-                    account.result = await self._mlflow.keep_files(observed.status.run_id, folder, files)
+                account.result = await self._read_and_upload(account, observed, number, shrink)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 self._failed(account, number, error)
             finally:
                 self._is_behind = False
 
-    async def _read_counted(
-        self, account: _Account, observed: Observed, number: int, *, insist: bool
-    ) -> dict[str, str]:
-        try:
-            files = await self._read(observed, number, insist=insist)
-        except Exception:
-            account.unread += 1
-            raise
-        account.is_read.set()
-        return files
-
-    def _failed(self, account: _Account, number: int, error: Exception) -> None:
-        words = f"{type(error).__name__}: {redact(error)}"
-        if is_permanent(error):
-            account.result = ""
-            log.warning("the attempt's log was not kept", attempt=number, error=words)
-            return
-        delay_s = doubled_s(RETRY_S, account.failures, RETRY_LIMIT_S)
-        account.failures += 1
-        account.due = self._clock() + timedelta(seconds=delay_s)
-        log.warning(
-            "keeping the attempt's log failed; trying again",
-            attempt=number,
-            error=words,
-            again_in_s=delay_s,
-            exc_info=mistake(error),
-        )
-
-    async def _read(self, observed: Observed, number: int, *, insist: bool) -> dict[str, str]:
-        """Logs of an attempt's pods and events about them, by file name; what can't be read says so in its file.
+    async def _read_and_upload(
+        self, account: _Account, observed: Observed, number: int, shrink: Callable[[int], None]
+    ) -> str:
+        """Keep what can be read: of a group, one pod whose node does not answer keeps no other's log back.
 
         Raises:
-            Exception: Something could not be read now, and is insisted on.
+            Exception: Something could not be read now, and is insisted on; or what was read could not be kept.
+        """
+        while True:
+            files: dict[str, str] = {}
+            unread = await self._read(account, observed, number, files)
+            if unread is not None and account.pods_go:  # since it was asked for
+                unread = await self._read(account, observed, number, files)
+            if unread is None:
+                account.is_read.set()
+                shrink(sum(map(sys.getsizeof, files.values())))
+            where = await self._upload(account, observed, number, files)
+            if unread is None:
+                return where
+            account.kept |= files.keys()
+            if not account.pods_go:
+                raise unread
+
+    async def _upload(self, account: _Account, observed: Observed, number: int, files: dict[str, str]) -> str:
+        """What can't be read again is held until it is kept, or until pods that stay would have expired."""
+        assert observed.status.run_id is not None  # noqa: S101 - an attempt has a run
+        begun, tries = self._clock(), 0
+        while True:
+            try:
+                async with self._uploads:
+                    return await self._mlflow.keep_files(observed.status.run_id, f"{ATTEMPTS_DIR}/{number}", files)
+            except Exception as error:
+                left_s = KEEP_LOGS_LIMIT_S - age_s(begun, self._clock())
+                if not account.pods_go or left_s <= 0 or is_permanent(error):
+                    raise
+                pause_s = min(doubled_s(RETRY_S, tries, RETRY_LIMIT_S), left_s)
+                _say_trying_again(number, error, pause_s)
+            tries += 1
+            account.is_late.set()
+            self._is_behind = False
+            await self._sleep(pause_s)
+
+    def _failed(self, account: _Account, number: int, error: Exception) -> None:
+        if is_permanent(error) or account.pods_go:
+            # Pods that are still there, and go on being so, are asked again.
+            account.result, account.pods_go = "" if is_permanent(error) else None, False
+            log.warning("the attempt's log was not kept", attempt=number, error=_words(error), exc_info=mistake(error))
+            return
+        pause_s = account.pause_s
+        account.failures += 1
+        account.due = self._clock() + timedelta(seconds=pause_s)
+        _say_trying_again(number, error, pause_s)
+
+    async def _read(
+        self, account: _Account, observed: Observed, number: int, files: dict[str, str]
+    ) -> Exception | None:
+        """Read the logs of an attempt's pods and events about them; what can't be read says so in its file.
+
+        Args:
+            account: The attempt's account: of it, files that are kept are not read again.
+            observed: The run.
+            number: The attempt's number.
+            files: Takes them, by file name; those that it has are not read again.
+
+        Returns:
+            Why something could not be read now that is insisted on; it is left out.
         """
         namespace, pods = observed.namespace, observed.pods_of(number)
         about = [("Pod", pod.name) for pod in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
-        files: dict[str, str] = {}
-        for pod in pods:
-            # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
-            reading = self._kube.read_log(namespace, pod.name, _telling(pod), _limit(len(pods)))
-            files[f"{pod.name}.log"] = await _redacted(await _read_or_say(reading, insist=insist))
-        events = [await _read_or_say(self._events(namespace, *each), insist=insist) for each in about]
-        return {**files, "events.jsonl": await _redacted("".join(events))}
+        # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
+        wanted = {
+            f"{pod.name}.log": [partial(self._kube.read_log, namespace, pod.name, _telling(pod), _limit(len(pods)))]
+            for pod in pods
+        }
+        wanted["events.jsonl"] = [partial(self._events, namespace, *each) for each in about]
+        unread: Exception | None = None
+        for name in [name for name in wanted if name not in files and name not in account.kept]:
+            try:
+                text = "".join([await self._read_or_say(account, reading) for reading in wanted[name]])
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
+                unread = unread or error
+            else:
+                files[name] = await _redacted(text)
+        return unread
+
+    async def _read_or_say(self, account: _Account, reading: Callable[[], Awaitable[str]]) -> str:
+        try:
+            return await reading()
+        except Exception as error:
+            is_final = isinstance(error, RefusedError | ForbiddenError) or answer_of(error) == HTTP_NOT_FOUND
+            if account.insists(self._clock()) and not is_final:
+                raise
+            return f"could not be read: {type(error).__name__}: {error}\n"
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
         events = await self._kube.list_events(namespace, kind, name)
@@ -271,14 +370,26 @@ def without_bookkeeping(event: dict[str, Any]) -> dict[str, Any]:
     return {**event, "metadata": metadata}
 
 
-async def _read_or_say(reading: Awaitable[str], *, insist: bool) -> str:
-    try:
-        return await reading
-    except Exception as error:
-        is_final = isinstance(error, RefusedError | ForbiddenError) or answer_of(error) == HTTP_NOT_FOUND
-        if insist and not is_final:
-            raise
-        return f"could not be read: {type(error).__name__}: {error}\n"
+async def _either(task: asyncio.Task[None], event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until a task has ended or something has happened; whether it has, in time."""
+    happening = asyncio.create_task(event.wait())
+    done, _ = await asyncio.wait({task, happening}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    happening.cancel()
+    return bool(done)
+
+
+def _say_trying_again(number: int, error: Exception, pause_s: float) -> None:
+    log.warning(
+        "keeping the attempt's log failed; trying again",
+        attempt=number,
+        error=_words(error),
+        again_in_s=pause_s,
+        exc_info=mistake(error),
+    )
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {redact(error)}"
 
 
 async def _redacted(text: str) -> str:

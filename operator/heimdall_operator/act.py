@@ -198,7 +198,10 @@ class Actor:
 
     async def _keep_logs(self, observed: Observed, number: int, *, pods_go: bool) -> Observed:
         kept = await self.keeper.keep(observed, number, pods_go=pods_go)
-        return replace(observed, logs={**observed.logs, number: kept})
+        # Asked for once in a look: whatever became of that, its pods go then.
+        asked = {number} if pods_go else set()
+        unread = self.keeper.unread(Key(observed.namespace, observed.name), observed.uid) - asked
+        return replace(observed, logs={**observed.logs, number: kept}, unread=unread)
 
     async def _delete_job(self, observed: Observed, name: str) -> Observed:
         uid = next((job.uid for job in observed.jobs if job.name == name), "")

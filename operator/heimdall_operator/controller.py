@@ -319,7 +319,9 @@ class Controller:
             moved=None if self._is_deaf else self._moved.get(run_id),
             trouble=self._troubles.get(key),
         )
-        observed = replace(observed, logs=self._actor.keeper.known(key, observed.uid, observed.status))
+        keeper = self._actor.keeper
+        logs = keeper.known(key, observed.uid, observed.status)
+        observed = replace(observed, logs=logs, unread=keeper.unread(key, observed.uid))
         unwritten = self._unwritten.get(key)
         if unwritten is None:
             return observed

@@ -13,6 +13,7 @@ ended (an end time).
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -159,7 +160,7 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
     attempt = observed.status.attempts[-1]
     if held := [job.name for job in observed.jobs if _is_held_for_nothing(job, attempt)]:
         # Who lets it go again would have its pods train beside those of the next attempt.
-        return Decision(tuple(map(DeleteJob, held)), observed.status)
+        return Decision(_read_and_delete(observed, held), observed.status)
     if attempt.end_time is not None:
         return _after_attempt(observed, spec, attempt, now)
     if attempt.reason is not None:
@@ -200,7 +201,7 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
         # A pod whose containers have all ended says so a moment after them, and stays; one with a sidecar never does.
         if age_s(since, now) < HELD_S:
             return Decision((), status, POLL_S)
-        return Decision((DeleteJob(job.name),), status)
+        return Decision(_read_and_delete(observed, [job.name]), status)
     if observed.run is None or observed.run.attempt < attempt.number or observed.run.status != "RUNNING":
         return Decision((OpenAttempt(attempt.number),), status)
     return Decision((CreateJob(attempt.number),), status, _until_deadline(observed, spec, now))
@@ -508,9 +509,7 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
     message = f"Attempt {attempt.number} is being ended: {attempt.message}"
     status = with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
     if observed.job is not None and not observed.job.deleting:
-        if _has_account(observed, attempt):
-            return Decision((KeepLogs(attempt.number, pods_go=True),), status)
-        return Decision((DeleteJob(observed.job.name),), status)
+        return Decision(_read_and_delete(observed, [observed.job.name]), status)
     if _living(observed, now):
         return Decision((), status, POLL_S)
     counted = Reason(attempt.reason) not in FREE if attempt.reason else True
@@ -548,9 +547,22 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
     return _retry(observed, spec, attempt, memory, now)
 
 
-def _has_account(observed: Observed, attempt: Attempt) -> bool:
+def _read_and_delete(observed: Observed, names: list[str]) -> tuple[Action, ...]:
+    """The end of Jobs with their pods, whose logs are read before: that much at a time."""
+    numbers = {job.attempt for job in observed.jobs if job.name in names}
+    return _to_be_read(observed, numbers) or tuple(map(DeleteJob, names))
+
+
+def _to_be_read(observed: Observed, numbers: Collection[int]) -> tuple[Action, ...]:
+    """What is to be read before the pods of attempts go."""
+    known = (item for item in observed.status.attempts if item.number in numbers)
+    return tuple(KeepLogs(item.number, pods_go=True) for item in known if _has_account(observed, item, pods_go=True))
+
+
+def _has_account(observed: Observed, attempt: Attempt, *, pods_go: bool = False) -> bool:
     """Whether a pod of an attempt has run, or failed before it could, and its log is to be kept now."""
-    if attempt.logs is not None or attempt.number in observed.logs:
+    counts_on_pods = pods_go and attempt.number in observed.unread
+    if attempt.logs is not None or (attempt.number in observed.logs and not counts_on_pods):
         return False
     return any(pod.running_since is not None or pod.phase == "Failed" for pod in observed.pods_of(attempt.number))
 
@@ -684,12 +696,13 @@ def _finish(status: TrainingRunStatus, phase: Literal["Succeeded", "Failed"], no
 
 def _stay_finished(observed: Observed, now: datetime) -> Decision:
     """A terminal phase is final, whatever is done to the Job; it frees GPUs and carries no finalizer."""
-    actions: list[Action] = []
+    going: list[str] = []
     left = _until_expiry(observed, now)
     for job in observed.jobs:
         alive = job.finished is None and any(pod.attempt == job.attempt for pod in _living(observed, now))
         if not job.deleting and (alive or _lingers(observed, job, now) or (left is not None and left <= 0)):
-            actions.append(DeleteJob(job.name))
+            going.append(job.name)
+    actions = [*_read_and_delete(observed, going)]
     if observed.has_finalizer and not observed.is_unwritten:
         actions.append(RemoveFinalizer())
     due = [left] if left is not None and left > 0 else []
@@ -737,9 +750,9 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
     if not observed.has_finalizer:
         return Decision((), observed.status)
     overdue = age_s(deleted, now) > DELETION_LIMIT_S
-    newest = next(reversed(observed.status.attempts), None)
-    if newest and not overdue and _has_account(observed, newest):
-        return Decision((KeepLogs(newest.number, pods_go=True),), observed.status)
+    reads = _to_be_read(observed, [item.number for item in observed.status.attempts])
+    if reads and not overdue:
+        return Decision(reads, observed.status)
     if observed.job is not None and not observed.job.deleting:
         return Decision((DeleteJob(observed.job.name),), observed.status)
     if _living(observed, now) and not overdue:

@@ -167,6 +167,8 @@ class Observed:
     logs: Mapping[int, str | None] = field(default_factory=dict)
     """Where attempts' logs and events were kept, by number: empty where they never can be, None while that goes on or
     is to be tried again later. Those that are to be kept now are not in it."""
+    unread: frozenset[int] = frozenset()
+    """Attempts of which that counts on their pods: whoever ends these has their logs read before."""
     refusal: str = ""
     """Why the attempt's Job or the model's registration can never work, where it was refused for good."""
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from kubernetes.aio.client.exceptions import ApiException
+from structlog.testing import capture_logs
 
 from heimdall_operator import accounts
-from heimdall_operator.accounts import AT_ONCE, READ_TRIES, RETRY_LIMIT_S, RETRY_S, Keeper
+from heimdall_operator.accounts import AT_ONCE, RETRY_LIMIT_S, RETRY_S, Keeper
 from heimdall_operator.controller import Controller
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S
-from heimdall_operator.kube import LOG_BYTES, ForbiddenError, RefusedError
+from heimdall_operator.kube import ForbiddenError, RefusedError
 from heimdall_operator.observe import PodFacts
 from tests.unit.operator.builders import NOW, UID, attempt, ended_pod, observed, pod, status
 from tests.unit.operator.fakes import KEY, STAMP, FakeKube, FakeMlflow, World, controller
@@ -210,11 +211,47 @@ def test_a_log_that_could_not_be_read_now_is_asked_for_again() -> None:
     assert clock.now > NOW
 
 
-def test_a_log_that_is_never_handed_out_is_given_up_before_its_pod_expires() -> None:
-    kube = Unread(World(), *(READ_TRIES * [TimeoutError("no answer")]))
+@pytest.mark.parametrize(("takes_s", "tries"), [(0, 6), (30, 5)], ids=["refused at once", "not answered in time"])
+def test_a_log_that_is_never_handed_out_is_given_up_before_its_pod_expires(takes_s: int, tries: int) -> None:
+    clock = Clock()
 
-    assert asyncio.run(kept(kube, Clock())) == "could not be read: TimeoutError: no answer\n"
-    assert kube.errors == []
+    class Slow(Unread):
+        async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
+            clock.now += timedelta(seconds=takes_s)
+            return await super().read_log(namespace, pod, container, limit)
+
+    kube = Slow(World(), *(10 * [TimeoutError("no answer")]))
+
+    assert asyncio.run(kept(kube, clock)) == "could not be read: TimeoutError: no answer\n"
+    assert len(kube.errors) == 10 - tries
+
+
+def test_a_pod_that_can_not_be_read_keeps_no_log_of_its_group_back() -> None:
+    world, clock = World(), Clock()
+    reads: list[str] = []
+
+    class Kube(FakeKube):
+        async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
+            reads.append(pod)
+            if reads.count(pod) == 1 and pod == "run-a1-0":
+                raise TimeoutError
+            return f"log of {pod}"
+
+    pods = tuple(ended_pod(3, name=f"run-a1-{worker}", worker=worker) for worker in range(2))
+    seen = observed(logs={}, pods=pods)
+
+    async def scenario() -> None:
+        keeps = patient(Kube(world), FakeMlflow(world), clock)
+        assert await keeps.keep(seen, 1, pods_go=False) is None
+        assert keeps.known(KEY, seen.uid, seen.status) == {1: None}
+        assert sorted(world.kept) == ["attempts/1/events.jsonl", "attempts/1/run-a1-1.log"]
+        clock.now += timedelta(seconds=RETRY_S)
+        assert keeps.known(KEY, seen.uid, seen.status) == {}
+        assert await keeps.keep(seen, 1, pods_go=False) == KEPT
+
+    asyncio.run(scenario())
+    assert world.kept["attempts/1/run-a1-0.log"] == "log of run-a1-0"
+    assert reads == ["run-a1-0", "run-a1-1", "run-a1-0"], "what is kept is not read again"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +277,98 @@ def test_a_pod_that_goes_is_asked_once() -> None:
     assert world.kept["attempts/1/run-a1-x.log"].startswith("could not be read: TimeoutError")
 
 
+@pytest.mark.parametrize("away_s", [60, KEEP_LOGS_LIMIT_S + 1])
+def test_the_log_of_a_pod_that_is_gone_is_held_until_it_is_kept_or_too_late(away_s: float) -> None:
+    world, clock = World(), Clock()
+    world.store_away = True
+    kube = Counted(world)
+    seen = observed(logs={}, pods=(pod(),))
+    paused: list[float] = []
+
+    async def scenario() -> dict[int, str | None]:
+        goes_on = asyncio.Event()
+
+        async def sleep(pause_s: float) -> None:
+            await goes_on.wait()
+            paused.append(pause_s)
+            clock.now += timedelta(seconds=pause_s)
+            world.store_away = clock.now < NOW + timedelta(seconds=away_s)
+
+        keeps = Keeper(kube, FakeMlflow(world), clock, wait_s=3600, sleep=sleep)  # type: ignore[arg-type]
+        async with asyncio.timeout(60):  # and not an hour
+            assert await keeps.keep(seen, 1, pods_go=True) is None
+        assert keeps.known(KEY, seen.uid, seen.status) == {1: None}, "decide need not ask again"
+        (task,) = (each.task for each in keeps._accounts[KEY].values())
+        assert task is not None
+        goes_on.set()
+        await task
+        await asyncio.sleep(0)
+        return keeps.known(KEY, seen.uid, seen.status)
+
+    with capture_logs() as lines:
+        known = asyncio.run(scenario())
+    assert kube.reads == 1
+    if away_s == 60:
+        assert (known, paused) == ({1: KEPT}, [15, 30, 60])
+        assert world.kept["attempts/1/run-a1-x.log"] == "its last words"
+    else:
+        assert known == {}, "it is asked again, if it should still be there"
+        assert (world.kept, sum(paused)) == ({}, KEEP_LOGS_LIMIT_S)
+        assert lines[-1]["event"] == "the attempt's log was not kept"
+    assert [line["again_in_s"] for line in lines if "again_in_s" in line] == paused
+
+
+def test_a_queued_account_is_read_at_once_where_its_pods_go() -> None:
+    world = World()
+    numbers = range(1, AT_ONCE + 2)
+    many = {
+        "logs": {},
+        "status": status(*(attempt(number) for number in numbers)),
+        "pods": tuple(pod(number, name=f"run-a{number}-x") for number in numbers),
+    }
+    seen = observed(**many)
+
+    async def scenario() -> None:
+        store, kube = SlowStore(world), Counted(world)
+        keeps = Keeper(kube, store, Clock(), wait_s=0.001, turn_wait_s=0.001)  # type: ignore[arg-type]
+        for number in numbers:
+            await keeps.keep(seen, number, pods_go=False)
+        await store.is_busy.wait()
+        assert kube.reads == AT_ONCE
+        assert keeps.unread(KEY, seen.uid) == {*numbers}, "who ends their pods has to ask first"
+
+        for number in (1, AT_ONCE + 1):
+            assert await keeps.keep(seen, number, pods_go=True) is None
+
+        assert kube.reads == AT_ONCE + 1, "of one that is being kept, what was read is held from now on"
+        assert keeps.unread(KEY, seen.uid) == {*numbers} - {1, AT_ONCE + 1}
+        tasks = [each.task for each in keeps._accounts[KEY].values() if each.task is not None]
+        store.ready.set()
+        await asyncio.gather(*tasks)
+        assert keeps.known(KEY, seen.uid, seen.status) == {n: f"runs:/r1/attempts/{n}" for n in numbers}
+
+    asyncio.run(scenario())
+    assert len([name for name in world.kept if name.endswith(".log")]) == len(numbers)
+
+
+def test_only_the_first_look_that_ends_pods_waits_for_a_store_that_hangs() -> None:
+    world = World()
+
+    async def scenario() -> None:
+        store, kube = SlowStore(world), Counted(world)
+        keeps = keeper(world, store, kube)
+        assert await keeps.keep(observed(name="one", logs={}, pods=(pod(),)), 1, pods_go=True) is None
+        keeps._wait_s = 3600
+        async with asyncio.timeout(60):  # and not an hour
+            assert await keeps.keep(observed(name="two", logs={}, pods=(pod(),)), 1, pods_go=True) is None
+        assert kube.reads == 2
+        store.ready.set()
+        await asyncio.gather(*(each[UID, 1].task for each in keeps._accounts.values() if each[UID, 1].task is not None))
+        assert await keeps.keep(observed(name="three", logs={}, pods=(pod(),)), 1, pods_go=True) == KEPT
+
+    asyncio.run(scenario())
+
+
 class Counted(FakeKube):
     """Counts the logs that were read."""
 
@@ -252,7 +381,8 @@ class Counted(FakeKube):
 
 def test_a_pod_that_goes_is_read_though_the_store_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within bounds: of many that go at once, some wait until others are kept."""
-    monkeypatch.setattr(accounts, "ROOM_BYTES", (AT_ONCE + 2) * LOG_BYTES)
+    monkeypatch.setattr(accounts, "LOG_BYTES", len("words"))  # which each log fills
+    monkeypatch.setattr(accounts, "ROOM_BYTES", (AT_ONCE + 2) * len("words"))
     monkeypatch.setattr(accounts, "READ_WAIT_S", 0.001)
     numbers = range(1, AT_ONCE + 5)
     world = World()

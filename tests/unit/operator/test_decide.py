@@ -878,6 +878,37 @@ def test_pods_do_not_expire_before_their_log_is_kept_but_not_never_either() -> N
     assert expiry(1, "") == expiry(1, "runs:/r1/attempts/1") == gone
 
 
+ENDED = attempt(reason="Completed", end_time=ago(60))
+BEFORE = attempt(reason="Preempted", end_time=ago(60))
+KEEPING: dict[str, Any] = {
+    "deletion": {"deleted": ago(1), "status": status(ENDED)},
+    "deletion of a run whose next attempt trains": {"deleted": ago(1), "status": status(BEFORE, attempt(2))},
+    "expiry": {
+        "status": status(ENDED, phase="Succeeded", completion_time=ago(KEEP_LOGS_LIMIT_S)),
+        "has_finalizer": False,
+    },
+    "a Job that is held though its attempt is over": {"status": status(BEFORE), "jobs": (job(suspended=True),)},
+    "a suspension": {"status": status(attempt(reason="Suspended")), "jobs": (job(),), "pods": (pod(),)},
+    "a sidecar in the next attempt's way": {
+        "status": status(BEFORE, attempt(2)),
+        "run": run(attempt=2),
+        "jobs": (job(),),
+        "pods": (pod(exit_code=143, finished=ago(11)),),
+    },
+}
+
+
+@pytest.mark.parametrize("seen", KEEPING.values(), ids=KEEPING.keys())
+def test_an_account_that_only_queues_is_read_before_its_pods_go(seen: dict[str, Any]) -> None:
+    there = {"jobs": (job(finished=ago(60)),), "pods": (ended_pod(0),)}
+    spec_ = spec(ttlSecondsAfterFinished=0)
+    queued = observed(**{"spec": spec_, "logs": {1: None}, "unread": frozenset({1}), **there, **seen})
+
+    assert decide(queued, NOW).actions == (KeepLogs(1, pods_go=True),)
+    then = decide(replace(queued, unread=frozenset()), NOW).actions
+    assert not any(isinstance(action, KeepLogs) for action in then), "asked for once"
+
+
 def test_a_sidecar_does_not_keep_the_gpu_of_a_finished_run() -> None:
     done = status(phase="Succeeded", completion_time=ago(61))
     seen = observed(status=done, jobs=(job(),), pods=(pod(exit_code=0),), has_finalizer=False)
