@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from heimdall_tracking import MLflowTracker, TrackingSettings
 from heimdall_trainer import torchrun
 from heimdall_trainer.commands.training import LOCAL_RUN_ID
-from tests.integration.servers import free_port
+from tests.integration.servers import free_port, wait_until
 
 # MLflow's own use of SQLAlchemy, not ours.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -98,3 +100,47 @@ def test_a_server_that_is_away_hides_no_other_end(
 
     assert ended_as(CHILD, monkeypatch) is CHILD
     assert f"run {'a' * 32} has ended" in capsys.readouterr().err
+
+
+DEAF = """
+import os, signal, sys, threading
+rank, folder = os.environ["RANK"], sys.argv[1]
+signal.signal(signal.SIGINT, lambda *_: open(f"{folder}/told-{rank}", "w").close())
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(f"{folder}/began-{rank}", "w").write(str(os.getpid()))
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_group_at_once(tmp_path: Path) -> None:
+    """The first one tells its processes, each of which may take its time."""
+    (tmp_path / "deaf.py").write_text(DEAF)
+    command = [sys.executable, "-m", "heimdall_trainer.torchrun", "--standalone", "--nproc-per-node=2"]
+    group = subprocess.Popen([*command, str(tmp_path / "deaf.py"), str(tmp_path)])
+    began, told = ([tmp_path / f"{what}-{rank}" for rank in range(2)] for what in ("began", "told"))
+    try:
+        wait_until(
+            lambda: all(file.exists() and file.read_text() for file in began), what="it trains", timeout_s=CLOSE_S
+        )
+        group.send_signal(signal.SIGINT)
+        wait_until(lambda: all(file.exists() for file in told), what="all are told", timeout_s=CLOSE_S)
+        group.send_signal(signal.SIGINT)
+        assert group.wait(CLOSE_S) == 128 + signal.SIGINT
+        pids = [int(file.read_text()) for file in began]
+        wait_until(lambda: all(map(has_ended, pids)), what="all have ended", timeout_s=CLOSE_S)
+    finally:
+        group.kill()
+        group.wait()
+        for file in began:
+            if file.exists() and not has_ended(int(file.read_text())):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for somebody to hear of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
