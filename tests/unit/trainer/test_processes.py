@@ -66,6 +66,10 @@ def test_metrics_do_not_depend_on_the_number_of_processes() -> None:
         assert json.loads(output.splitlines()[-1]) == pytest.approx(alone, rel=1e-3)
 
 
+def test_what_the_first_makes_alone_may_take_longer_than_a_collective() -> None:
+    assert together("tests.unit.trainer.alone") == [(0, "made\n"), (0, "waited\n")]
+
+
 def test_a_group_of_which_one_is_stopped_goes_on_as_if_nothing_had_been(
     recorded: DataSettings, mlflow_uri: str, tmp_path: Path
 ) -> None:
