@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from heimdall_api.base import explain
 from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_EXECUTION_LIMIT, LABEL_QUEUE, LABEL_UID, QUEUE_LABELS
 from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
+from heimdall_operator.store import job_uid_of
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
@@ -38,6 +39,8 @@ class PodFacts:
 
     name: str
     attempt: int
+    job_uid: str = ""
+    """UID of its Job; empty where it does not tell."""
     phase: str
     created: datetime
     deleting: datetime | None = None
@@ -189,8 +192,9 @@ class Observed:
         return self.pods_of(self.status.attempt)
 
     def pods_of(self, number: int) -> tuple[PodFacts, ...]:
-        """The newest pod of each worker of an attempt, in the workers' order."""
-        pods = [pod for pod in self.pods if pod.attempt == number]
+        """The newest pod of each worker of an attempt, in the workers' order; none of a Job of before of its name."""
+        uids = {"", *(job.uid for job in self.jobs if job.attempt == number)}
+        pods = [pod for pod in self.pods if pod.attempt == number and (uids <= {""} or pod.job_uid in uids)]
         newest = {pod.worker: pod for pod in sorted(pods, key=lambda pod: (pod.created, pod.alive))}
         return tuple(newest[worker] for worker in sorted(newest))
 
@@ -303,6 +307,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
     return PodFacts(
         name=metadata["name"],
         attempt=_attempt(metadata),
+        job_uid=job_uid_of(pod),
         phase=status.get("phase", "Pending"),
         created=_time(metadata["creationTimestamp"]),
         deleting=_time_or_none(metadata.get("deletionTimestamp")),

@@ -125,7 +125,8 @@ class Store:
     def _keep_or_forget(self, kind: ChildKind, key: Key, child: Manifest) -> None:
         """Keep how a pod has ended, unless its Job is gone; forget that with the Job."""
         metadata, status = child["metadata"], child.get("status") or {}
-        if kind == "Pod" and job_of(child) in self._children["Job"].get(key, {}) and _has_ended(status):
+        job = self._children["Job"].get(key, {}).get(job_of(child) or "")
+        if kind == "Pod" and job is not None and _is_of(child, job) and _has_ended(status):
             self._ended[key][metadata["name"]] = {**child, "status": _at_the_end(status)}
         elif kind == "Job" and key in self._ended:
             left = {name: pod for name, pod in self._ended[key].items() if job_of(pod) != metadata["name"]}
@@ -204,6 +205,17 @@ def job_of(pod: Manifest) -> str | None:
     """The Job that a pod belongs to."""
     name: str | None = (pod["metadata"].get("labels") or {}).get(JOB_NAME)
     return name
+
+
+def job_uid_of(pod: Manifest) -> str:
+    """UID of the Job that a pod belongs to, of which there may be another of its name; empty where it does not tell."""
+    owners = pod["metadata"].get("ownerReferences") or ()
+    return next((str(owner["uid"]) for owner in owners if owner["kind"] == "Job"), "")
+
+
+def _is_of(pod: Manifest, job: Manifest) -> bool:
+    """Whether a pod with a Job's name is not of one of before."""
+    return job_uid_of(pod) in ("", job["metadata"]["uid"])
 
 
 def _has_ended(status: Manifest) -> bool:

@@ -15,7 +15,7 @@ from heimdall_operator.decide import UNOWNED_LIMIT
 from heimdall_operator.observe import COMPLETION_INDEX
 from heimdall_operator.store import ENDED, JOB_NAME
 from tests.unit.operator.builders import NOW, UID
-from tests.unit.operator.fakes import World, is_living
+from tests.unit.operator.fakes import World, is_living, owner_of
 from tests.unit.operator.watches import History, Kind
 
 NODES: Final = ("node1", "node2")
@@ -133,6 +133,7 @@ class Cluster(World):
             "name": name,
             "namespace": "team",
             "labels": {**job["metadata"]["labels"], JOB_NAME: job["metadata"]["name"]},
+            "ownerReferences": [owner_of(job)],
             "annotations": {COMPLETION_INDEX: str(worker)},
             "uid": f"pod {self._pods_made}",
             "creationTimestamp": self.time(),

@@ -105,6 +105,7 @@ class World:
                     "namespace": "team",
                     "uid": f"pod of {job['metadata']['uid']}",
                     "labels": {**job["metadata"]["labels"], JOB_NAME: job["metadata"]["name"]},
+                    "ownerReferences": [owner_of(job)],
                     "creationTimestamp": STAMP,
                 },
                 "spec": {"nodeName": "node1"},
@@ -129,6 +130,12 @@ class World:
                 self.stamp(self.pods[name])
             else:
                 del self.pods[name]
+
+
+def owner_of(job: dict[str, Any]) -> dict[str, Any]:
+    """How a pod names its Job."""
+    metadata = job["metadata"]
+    return {"kind": "Job", "name": metadata["name"], "uid": metadata["uid"], "controller": True}
 
 
 def is_living(pod: dict[str, Any]) -> bool:

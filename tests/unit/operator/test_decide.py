@@ -1008,6 +1008,16 @@ def test_a_sigterm_in_vain_is_told_in_the_pods_words_or_none(left: str, told: st
     assert killed.message == f"{words} attempt 1.{told}"
 
 
+def test_a_pod_of_an_earlier_job_of_its_name_is_not_how_an_attempt_ends() -> None:
+    """As of one that was deleted before its pod ran, and made again."""
+    gone = ended_pod(143, job_uid="first")
+    seen = observed(run=run(), jobs=(job(uid="second"),), pods=(gone,))
+
+    assert [item.reason for item in decide(seen, NOW).status.attempts] == [None]
+    for of in (replace(seen, pods=(replace(gone, job_uid="second"),)), replace(seen, jobs=(job(),))):
+        assert decide(of, NOW).status.attempts[0].reason == "Preempted", "its own, or nobody can tell"
+
+
 def test_a_pod_that_its_node_refused_says_so() -> None:
     refused = pod(phase="Failed", running_since=None, refusal="OutOfcpu: Node didn't have enough resource: cpu")
     judged = judge_pod(refused)

@@ -162,6 +162,18 @@ def test_a_pod_that_had_succeeded_before_it_was_deleted_has_succeeded() -> None:
     assert "deletionTimestamp" not in kept["metadata"]
 
 
+def test_the_end_of_a_pod_of_another_job_of_that_name_is_not_kept() -> None:
+    store = Store()
+    store.put_child("Job", state(6, uid="second", name="one-a1"))
+    for uid in ("first", "second"):
+        gone = pod_of("one-a1", f"one-a1-{uid}", phase="Failed")
+        gone["metadata"]["ownerReferences"] = [{"kind": "Job", "name": "one-a1", "uid": uid}]
+        store.put_child("Pod", gone)
+        store.drop_child("Pod", gone)
+
+    assert [item["metadata"]["name"] for item in store.children("Pod", KEY)] == ["one-a1-second"]
+
+
 def test_pods_that_go_after_their_job_leave_nothing_behind() -> None:
     store = Store()
     gone = pod_of("one-a1", "one-a1-x", phase="Failed")
