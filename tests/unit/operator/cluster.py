@@ -112,7 +112,7 @@ class Cluster(World):
         for name, pod in self.pods_of(job).items():
             if is_living(pod):
                 self.released.add(name)
-                if LABEL_QUEUE not in job["metadata"]["labels"] and pod["status"]["phase"] == "Running":
+                if LABEL_QUEUE not in job["metadata"]["labels"]:
                     self.could_be[attempt_of(pod)].add("Preempted")  # who sees its end first knows of no more
                 self.delete_pod(name)
 

@@ -557,6 +557,18 @@ def test_a_job_that_somebody_suspended_goes_on_as_the_same_attempt(life: Life) -
     assert len(life.world.living(life.world.now)) == 1
 
 
+def test_the_end_of_a_pod_that_waited_may_be_heard_of_before_that_its_job_was_held() -> None:
+    life = Life()
+    life.apply(**{flag: flag == "waits" for flag in FLAGS})
+    life.operator_looks(0)
+    life.jobs_are_suspended(suspend=True)
+    life.a_watch_is_ahead_of_the_others("Pod", events=9)
+
+    life.the_status_is_sound()
+    assert life.reasons == {1: "Preempted"}
+    life.teardown()
+
+
 def test_a_pod_of_before_its_job_was_held_says_nothing_of_the_one_that_follows_it(life: Life) -> None:
     """The watch of pods may be behind that of Jobs; who has held the Job is no queue, and no pod of it has run."""
     life.pods_end("sigterm", only=None)
