@@ -21,7 +21,7 @@ from heimdall_trainer.commands.training import LOCAL_RUN_ID
 from tests.integration.servers import free_port, wait_until
 
 # MLflow's own use of SQLAlchemy, not ours.
-pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")]
 CLOSE_S = 30
 CHILD = RuntimeError("a process has failed")
 
