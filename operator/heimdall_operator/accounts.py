@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -26,12 +26,12 @@ from heimdall_api.contract import ATTEMPTS_DIR, KIND
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S, job_name
 from heimdall_operator.kube import HTTP_NOT_FOUND, LOG_BYTES, ForbiddenError, Kube, RefusedError, answer_of
-from heimdall_operator.mistakes import mistake
+from heimdall_operator.mistakes import about
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import CONTAINER, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import age_s
-from heimdall_operator.store import Key
+from heimdall_operator.store import Key, without_managers
 from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.redact import redact
 
@@ -300,7 +300,7 @@ class Keeper:
         if is_permanent(error) or account.pods_go:
             # Pods that are still there, and go on being so, are asked again.
             account.result, account.pods_go = "" if is_permanent(error) else None, False
-            log.warning("the attempt's log was not kept", attempt=number, error=_words(error), exc_info=mistake(error))
+            log.warning("the attempt's log was not kept", attempt=number, **about(error))
             return
         pause_s = account.pause_s
         account.failures += 1
@@ -350,7 +350,7 @@ class Keeper:
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
         events = await self._kube.list_events(namespace, kind, name)
-        return "".join(f"{json.dumps(without_bookkeeping(event), sort_keys=True)}\n" for event in events)
+        return "".join(f"{json.dumps(without_managers(event), sort_keys=True)}\n" for event in events)
 
 
 def _telling(pod: PodFacts) -> str:
@@ -364,12 +364,6 @@ def _limit(pods: int) -> int:
     return min(LOG_BYTES, LOGS_BYTES // max(pods, 1))
 
 
-def without_bookkeeping(event: dict[str, Any]) -> dict[str, Any]:
-    """An event without the API server's notes about who wrote which field."""
-    metadata = {name: value for name, value in event["metadata"].items() if name != "managedFields"}
-    return {**event, "metadata": metadata}
-
-
 async def _either(task: asyncio.Task[None], event: asyncio.Event, timeout_s: float) -> bool:
     """Wait until a task has ended or something has happened; whether it has, in time."""
     happening = asyncio.create_task(event.wait())
@@ -379,17 +373,7 @@ async def _either(task: asyncio.Task[None], event: asyncio.Event, timeout_s: flo
 
 
 def _say_trying_again(number: int, error: Exception, pause_s: float) -> None:
-    log.warning(
-        "keeping the attempt's log failed; trying again",
-        attempt=number,
-        error=_words(error),
-        again_in_s=pause_s,
-        exc_info=mistake(error),
-    )
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {redact(error)}"
+    log.warning("keeping the attempt's log failed; trying again", attempt=number, again_in_s=pause_s, **about(error))
 
 
 async def _redacted(text: str) -> str:

@@ -25,9 +25,9 @@ from heimdall_operator.decide import job_name
 from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
 from heimdall_operator.mlflow_gateway import MlflowGateway, MlflowSilentError, RunGoneError
-from heimdall_operator.observe import Observed, job_facts, owner_uid, pod_facts
+from heimdall_operator.observe import Observed, job_facts, pod_facts
 from heimdall_operator.overrides import refusals
-from heimdall_operator.store import Key, Store
+from heimdall_operator.store import Key, Store, owner_uid
 from heimdall_tracking.errors import is_refusal
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import ModelMissingError

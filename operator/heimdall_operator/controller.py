@@ -22,7 +22,7 @@ from heimdall_operator.decide import Decision, decide
 from heimdall_operator.events import Event, events_between, events_of
 from heimdall_operator.failures import shorten
 from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError, answer_of
-from heimdall_operator.mistakes import mistake
+from heimdall_operator.mistakes import about
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe, read_status
 from heimdall_operator.statuses import age_s
@@ -139,7 +139,7 @@ class Controller:
             try:
                 await self.refresh()
             except Exception as error:  # noqa: BLE001 - the API server may be away; the next round mends it
-                log.warning("listing everything failed; trying again", **_of(error), again_in_s=every_s)
+                log.warning("listing everything failed; trying again", **about(error), again_in_s=every_s)
 
     async def refresh(self) -> None:
         """List everything and look at every run."""
@@ -184,7 +184,7 @@ class Controller:
             except Exception as error:  # noqa: BLE001 - MLflow away never stops a run from being watched
                 self._is_deaf = True
                 metrics.ERRORS.labels("reading progress").inc()
-                log.warning("reading progress from MLflow failed; trying again", **_of(error))
+                log.warning("reading progress from MLflow failed; trying again", **about(error))
 
     async def read_progress(self) -> None:
         """Read the progress of all active runs and look at those that moved."""
@@ -236,7 +236,7 @@ class Controller:
                 try:
                     await self._mlflow.discard_run(item.run_id)
                 except Exception as error:  # noqa: BLE001 - progress was read all the same: a hang must be noticed
-                    log.warning("the run could not be taken back; trying again", **_of(error))
+                    log.warning("the run could not be taken back; it is tried again as long as it runs", **about(error))
 
     def stuck_reason(self, resync_s: float) -> str | None:
         """Why the operator is taken for stuck, or None: what a liveness probe asks."""
@@ -268,7 +268,7 @@ class Controller:
             except Exception as error:  # noqa: BLE001 - one run failing never stops another
                 delay = self.queue.add_after_failure(key)
                 metrics.ERRORS.labels(type(error).__name__).inc()
-                log.warning("looking at the run failed; trying again", **_of(error), again_in_s=delay)
+                log.warning("looking at the run failed; trying again", **about(error), again_in_s=delay)
             else:
                 self.queue.forget_failures(key)
                 if again_s is not None:
@@ -468,7 +468,9 @@ class Controller:
             try:
                 told = await self._kube.event_names(namespace, KIND)
             except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
-                log.warning("Events could not be listed; what is missing stays so", of=namespace or "all", **_of(error))
+                log.warning(
+                    "Events could not be listed; what is missing stays so", of=namespace or "all", **about(error)
+                )
                 continue
             self._recall_events(namespace, told)
 
@@ -501,14 +503,14 @@ class Controller:
                 if not isinstance(error, RefusedError | ForbiddenError) and event.tries < EVENT_TRIES:
                     self._events.append(replace(event, tries=event.tries + 1))
                     return False
-                about = event.manifest["regarding"]
+                regarding = event.manifest["regarding"]
                 log.warning(
                     "an Event could not be recorded",
-                    namespace=about["namespace"],
-                    trainingrun=about["name"],
-                    uid=about["uid"],
+                    namespace=regarding["namespace"],
+                    trainingrun=regarding["name"],
+                    uid=regarding["uid"],
                     reason=event.manifest["reason"],
-                    **_of(error),
+                    **about(error),
                 )
         self._has_events.clear()
         return True
@@ -527,7 +529,7 @@ class Controller:
                 await self._mlflow.end_running(observe(known), status)
         except Exception as error:  # noqa: BLE001
             delay = self.queue.add_after_failure(key)
-            log.warning("a run that changed was not settled; trying again", **_of(error), again_in_s=delay)
+            log.warning("a run that changed was not settled; trying again", **about(error), again_in_s=delay)
             return
         if fresh is None:
             if known is not None:
@@ -624,11 +626,6 @@ def _place(facts: Mapping[str, RunFacts], run_id: str) -> tuple[int, ...]:
 def _sooner(*delays_s: float | None) -> float | None:
     """The shortest of some delays, where there is one."""
     return min((delay for delay in delays_s if delay is not None), default=None)
-
-
-def _of(error: Exception) -> dict[str, Any]:
-    """What a line says of an error."""
-    return {"error": redact(f"{type(error).__name__}: {error}"), "exc_info": mistake(error)}
 
 
 def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:

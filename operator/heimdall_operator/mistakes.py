@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
+
+from heimdall_tracking.redact import redact
 
 SPOKEN: Final = frozenset(
     {"aiohttp", "heimdall_api", "heimdall_operator", "heimdall_tracking", "kubernetes", "mlflow", "requests", "urllib3"}
 )
 """Packages whose own errors are answers, or say all there is to say."""
+
+
+def about(error: Exception) -> dict[str, Any]:
+    """What a log line says of an error."""
+    return {"error": redact(f"{type(error).__name__}: {error}"), "exc_info": mistake(error)}
 
 
 def mistake(error: Exception) -> Exception | None:

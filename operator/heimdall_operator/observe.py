@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from heimdall_api.base import explain
 from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_EXECUTION_LIMIT, LABEL_QUEUE, LABEL_UID, QUEUE_LABELS
 from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
-from heimdall_operator.store import job_uid_of
+from heimdall_operator.store import owner_uid
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
@@ -307,7 +307,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
     return PodFacts(
         name=metadata["name"],
         attempt=_attempt(metadata),
-        job_uid=job_uid_of(pod),
+        job_uid=owner_uid(pod) or "",
         phase=status.get("phase", "Pending"),
         created=_time(metadata["creationTimestamp"]),
         deleting=_time_or_none(metadata.get("deletionTimestamp")),
@@ -344,12 +344,6 @@ def _initialisation(containers: Iterable[Mapping[str, Any]]) -> tuple[Mapping[st
         if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
             return waiting, "", ""
     return {}, "", ""
-
-
-def owner_uid(manifest: Manifest) -> str | None:
-    """UID of the object that controls another."""
-    owners = manifest["metadata"].get("ownerReferences", ())
-    return next((str(owner["uid"]) for owner in owners if owner.get("controller")), None)
 
 
 def _spec(raw: Mapping[str, Any]) -> tuple[TrainingRunSpec | None, str]:

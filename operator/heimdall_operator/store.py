@@ -207,15 +207,15 @@ def job_of(pod: Manifest) -> str | None:
     return name
 
 
-def job_uid_of(pod: Manifest) -> str:
-    """UID of the Job that a pod belongs to, of which there may be another of its name; empty where it does not tell."""
-    owners = pod["metadata"].get("ownerReferences") or ()
-    return next((str(owner["uid"]) for owner in owners if owner["kind"] == "Job"), "")
+def owner_uid(manifest: Manifest) -> str | None:
+    """UID of the object that controls another."""
+    owners = manifest["metadata"].get("ownerReferences") or ()
+    return next((str(owner["uid"]) for owner in owners if owner.get("controller")), None)
 
 
 def _is_of(pod: Manifest, job: Manifest) -> bool:
     """Whether a pod with a Job's name is not of one of before."""
-    return job_uid_of(pod) in ("", job["metadata"]["uid"])
+    return owner_uid(pod) in (None, job["metadata"]["uid"])
 
 
 def _has_ended(status: Manifest) -> bool:

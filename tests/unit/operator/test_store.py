@@ -8,6 +8,7 @@ import pytest
 
 from heimdall_api.contract import LABEL_RUN
 from heimdall_operator.store import Key, Store
+from tests.unit.operator.fakes import owner_of
 
 KEY = Key("team", "one")
 
@@ -167,7 +168,7 @@ def test_the_end_of_a_pod_of_another_job_of_that_name_is_not_kept() -> None:
     store.put_child("Job", state(6, uid="second", name="one-a1"))
     for uid in ("first", "second"):
         gone = pod_of("one-a1", f"one-a1-{uid}", phase="Failed")
-        gone["metadata"]["ownerReferences"] = [{"kind": "Job", "name": "one-a1", "uid": uid}]
+        gone["metadata"]["ownerReferences"] = [owner_of(state(1, uid=uid, name="one-a1"))]
         store.put_child("Pod", gone)
         store.drop_child("Pod", gone)
 
