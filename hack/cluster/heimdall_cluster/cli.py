@@ -86,7 +86,9 @@ def check_machine() -> None:
     needed = DISK_NEEDED_WARM_GB
     if _is_cold():
         needed = max(needed, DISK_NEEDED_GB - round(_size(CACHE) / 1e9))
-    free = shutil.disk_usage(CACHE).free / 1e9
+    # On a new machine the folder is not there yet, nor perhaps the one that it will lie in.
+    disk = next(folder for folder in (CACHE, *CACHE.parents) if folder.exists())
+    free = shutil.disk_usage(disk).free / 1e9
     if free < needed:
         raise ClusterError(f"{needed} GB of disk are needed under {CACHE}, {free:.0f} GB are free: make room")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

@@ -143,6 +143,23 @@ def test_too_little_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         cli.check_machine()
 
 
+def test_a_new_machine_is_measured_where_the_cache_will_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the cache nor the folder it lies in is there, and looking makes neither."""
+    measured: list[Path] = []
+
+    def usage(folder: Path) -> SimpleNamespace:
+        measured.append(folder)
+        return SimpleNamespace(free=1e12)
+
+    monkeypatch.setattr(cli, "CACHE", tmp_path / ".cache" / "heimdall")
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+    cli.check_machine()
+
+    assert measured == [tmp_path]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "CACHE", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
