@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
@@ -18,6 +18,7 @@ from heimdall_api.types import TrainingRunStatus
 from heimdall_operator import metrics
 from heimdall_operator.act import Actor, NameTakenError
 from heimdall_operator.actions import CreateJob
+from heimdall_operator.clock import local
 from heimdall_operator.decide import Decision, decide
 from heimdall_operator.events import Event, events_between, events_of
 from heimdall_operator.failures import shorten
@@ -89,7 +90,7 @@ class Controller:
         public_url: str,
         namespaces: list[str],
         lost_pod_s: float = LOST_POD_S,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC).replace(microsecond=0),
+        clock: Callable[[], datetime] = local,
     ) -> None:
         self.store = store
         self.queue: WorkQueue[Key] = WorkQueue()
@@ -197,7 +198,7 @@ class Controller:
         facts = await self._mlflow.active_facts(runs) if runs else {}
         moved = {run_id for run_id, item in facts.items() if self._facts.get(run_id) != item}
         # What waits makes no steps: that is no silence.
-        self._moved = self._last_moves([item["status"]["runID"] for item in active.values()], facts, self._clock())
+        self._moved = self._last_moves([item["status"]["runID"] for item in active.values()], facts, self._now())
         self._facts = facts
         for key, item in (active | waits).items():
             if item["status"]["runID"] in moved:
@@ -247,6 +248,10 @@ class Controller:
         if silence > resync_s + STUCK_AFTER_S:
             return f"nothing was looked at for {silence:.0f} s"
         return None
+
+    def _now(self) -> datetime:
+        """The time in whole seconds, as a status holds it."""
+        return self._clock().replace(microsecond=0)
 
     # --- one look ------------------------------------------------------------------------------------------------
 
@@ -298,7 +303,7 @@ class Controller:
             self._troubles.pop(key, None)  # it was made after all: trouble with the next one begins anew
         self._settle_doubt(key, observed)
         for _ in range(STEP_LIMIT):
-            decision = decide(observed, self._clock())
+            decision = decide(observed, self._now())
             if decision.actions:
                 observed = await self._act(decision, observed)
             elif decision.status != observed.status or self._refused_s_left(observed) == 0:
@@ -337,7 +342,7 @@ class Controller:
                 observed = await self._actor.act(action, observed)
                 if isinstance(action, CreateJob):
                     self._troubles.pop(Key(observed.namespace, observed.name), None)
-                    metrics.record_job(observed, datetime.now(UTC))
+                    metrics.record_job(observed, self._clock())
             except ConflictError:
                 raise
             except Exception as error:
@@ -364,13 +369,13 @@ class Controller:
         since = known.since if known is not None and known.is_of(observed.uid, attempt) else None
         tried = known.tried if known is not None and since is not None else None
         if is_decided:
-            since, tried = since or self._clock(), self._clock()
+            since, tried = since or self._now(), self._now()
         words = str(getattr(error, "reason", error))
         self._troubles[key] = Trouble(observed.uid, attempt, shorten(words), since, tried)
 
     def _leave_out(self, key: Key) -> None:
         """Leave the time since the last try out of a refusal's: nobody could decide."""
-        known, now = self._troubles.get(key), self._clock()
+        known, now = self._troubles.get(key), self._now()
         if known is not None and known.since is not None and known.tried is not None:
             self._troubles[key] = replace(known, since=known.since + (now - known.tried), tried=now)
 
@@ -414,7 +419,7 @@ class Controller:
     def _tell_change(self, before: TrainingRunStatus, after: TrainingRunStatus, observed: Observed) -> None:
         metrics.record_status(observed.created, before, after)
         for event in events_between(before, after):
-            self._tell(event_manifest(event, observed, self._clock()))
+            self._tell(event_manifest(event, observed, self._now()))
 
     def _go_on_unwritten(
         self, status: TrainingRunStatus, observed: Observed, resource: Manifest, error: RefusedError
@@ -426,7 +431,7 @@ class Controller:
             version=observed.version,
             held=resource.get("status"),
             status=status,
-            refused=self._clock(),
+            refused=self._now(),
         )
         return replace(observed, status=status, is_unwritten=True)
 
@@ -437,7 +442,7 @@ class Controller:
         unwritten = self._unwritten[Key(observed.namespace, observed.name)]
         if unwritten.version != observed.version:
             return 0.0  # somebody has changed the TrainingRun
-        return max(0.0, REFUSED_PAUSE_S - age_s(unwritten.refused, self._clock()))
+        return max(0.0, REFUSED_PAUSE_S - age_s(unwritten.refused, self._now()))
 
     def _say_refused(self, observed: Observed, error: RefusedError) -> None:
         """Say once that the API server calls something of a run invalid, and what."""
@@ -453,7 +458,7 @@ class Controller:
             again_in_s=REFUSED_PAUSE_S,
         )
         event = Event("Warning", "WriteRefused", str(error), f"refused-{','.join(error.fields)}")
-        self._tell(event_manifest(event, observed, self._clock()))
+        self._tell(event_manifest(event, observed, self._now()))
 
     def _tell(self, event: dict[str, Any]) -> None:
         self._events.append(_WaitingEvent(event))
@@ -475,7 +480,7 @@ class Controller:
             self._recall_events(namespace, told)
 
     def _recall_events(self, namespace: str | None, told: Collection[tuple[str, str]]) -> None:
-        now = self._clock()
+        now = self._now()
         keys = [key for key in self.store.known() if namespace in (None, key.namespace)]
         for resource in filter(None, map(self.store.get, keys)):
             for manifest in _recent_events(resource, now):

@@ -196,6 +196,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         public_url=settings.public_url,
         namespaces=settings.namespace_list,
         lost_pod_s=settings.lost_pod_seconds,
+        clock=kube.clock,
     )
     stack.callback(controller.queue.close)
     stack.callback(metrics.serve(controller, settings.metrics_port).shutdown)

@@ -11,6 +11,7 @@ from urllib.request import getproxies
 
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, LABEL_UID, MANAGED_BY, PLURAL, VERSION
 from heimdall_operator import metrics
+from heimdall_operator.clock import ServerClock
 
 PAGE: Final = 500
 """Objects that one call lists."""
@@ -51,6 +52,7 @@ class Kube:
     """Calls to the API server, each bounded in time."""
 
     def __init__(self, *, timeout_s: float) -> None:
+        self.clock = ServerClock()
         self._timeout_s = timeout_s
         self._client: Any = None
 
@@ -239,7 +241,9 @@ class Kube:
         request = await self._client.param_serialize(
             method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
         )
+        asked = self.clock()
         response = await self._client.call_api(*request, _request_timeout=self._timeout_s)
+        self.clock.hear(response.headers.get("Date"), asked)
         text: bytes = await response.read()
         if method != "GET":
             metrics.WRITES.labels(method, _resource(path)).inc()

@@ -31,8 +31,9 @@ class Server(Kube):
     """An API server that gives one answer."""
 
     def __init__(self, status: int, body: dict[str, Any]) -> None:
-        self._timeout_s = 1.0
+        super().__init__(timeout_s=1.0)
         self.sent: list[Any] = []
+        self.headers: dict[str, str] = {}
         self._client = self
         self.status, self._body = status, body
 
