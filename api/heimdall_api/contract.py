@@ -68,6 +68,9 @@ TAG_ATTEMPT: Final = "heimdall.attempt"
 """Number of the newest attempt, written by the operator: the fence against an attempt that comes back."""
 TAG_PROGRESS: Final = "heimdall.progress"
 """JSON of Progress, written by the trainer every few seconds and at every epoch's end."""
+TAG_ACTIVITY: Final = "heimdall.activity"
+"""Changes, written by the trainer every few seconds, while it does something that is no training step: while it reads
+its data, validates, tests, waits for MLflow. Who writes it leaves no longer silence, so silence is a hang."""
 TAG_CHECKPOINTS: Final = "heimdall.checkpoints"
 """JSON list of Checkpoint, newest last, written by the trainer after a checkpoint's upload is whole."""
 TAG_BEST: Final = "heimdall.best"
@@ -166,6 +169,7 @@ class Progress(Model):
     step: Count = Field(description="Optimizer steps done.")
     steps: Count | None = Field(default=None, description="Optimizer steps expected in all, if known.")
     first_step: Count = Field(default=0, description="Step that this attempt went on from.")
+    first_step_time: Moment | None = Field(default=None, description="When this attempt's first step ended.")
     time: Moment | None = Field(default=None, description="When the last step ended.")
 
 

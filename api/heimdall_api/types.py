@@ -409,9 +409,11 @@ class TrainingRunSpec(Model):
     )
     stall_timeout_seconds: int | None = Field(
         default=None,
-        ge=10,
+        ge=0,
         le=31_536_000,
-        description="A pod whose training step has not moved for this long is taken for hung, and the attempt ended.",
+        description="A pod whose training has not moved for this long is taken for hung, and the attempt ended: no "
+        "step, epoch or other activity (reading data, validation, test). 0 is never. Unset, it is 3600 where the image "
+        "tells of its activity, as the project's own does, and otherwise never.",
     )
     ttl_seconds_after_finished: int | None = Field(
         default=604_800,

@@ -417,7 +417,8 @@ class Controller:
             self._tell_change(before.status, observed.status, observed)
 
     def _tell_change(self, before: TrainingRunStatus, after: TrainingRunStatus, observed: Observed) -> None:
-        metrics.record_status(observed.created, before, after)
+        reported = observed.run.progress if observed.run is not None else None
+        metrics.record_status(observed.created, before, after, reported.first_step_time if reported else None)
         for event in events_between(before, after):
             self._tell(event_manifest(event, observed, self._now()))
 
@@ -619,13 +620,13 @@ def _recent_events(resource: Any, now: datetime) -> list[dict[str, Any]]:
     return [event_manifest(event, observed, event.time or now) for event in recent]
 
 
-def _place(facts: Mapping[str, RunFacts], run_id: str) -> tuple[int, ...]:
-    """Where a training is: an attempt is a move too, and the end of an epoch, from which validation has its time."""
+def _place(facts: Mapping[str, RunFacts], run_id: str) -> tuple[object, ...]:
+    """Where a training is: an attempt is a move too, the end of an epoch, and whatever else its trainer does."""
     known = facts.get(run_id)
     if known is None:
         return ()
     step = (known.progress.epoch, known.progress.step) if known.progress is not None else ()
-    return (known.attempt, *step)
+    return (known.attempt, known.activity, *step)
 
 
 def _sooner(*delays_s: float | None) -> float | None:

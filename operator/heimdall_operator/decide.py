@@ -62,6 +62,8 @@ KEEP_LOGS_LIMIT_S: Final = 600
 """How long the expiry of pods waits for MLflow to keep their logs."""
 KEPT_POLL_S: Final = 30
 """How soon to look whether a log was kept, or to try it again."""
+STALL_S: Final = 3600
+"""After what silence a training is taken for hung whose trainer tells of all that it does, unless the spec says."""
 HELD_S: Final = 10
 """How long a pod may go on without its trainer before what it holds is needed by the next attempt."""
 LINGER_S: Final = 60
@@ -316,19 +318,27 @@ def _pod_outcome(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     # Silence counts only while it can be heard: MLflow away, or an operator that has just started, is no hang. Nor is
     # the grace period of pods that were told to end, when nobody follows them any more.
     ends = any(pod.deleting is not None for pod in observed.attempt_pods)
-    if spec.stall_timeout_seconds is None or observed.moved is None or ends:
+    timeout_s = _stall_timeout_s(observed, spec)
+    if timeout_s is None or observed.moved is None or ends:
         return None
     progress = observed.run.progress if observed.run else observed.status.progress
     # A node whose clock is ahead is not taken at its word: a hang would be noticed that much later.
     started = [since for pod in observed.attempt_pods if (since := pod.running_since) is not None and since <= now]
     moved = max([observed.moved, *started])
-    if age_s(moved, now) < spec.stall_timeout_seconds:
+    if age_s(moved, now) < timeout_s:
         return None
     step = f"step {progress.step}" if progress else "its start"
     return Outcome(
-        reason=Reason.STALLED,
-        message=f"No training step since {step} for {spec.stall_timeout_seconds} s (spec.stallTimeoutSeconds).",
+        reason=Reason.STALLED, message=f"No training step since {step} for {timeout_s} s (spec.stallTimeoutSeconds)."
     )
+
+
+def _stall_timeout_s(observed: Observed, spec: TrainingRunSpec) -> int | None:
+    """After what silence the training is taken for hung; None where it never is."""
+    if spec.stall_timeout_seconds is not None:
+        return spec.stall_timeout_seconds or None
+    # Others may be silent for as long as an epoch takes, and well.
+    return STALL_S if observed.run is not None and observed.run.activity else None
 
 
 def _is_lost(observed: Observed, pod: PodFacts, now: datetime) -> bool:
@@ -773,8 +783,8 @@ def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) ->
         left.append(spec.pending_deadline_seconds - waited)
     if spec.active_deadline_seconds is not None:
         left.append(_until_active_deadline(observed, spec, now))
-    if running and spec.stall_timeout_seconds is not None:
-        left.append(min(spec.stall_timeout_seconds / 4, 60))
+    if running and (timeout_s := _stall_timeout_s(observed, spec)) is not None:
+        left.append(min(timeout_s / 4, 60))
     if observed.job is not None and observed.job.finished is not None:
         left.append(POLL_S)
     return max(1.0, min(left)) if left else None

@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector
 from heimdall_api.contract import Reason
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from heimdall_api.types import TrainingRunStatus
     from heimdall_operator.controller import Controller
     from heimdall_operator.observe import Observed
@@ -89,10 +91,19 @@ def record_job(observed: Observed, now: Any) -> None:
         JOB_SECONDS.observe(max(0.0, (now - observed.created).total_seconds()))
 
 
-def record_status(created: Any, old: TrainingRunStatus, new: TrainingRunStatus) -> None:
-    """A status was written: count what it tells for the first time."""
-    if new.progress is not None and old.progress is None and new.progress.time is not None:
-        FIRST_STEP_SECONDS.observe(max(0.0, (new.progress.time - created).total_seconds()))
+def record_status(
+    created: datetime, old: TrainingRunStatus, new: TrainingRunStatus, first_step: datetime | None
+) -> None:
+    """A status was written: count what it tells for the first time.
+
+    Args:
+        created: When the TrainingRun was.
+        old: Its status before.
+        new: Its status now.
+        first_step: When its trainer's first step ended; None where it does not tell, and the last step has to do.
+    """
+    if new.progress is not None and old.progress is None and (first_step := first_step or new.progress.time):
+        FIRST_STEP_SECONDS.observe(max(0.0, (first_step - created).total_seconds()))
     known = {attempt.number: attempt.reason for attempt in old.attempts}
     for attempt in new.attempts:
         if attempt.reason is not None and known.get(attempt.number) is None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from heimdall_api.contract import (
     MODEL_NAME,
+    TAG_ACTIVITY,
     TAG_ATTEMPT,
     TAG_BEST,
     TAG_CHECKPOINTS,
@@ -56,6 +57,8 @@ class RunFacts:
     attempt: int = 0
     """Number of the newest attempt that it was opened for."""
     progress: Progress | None = None
+    activity: str = ""
+    """Changes while the trainer does something that is no step; empty where it does not tell."""
     best: BestMetric | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
     """Whole checkpoints, newest last."""
@@ -144,6 +147,7 @@ def facts_of(run: Run) -> RunFacts:
         uid=tags.get(TAG_UID, ""),
         attempt=_number(tags.get(TAG_ATTEMPT)),
         progress=_parsed(Progress, tags.get(TAG_PROGRESS)),
+        activity=tags.get(TAG_ACTIVITY, ""),
         best=_parsed(BestMetric, tags.get(TAG_BEST)),
         checkpoints=tuple(parse_checkpoints(tags.get(TAG_CHECKPOINTS))),
         metrics=dict(run.data.metrics),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from pydantic import ValidationError
 
-from heimdall_api.contract import TAG_BEST, TAG_PROGRESS, BestMetric, Progress
+from heimdall_api.contract import TAG_ACTIVITY, TAG_BEST, TAG_PROGRESS, BestMetric, Progress
 from heimdall_trainer import checkpoint_io, group
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.grace import Grace, grace_period_s, is_lost_batch, is_terminated_loader
@@ -197,13 +197,23 @@ class ProgressReport:
         self._sign = 1 if training.early_stopping.mode == "min" else -1
         self._best: float | None = None
         self._first_step = 0
-        self._last_report = self._last_line = 0.0
+        self._first_step_time: datetime | None = None
+        self._beats = 0
+        self._last_report = self._last_line = self._last_beat = -math.inf
         self._lines = group.is_first() and not sys.stderr.isatty()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Remember where this attempt began: its pace counts from there."""
         del pl_module
         self._first_step = int(trainer.global_step)
+
+    def beat(self) -> None:
+        """Something was done that is no step: a recording read, a batch validated or tested, a wait looked at."""
+        self._beats += 1
+        now = time.monotonic()
+        if group.is_first() and now - self._last_beat >= PROGRESS_EVERY_S:
+            self._last_beat = now
+            self._tracker.put_tag(TAG_ACTIVITY, self._beats)
 
     def restore_best(self, tag: str | None) -> None:
         """Go on from the best value of an earlier attempt; a tag that can't be read counts as none."""
@@ -213,6 +223,7 @@ class ProgressReport:
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report now and then."""
         del pl_module, outputs, batch, batch_idx
+        self._first_step_time = self._first_step_time or datetime.now(UTC)
         now = time.monotonic()
         if now - self._last_report >= PROGRESS_EVERY_S:
             self._report(trainer)
@@ -233,6 +244,14 @@ class ProgressReport:
         self._report(trainer, epoch_done=True)
         if self._lines:
             self._line(trainer)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Not every step is training's."""
+        self.beat()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """Not every step is training's."""
+        self.beat()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """By now a module has logged what it logs."""
@@ -275,6 +294,7 @@ class ProgressReport:
             # Of data without a length Lightning says -1; of a module that steps its optimizers itself, nobody knows.
             steps=int(total) if 0 <= total < math.inf and trainer.lightning_module.automatic_optimization else None,
             first_step=self._first_step,
+            first_step_time=self._first_step_time,
             time=datetime.now(UTC),
         )
         self._put(trainer, TAG_PROGRESS, progress.model_dump_json(exclude_none=True))

@@ -28,13 +28,17 @@ Settle = Callable[[float], bool]
 class Patience:
     """Of all waits at a training's end together: what one has used up without anything arriving, the next lacks."""
 
-    def __init__(self, look: Callable[[], Outstanding], timeout_s: float) -> None:
+    def __init__(
+        self, look: Callable[[], Outstanding], timeout_s: float, beat: Callable[[], None] = lambda: None
+    ) -> None:
         """It is whole.
 
         Args:
             look: Tells what is on its way.
             timeout_s: How long nothing may arrive.
+            beat: Is called at each look, so that somebody hears that it is waited.
         """
+        self._beat = beat
         self._look = look
         self.timeout_s = timeout_s
         self._idle_s = 0.0
@@ -77,6 +81,7 @@ class Patience:
                 yield settled
                 return
             yield None
+            self._beat()
             before, now = now, time.monotonic()
             last, seen = seen, self._look()
             self._note(seen, now - before)

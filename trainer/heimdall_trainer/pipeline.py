@@ -98,11 +98,13 @@ class TrainingPipeline:
             mode=self.spec.training.early_stopping.mode,
             fenced=fenced,
         )
-        self._patience = Patience(lambda: self._publisher.outstanding() + tracker.outstanding(), DELIVERY_TIMEOUT_S)
         tracker.keep_undelivered_in(undelivered_in(output_dir), attempt=attempt if fenced else None)
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
         self._progress = ProgressReport(tracker, self.spec.training, monitored=self._has_validation())
+        self._patience = Patience(
+            lambda: self._publisher.outstanding() + tracker.outstanding(), DELIVERY_TIMEOUT_S, self._progress.beat
+        )
         self._repeatable = Repeatable(self.spec.training.seed)
         self._checkpointing = Checkpointing(
             self._publisher, self.spec.training, output_dir / "checkpoints", attempt, self.grace
@@ -159,6 +161,7 @@ class TrainingPipeline:
         except OSError as error:
             why = f"{self.output_dir} can't be written to: {error.strerror}"
             raise ConfigurationError(f"{why}; name another folder (--output-dir)") from None
+        self._progress.beat()
         self._resumed = self._publisher.newest_file(self.output_dir / "resumed")
         self.setup_model()
         trainer = self._make_trainer()
@@ -249,6 +252,7 @@ class TrainingPipeline:
                 batch_size=training.batch_size,
                 num_workers=training.data_loader_workers,
                 seed=training.seed,
+                beat=self._progress.beat,
             )
             if self._resumed is not None:
                 self.data.load_state_dict(_state_of(self.data, self._resumed))

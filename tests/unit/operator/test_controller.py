@@ -223,23 +223,24 @@ def test_what_mlflow_says_is_told_once_also_where_nothing_else_is_said() -> None
     assert with_words(said, "MLflow says: no.") == said
 
 
-def test_a_run_moves_when_its_step_or_epoch_does_by_the_operators_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_moves_when_its_step_epoch_or_activity_does_by_the_operators_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     world.apply({"tracking": {"experiment": "e"}})
     asyncio.run(look(world))
-    times = [NOW + timedelta(seconds=10 * number) for number in range(5)]
+    times = [NOW + timedelta(seconds=10 * number) for number in range(7)]
     now = times[0]
     operator = controller(world, clock=lambda: now)
-    places = [(0, 3), (0, 3), (0, 4), (1, 4), (1, 4)]
+    places = [(0, 3, ""), (0, 3, ""), (0, 4, ""), (1, 4, ""), (1, 4, ""), (1, 4, "1"), (1, 4, "1")]
     seen = []
 
     async def scenario() -> None:
         nonlocal now
         await operator.refresh()
         operator.store.get(KEY)["status"]["phase"] = "Running"  # type: ignore[index]
-        for at, (epoch, step) in zip(times, places, strict=True):
+        for at, (epoch, step, activity) in zip(times, places, strict=True):
             # What the trainer's clock says is no matter, and changes each time.
-            facts = run(progress=Progress(epoch=epoch, epochs=2, step=step, time=at - timedelta(days=1)))
+            progress = Progress(epoch=epoch, epochs=2, step=step, time=at - timedelta(days=1))
+            facts = run(progress=progress, activity=activity)
 
             async def active_facts(_: object, facts: RunFacts = facts) -> dict[str, RunFacts]:
                 return {"r1": facts}
@@ -250,7 +251,7 @@ def test_a_run_moves_when_its_step_or_epoch_does_by_the_operators_clock(monkeypa
             seen.append(operator._moved["r1"])
 
     asyncio.run(scenario())
-    assert seen == [times[0], times[0], times[2], times[3], times[3]]
+    assert seen == [times[0], times[0], times[2], times[3], times[3], times[5], times[5]]
 
 
 def polled(monkeypatch: pytest.MonkeyPatch, polls: list[tuple[float, int | None]]) -> list[float | None]:

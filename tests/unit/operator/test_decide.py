@@ -17,6 +17,7 @@ from heimdall_operator.decide import (
     POD_VANISHED_S,
     POLL_S,
     RETRY_DELAY_S,
+    STALL_S,
     AddFinalizer,
     CreateJob,
     Decision,
@@ -366,6 +367,34 @@ def test_a_hang_is_noticed_by_steps_that_stop() -> None:
 
     assert decide(replace(seen, moved=ago(5)), NOW).status.attempts[-1].reason is None
     assert withdrawn(replace(seen, moved=ago(25))).status.attempts[-1].reason == "Stalled"
+
+
+@pytest.mark.parametrize(
+    ("spec_part", "activity", "silent_s", "stalled"),
+    [
+        ({}, "7", STALL_S + 1, True),
+        ({}, "7", STALL_S - 1, False),
+        ({}, "", 100 * STALL_S, False),
+        ({"stallTimeoutSeconds": 0}, "7", 100 * STALL_S, False),
+        ({"stallTimeoutSeconds": 20}, "", 25, True),
+        ({"stallTimeoutSeconds": 7200}, "7", STALL_S + 1, False),
+    ],
+    ids=["by itself", "not yet", "who tells nothing may be silent", "never", "asked for", "later"],
+)
+def test_who_tells_of_all_activity_is_taken_for_hung_without_being_asked_to(
+    spec_part: dict[str, Any], activity: str, silent_s: int, stalled: bool
+) -> None:
+    since = ago(silent_s)
+    seen = observed(
+        spec=spec(**spec_part),
+        jobs=(job(),),
+        pods=(pod(running_since=since),),
+        moved=since,
+        run=run(activity=activity),
+    )
+    found = decide(seen, NOW)
+    assert found.status.attempts[-1].reason == ("Stalled" if stalled else None)
+    assert stalled or found.look_again_s == (None if spec_part == {"stallTimeoutSeconds": 0} or not activity else 60)
 
 
 def test_a_hang_is_noticed_though_a_nodes_clock_is_ahead() -> None:

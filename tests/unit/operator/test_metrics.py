@@ -63,8 +63,10 @@ def test_the_first_step_is_timed_once_and_by_when_it_was_made() -> None:
         await look(world)
         world.pod_of(world.jobs["run-a1"], **RUNNING)
         operator = await look(world)
-        for step, made in enumerate((NOW + timedelta(seconds=40), NOW + timedelta(seconds=50)), start=1):
-            world.mlflow_runs[UID]["progress"] = Progress(epoch=0, epochs=1, step=step, time=made)
+        first = NOW + timedelta(seconds=40)
+        for step, made in enumerate((first + timedelta(seconds=9), first + timedelta(seconds=20)), start=1):
+            progress = Progress(epoch=0, epochs=1, step=step, time=made, first_step_time=first)
+            world.mlflow_runs[UID]["progress"] = progress
             await operator.read_progress()
             await operator.look(KEY)
         # A new operator finds the progress on the status.

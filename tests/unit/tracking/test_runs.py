@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from heimdall_api.contract import TAG_ATTEMPT, TAG_BEST, TAG_CHECKPOINTS, TAG_PROGRESS, TAG_UID
+from heimdall_api.contract import TAG_ACTIVITY, TAG_ATTEMPT, TAG_BEST, TAG_CHECKPOINTS, TAG_PROGRESS, TAG_UID
 from heimdall_tracking import runs
 from heimdall_tracking.errors import OvertakenError
 from heimdall_tracking.experiments import ensure_experiment
@@ -194,6 +194,7 @@ def test_facts_tell_what_a_trainer_wrote(client: MlflowClient, new_run: NewRun) 
     run_id = new_run(status="RUNNING", loss=0.5)
     checkpoints = [{**CHECKPOINT, "last": True}, {**CHECKPOINT, "step": 9}]
     client.set_tag(run_id, TAG_PROGRESS, '{"epoch": 1, "epochs": 3, "step": 7}')
+    client.set_tag(run_id, TAG_ACTIVITY, "12")
     client.set_tag(run_id, TAG_BEST, '{"name": "loss", "value": 0.5, "step": 7}')
     client.set_tag(run_id, TAG_CHECKPOINTS, json.dumps(checkpoints))
     client.set_tag(run_id, TAG_ATTEMPT, "3")
@@ -207,6 +208,7 @@ def test_facts_tell_what_a_trainer_wrote(client: MlflowClient, new_run: NewRun) 
     assert [item.step for item in facts.checkpoints] == [5, 9]
     assert facts.last_checkpoint.step == 5, "the one marked as last, not the newest"
     assert facts.metrics == {"loss": 0.5}
+    assert facts.activity == "12"
 
 
 UNREADABLE = ["", "{", "[]", "null", "7", "²", '{"step": -1}', '[{"step": 1}]']

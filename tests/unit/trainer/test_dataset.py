@@ -302,6 +302,13 @@ def test_the_data_module_divides_by_session(recorded: DataSettings) -> None:
     assert len(set.union(*seen.values())) == SESSIONS["sessions"]
 
 
+def test_reading_is_heard_of_while_it_goes_on(mine: DataSettings) -> None:
+    beats: list[None] = []
+    HeimdallDataModule(mine, DataSpec(arrivals=True), beat=lambda: beats.append(None)).prepare_data()
+    sent = sent_of(mine)
+    assert len(beats) == sum(len(each.recordings) for each in sent) + len(sent)
+
+
 def test_what_one_process_of_a_node_has_computed_no_other_reads_again(
     mine: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,12 @@ def test_what_does_not_arrive_is_waited_for_as_long_as_the_patience_lasts(start:
     assert waited_s(start(nothing())) == (TIMEOUT_S, False)
 
 
+def test_who_waits_is_heard_of(start: Started) -> None:
+    line, beats = start(nothing()), []
+    Patience(line.look, 10, lambda: beats.append(line.now)).wait(line.settle)
+    assert len(beats) == 10
+
+
 def test_a_wait_may_be_shorter(start: Started) -> None:
     assert waited_s(start(nothing()), at_most_s=60) == (60, False)
 

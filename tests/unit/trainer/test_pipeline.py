@@ -39,6 +39,7 @@ from heimdall_api.contract import (
     ENV_TRACKING_URI,
     ONNX_FILE,
     PLOTS_DIR,
+    TAG_ACTIVITY,
     TAG_ATTEMPT,
     TAG_BEST,
     TAG_CHECKPOINTS,
@@ -355,6 +356,10 @@ def test_the_run_tells_progress_and_the_best_value_and_is_left_to_its_owner(trai
     assert run.info.status == "RUNNING"
     progress = Progress.model_validate_json(run.data.tags[TAG_PROGRESS])
     assert (progress.epoch, progress.epochs, progress.step, progress.steps) == (EPOCHS, EPOCHS, 6, 6)
+    assert progress.first_step_time is not None
+    assert progress.time is not None
+    assert progress.first_step_time < progress.time
+    assert int(run.data.tags[TAG_ACTIVITY]) > 0
     best = BestMetric.model_validate_json(run.data.tags[TAG_BEST])
     assert best.name == "val/loss"
     assert best.value == pytest.approx(min(value for _, value in bench.history(run.info.run_id, "val/loss")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -44,8 +44,15 @@ class ArrivalSource:
         """The source that the settings name."""
         return cls(RecordingStore.open(settings), Caches.open(settings))
 
-    def prepare(self, transmissions: Sequence[Transmission], threads: int) -> list[Problem]:
+    def prepare(
+        self, transmissions: Sequence[Transmission], threads: int, beat: Callable[[], None] = lambda: None
+    ) -> list[Problem]:
         """Have the arrivals of transmissions ready.
+
+        Args:
+            transmissions: Which ones.
+            threads: Transmissions that are worked on side by side.
+            beat: Is called after each of them, so that somebody hears that it goes on.
 
         Returns:
             Recordings that can't be read, and are to be left out: their spectrograms may have been in the cache.
@@ -58,6 +65,7 @@ class ArrivalSource:
             for start in range(0, len(transmissions), REPORT_EVERY):
                 part = transmissions[start : start + REPORT_EVERY]
                 for found in pool.map(self._prepare, part):
+                    beat()
                     problems += found
                 log.info("arrivals ready", transmissions=start + len(part), of=len(transmissions))
         return problems

@@ -103,6 +103,7 @@ def keep_readable(
     *,
     skip_limit: float,
     threads: int,
+    beat: Callable[[], None] = lambda: None,
     report: Callable[[Problem], None] | None = None,
 ) -> list[Transmission]:
     """Compute the features of all recordings, and leave out those that can't be read.
@@ -112,6 +113,7 @@ def keep_readable(
         source: Computes and keeps features.
         skip_limit: Share of recordings that may be left out.
         threads: Recordings that are read side by side.
+        beat: Is called after each recording, so that somebody hears that it goes on.
         report: Is told of each recording that is left out; the log by default.
 
     Returns:
@@ -124,7 +126,7 @@ def keep_readable(
     problems = _find_unplaced(transmissions)
     unplaced = {problem.recording.object_key for problem in problems}
     others = [each for sent in transmissions for each in sent.recordings if each.object_key not in unplaced]
-    problems += _find_problems(others, source, threads)
+    problems += _find_problems(others, source, threads, beat)
     return leave_out(transmissions, problems, skip_limit=skip_limit, report=report)
 
 
@@ -162,12 +164,15 @@ def _are_numbers(*values: float) -> bool:
     return all(math.isfinite(value) for value in values)
 
 
-def _find_problems(every: Sequence[Recording], source: FeatureSource, threads: int) -> list[Problem]:
+def _find_problems(
+    every: Sequence[Recording], source: FeatureSource, threads: int, beat: Callable[[], None]
+) -> list[Problem]:
     problems = []
     with source.side_by_side(threads) as pool:
         for start in range(0, len(every), REPORT_EVERY):
             part = every[start : start + REPORT_EVERY]
             for recording, reason in zip(part, pool.map(source.check, part), strict=True):
+                beat()
                 if reason is not None:
                     problems.append(Problem(recording, reason))
             log.info("features ready", recordings=start + len(part), of=len(every), unreadable=len(problems))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as L  # noqa: N812 - the name its users know
@@ -41,6 +41,7 @@ class HeimdallDataModule(L.LightningDataModule):
         seed: int = 42,
         augmentation: Augmentation | None = None,
         augment: bool = True,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing is read before `setup`.
 
@@ -52,8 +53,10 @@ class HeimdallDataModule(L.LightningDataModule):
             seed: Seed of split, order and augmentation.
             augmentation: How training samples are varied; the usual way if None.
             augment: Whether they are varied at all.
+            beat: Is called after each recording that was looked at, so that somebody hears that it goes on.
         """
         super().__init__()
+        self._beat = beat
         self._settings = settings
         self._data = data
         self._batch_size = batch_size
@@ -173,9 +176,12 @@ class HeimdallDataModule(L.LightningDataModule):
         finally:
             database.close()
         settings = self._settings
-        kept = keep_readable(transmissions, self._source, skip_limit=settings.skip_limit, threads=settings.read_threads)
+        threads = settings.read_threads
+        kept = keep_readable(
+            transmissions, self._source, skip_limit=settings.skip_limit, threads=threads, beat=self._beat
+        )
         if self._arrivals is not None:
-            problems = self._arrivals.prepare(kept, settings.read_threads)
+            problems = self._arrivals.prepare(kept, threads, self._beat)
             kept = leave_out(kept, problems, skip_limit=settings.skip_limit)
         _check_sides(split, {item.session_id for item in kept})
         log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))

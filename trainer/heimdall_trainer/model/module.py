@@ -163,7 +163,7 @@ class LocalizationModule(L.LightningModule):
 
         `self.log` takes a quarter of a millisecond, as much as all else that Lightning does in a step.
         """
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if (self.global_step + 1) % trainer.log_every_n_steps == 0:
             for logger in self.loggers:
                 logger.log_metrics({LOSS_OF_STEP: loss.item()}, self.global_step)
