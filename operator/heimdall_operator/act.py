@@ -18,6 +18,7 @@ from heimdall_operator.actions import (
     EnsureRun,
     KeepLogs,
     OpenAttempt,
+    ParkRun,
     RegisterModel,
     RemoveFinalizer,
 )
@@ -70,10 +71,8 @@ class Actor:
             Exception: The API server or MLflow is away; nothing is lost by doing it again.
         """
         match action:
-            case AddFinalizer():
-                return await self._set_finalizer(observed, present=True)
-            case RemoveFinalizer():
-                return await self._set_finalizer(observed, present=False)
+            case AddFinalizer() | RemoveFinalizer():
+                return await self._set_finalizer(observed, present=isinstance(action, AddFinalizer))
             case EnsureRun():
                 return await self._ensure_run(observed)
             case OpenAttempt(number):
@@ -86,6 +85,8 @@ class Actor:
                 return await self._delete_job(observed, name)
             case RegisterModel():
                 return await self._register(observed)
+            case ParkRun():
+                return await self._park_run(observed)
             case EndRun(status, insist, fence):
                 return await self._end_run(observed, status, insist=insist, fence=fence)
 
@@ -117,6 +118,14 @@ class Actor:
         await self._check_unchanged(observed)
         try:
             return replace(observed, run=await self._mlflow.open_attempt(observed.status.run_id, number))
+        except RunGoneError as error:
+            return replace(observed, refusal=str(error))
+
+    async def _park_run(self, observed: Observed) -> Observed:
+        assert observed.status.run_id is not None  # noqa: S101 - decide parks known runs
+        await self._check_unchanged(observed)  # as when an attempt is opened: it may have been resumed
+        try:
+            return replace(observed, run=await self._mlflow.park_run(observed.status.run_id))
         except RunGoneError as error:
             return replace(observed, refusal=str(error))
 

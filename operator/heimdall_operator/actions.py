@@ -58,6 +58,11 @@ class RegisterModel:
 
 
 @dataclass(frozen=True)
+class ParkRun:
+    """Have the MLflow run of a suspended TrainingRun say that nothing trains."""
+
+
+@dataclass(frozen=True)
 class EndRun:
     """End the MLflow run."""
 
@@ -69,5 +74,14 @@ class EndRun:
 
 
 Action = (
-    AddFinalizer | RemoveFinalizer | EnsureRun | OpenAttempt | CreateJob | KeepLogs | DeleteJob | RegisterModel | EndRun
+    AddFinalizer
+    | RemoveFinalizer
+    | EnsureRun
+    | OpenAttempt
+    | CreateJob
+    | KeepLogs
+    | DeleteJob
+    | RegisterModel
+    | ParkRun
+    | EndRun
 )

@@ -201,7 +201,8 @@ class Controller:
         self._moved = self._last_moves([item["status"]["runID"] for item in active.values()], facts, self._now())
         self._facts = facts
         for key, item in (active | waits).items():
-            if item["status"]["runID"] in moved:
+            # A suspended one that MLflow still calls running is to be parked.
+            if (run_id := item["status"]["runID"]) in moved or (run_id in facts and _is_suspended(item)):
                 self.queue.add(key)
         await self._discard_strays([item for run_id, item in facts.items() if run_id not in runs])
 
@@ -645,6 +646,10 @@ def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:
 def _is_active(resource: Manifest) -> bool:
     """Whether what MLflow says of a run may change: what a suspended one made last is delivered while it ends."""
     return resource["status"].get("phase") in ("Running", "Suspended")
+
+
+def _is_suspended(resource: Manifest) -> bool:
+    return bool(resource["status"].get("phase") == "Suspended")
 
 
 def _is_evicted(resource: Manifest) -> bool:

@@ -35,6 +35,7 @@ from heimdall_operator.actions import (
     EnsureRun,
     KeepLogs,
     OpenAttempt,
+    ParkRun,
     RegisterModel,
     RemoveFinalizer,
 )
@@ -553,7 +554,7 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
         tries = f"{observed.status.failures} attempts failed (spec.retries.limit is {spec.retries.limit}). Last: "
         return _fail(observed, reason, tries + message, now)
     if spec.suspend:
-        return Decision((), _suspended(observed, now))
+        return _stay_suspended(observed, now)
     return _retry(observed, spec, attempt, memory, now)
 
 
@@ -739,6 +740,14 @@ def _until_expiry(observed: Observed, now: datetime) -> float | None:
 
 
 # --- suspension and deletion -------------------------------------------------------------------------------------
+
+
+def _stay_suspended(observed: Observed, now: datetime) -> Decision:
+    status = _suspended(observed, now)
+    # Afterwards: MLflow away must not keep anybody waiting for the suspension.
+    is_told = observed.status.phase == "Suspended"
+    is_running = observed.run is not None and observed.run.status == "RUNNING"
+    return Decision((ParkRun(),) if is_told and is_running else (), status)
 
 
 def _suspended(observed: Observed, now: datetime) -> TrainingRunStatus:

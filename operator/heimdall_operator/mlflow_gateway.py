@@ -134,6 +134,11 @@ class MlflowGateway:
         await self._do(runs.open_attempt, await self._read(run_id), attempt)
         return await self._read(run_id)
 
+    async def park_run(self, run_id: str) -> RunFacts:
+        """Have a run say that nothing trains, until its next attempt is opened."""
+        await self._do(runs.park, await self._read(run_id))
+        return await self._read(run_id)
+
     async def end_run(self, observed: Observed, status: FinalStatus, *, fence: bool) -> RunFacts | None:
         """End the run of a TrainingRun, and where asked for keep its newest attempt from it; None where it has none."""
         run_id = observed.status.run_id

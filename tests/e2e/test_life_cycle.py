@@ -170,6 +170,11 @@ def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlfl
         lambda: release.status(name).get("lastCheckpoint"), what="the checkpoint on the status", timeout_s=LIFE_S
     )
     assert checkpoint["step"] >= step, "it was made when the pod was told to end"
+    wait_for(
+        lambda: mlflow.client.get_run(status["runID"]).info.status == "SCHEDULED",
+        what="MLflow saying that nothing trains",
+        timeout_s=LIFE_S,
+    )
 
     release.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"suspend": false}}')
     done = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)

@@ -211,6 +211,20 @@ def open_attempt(client: MlflowClient, facts: RunFacts, attempt: int) -> None:
         client.update_run(facts.run_id, status="RUNNING")
 
 
+def park(client: MlflowClient, facts: RunFacts) -> None:
+    """Make a running run SCHEDULED: nothing trains until its next attempt is opened.
+
+    Args:
+        client: Client of the tracking server.
+        facts: What the run says now.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    if facts.status == "RUNNING":
+        client.update_run(facts.run_id, status="SCHEDULED")
+
+
 def check_attempt(run: Run, attempt: int | None) -> None:
     """Make sure that an attempt may still publish.
 

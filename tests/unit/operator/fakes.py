@@ -279,6 +279,13 @@ class FakeMlflow:
             self.world.wrote(f"open attempt {attempt}")
         return self._facts(UID)
 
+    async def park_run(self, run_id: str) -> RunFacts:
+        self._check()
+        if self.world.mlflow_runs[UID]["status"] == "RUNNING":
+            self.world.mlflow_runs[UID]["status"] = "SCHEDULED"
+            self.world.wrote("park run")
+        return self._facts(UID)
+
     async def end_run(self, observed: Any, status: str, *, fence: bool) -> RunFacts | None:
         self._check()
         if observed.uid not in self.world.mlflow_runs:

@@ -223,7 +223,7 @@ def test_what_mlflow_says_is_told_once_also_where_nothing_else_is_said() -> None
     assert with_words(said, "MLflow says: no.") == said
 
 
-def test_a_run_moves_when_its_step_epoch_or_activity_does_by_the_operators_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_moves_when_its_step_epoch_or_activity_does(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     world.apply({"tracking": {"experiment": "e"}})
     asyncio.run(look(world))
@@ -921,6 +921,31 @@ def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> 
     status = world.run["status"]
     assert (status["phase"], status["attempts"][0]["reason"]) == ("Failed", "Stalled")
     assert world.kept["attempts/1/run-a1-x.log"] == "log of run-a1-x\n"
+
+
+def test_the_run_of_a_suspended_training_is_parked_though_nothing_else_happens() -> None:
+    world = World()
+    world.apply({"tracking": {"experiment": "e"}})
+
+    async def scenario() -> None:
+        await look(world)
+        world.pod_of(world.jobs["run-a1"], **RUNNING)
+        assert world.run is not None
+        world.run["spec"]["suspend"] = True
+        world.stamp(world.run)
+        await look(world)
+        world.pods.clear()
+        operator = await look(world)
+        assert world.run["status"]["phase"] == "Suspended"
+        assert world.mlflow_runs[UID]["status"] == "RUNNING", "nobody knew then what it says"
+        for _ in range(2):
+            operator.queue = WorkQueue()
+            await operator.read_progress()
+            assert len(operator.queue) == (world.mlflow_runs[UID]["status"] == "RUNNING")
+            await operator.look(KEY)
+            assert world.mlflow_runs[UID]["status"] == "SCHEDULED"
+
+    asyncio.run(scenario())
 
 
 def test_a_checkpoint_that_arrives_after_a_suspension_is_looked_at() -> None:

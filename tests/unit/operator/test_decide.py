@@ -26,6 +26,7 @@ from heimdall_operator.decide import (
     EnsureRun,
     KeepLogs,
     OpenAttempt,
+    ParkRun,
     RegisterModel,
     RemoveFinalizer,
     decide,
@@ -150,6 +151,8 @@ def settled(seen: Observed) -> TrainingRunStatus:
             match action:
                 case EndRun(final):
                     seen = replace(seen, run=run(status=final))
+                case ParkRun() if seen.run is not None:
+                    seen = replace(seen, run=replace(seen.run, status="SCHEDULED"))
                 case RegisterModel():
                     seen = replace(seen, registration=registration())
                 case _:
@@ -421,6 +424,19 @@ def test_suspend_and_resume() -> None:
     assert events(suspended, resumed) == ["AttemptStarted", "Resumed"]
     assert resumed.failures == 0
     assert condition(resumed, "Suspended") == ("False", "Resumed")
+
+
+@pytest.mark.parametrize(
+    ("phase", "said", "parked"),
+    [("Suspended", "RUNNING", True), ("Running", "RUNNING", False), ("Suspended", "SCHEDULED", False)],
+    ids=["as it says", "the suspension is told first", "once"],
+)
+def test_the_run_of_a_suspended_training_does_not_stay_running(phase: str, said: str, parked: bool) -> None:
+    over = attempt(running_time=ago(50), end_time=ago(1), reason="Suspended")
+    seen = observed(spec=spec(suspend=True), status=status(over, phase=phase), run=run(status=said))
+    decision = decide(seen, NOW)
+    assert decision.actions == ((ParkRun(),) if parked else ())
+    assert decision.status.phase == "Suspended"
 
 
 def test_a_suspended_run_tells_of_the_checkpoint_that_it_made_last() -> None:

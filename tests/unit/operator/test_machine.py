@@ -296,6 +296,11 @@ class Life(RuleBasedStateMachine):
         assert self.world.published == sorted(self.world.published)
 
     @invariant()
+    def what_trains_is_not_called_scheduled(self) -> None:
+        said = [item["status"] for item in self.world.mlflow_runs.values()]
+        assert "SCHEDULED" not in said or not self.world.living(self.world.now)
+
+    @invariant()
     def the_status_is_sound(self) -> None:
         status = self._status()
         if not status:

@@ -190,6 +190,19 @@ def test_a_run_that_is_not_there_has_no_facts(client: MlflowClient) -> None:
     assert runs.read_facts(client, "0" * 32) is None
 
 
+def test_a_parked_run_is_scheduled_until_its_next_attempt(client: MlflowClient, new_run: NewRun) -> None:
+    run_id = new_run(status="RUNNING")
+    runs.park(client, read(client, run_id))
+    assert read(client, run_id).status == "SCHEDULED"
+
+    runs.open_attempt(client, read(client, run_id), 2)
+    assert read(client, run_id).status == "RUNNING"
+
+    runs.end_run(client, run_id, "FINISHED")
+    runs.park(client, read(client, run_id))
+    assert read(client, run_id).status == "FINISHED"
+
+
 def test_facts_tell_what_a_trainer_wrote(client: MlflowClient, new_run: NewRun) -> None:
     run_id = new_run(status="RUNNING", loss=0.5)
     checkpoints = [{**CHECKPOINT, "last": True}, {**CHECKPOINT, "step": 9}]
