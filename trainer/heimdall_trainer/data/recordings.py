@@ -339,8 +339,9 @@ class RecordingStore:
         try:
             yield pool
         except BaseException:
-            self._objects.give_up()
+            # First, or who is let go would begin with the next.
             pool.shutdown(wait=False, cancel_futures=True)
+            self._objects.give_up()
             raise
         pool.shutdown()
 
