@@ -417,7 +417,7 @@ class MLflowTracker:
     # --- what is logged ------------------------------------------------------------------------------------------
 
     def log_params(self, params: Mapping[Any, Any]) -> None:
-        """Log parameters behind training: any type, nested at will. Returns at once and never raises.
+        """Log parameters behind training: any type, nested at will. Returns at once; in a run, it never raises.
 
         MLflow keeps a parameter's first value for ever; one that is logged again with another value is warned about.
 
@@ -431,7 +431,7 @@ class MLflowTracker:
             self._out().put(LogParams(number=self._params_put, params=part))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Log metrics behind training: returns at once and never raises.
+        """Log metrics behind training: returns at once; in a run, it never raises.
 
         Args:
             metrics: Values by name; NaN and infinities are kept as such.

@@ -54,7 +54,8 @@ def test_nothing_is_asked_of_the_server_before_it_is_needed(name: str) -> None:
 
 
 def test_without_a_run_the_error_says_what_to_do(tracker: MLflowTracker) -> None:
-    for call in (lambda: tracker.run_id, lambda: tracker.log_params({"a": 1}), tracker.get_run_info):
+    calls = [lambda: tracker.run_id, lambda: tracker.log_params({"a": 1}), tracker.get_run_info]
+    for call in (*calls, lambda: tracker.log_metrics({"a": 1.0}, 1)):
         with pytest.raises(TrackingError, match="call start_run first"):
             call()
 
