@@ -62,7 +62,7 @@ def test_every_event_is_told() -> None:
     now = datetime.now(UTC)
     ended = [
         Attempt(number=number, job="j", running_time=now, end_time=now, reason=reason.value)
-        for number, reason in enumerate(Reason)
+        for number, reason in enumerate(Reason, start=1)
     ]
     common = {"message": "", "last_transition_time": now, "observed_generation": 1}
     held = [
@@ -163,4 +163,7 @@ def test_chaos_walks_as_many_lives_as_are_told() -> None:
 def test_a_redis_keeps_features_for_as_long_as_is_told() -> None:
     from heimdall_trainer.data.cache import REDIS_KEEP_S
 
-    assert f"Features stay\nthere for {REDIS_KEEP_S // 86400} days;" in (ROOT / "docs/settings.md").read_text()
+    assert (
+        f"keeps features for several machines, for {REDIS_KEEP_S // 86400} days"
+        in (ROOT / "docs/settings.md").read_text()
+    )
