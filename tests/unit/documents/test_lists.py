@@ -128,8 +128,9 @@ def test_a_run_is_searched_for_by_the_tags_that_the_operator_sets() -> None:
     from mlflow.utils.search_utils import SearchUtils
 
     (search,) = re.findall(r"`(tags\..* AND .*)`", QUICK)
+    found = SearchUtils.parse_search_filter(search)  # type: ignore[no-untyped-call]
 
-    assert [item["key"] for item in SearchUtils.parse_search_filter(search)] == [TAG_NAME, TAG_NAMESPACE]
+    assert [item["key"] for item in found] == [TAG_NAME, TAG_NAMESPACE]
     assert f"`{TAG_UID}`" in QUICK
 
 
