@@ -25,6 +25,7 @@ BEFORE_TAG: Final = frozenset({"lock", "install.lock"})
 """What may lie in a cache that is still to be made: whoever waits for locks makes them first."""
 MADE_UNTAGGED: Final = frozenset({"lock", "parts", "bin"})
 """What lies in every cache that was made before there was a tag."""
+MOUNTS: Final = Path("/proc/self/mounts")
 
 
 def ensure_cache() -> None:
@@ -82,7 +83,9 @@ def remove_tree(tree: Path) -> None:
 
 def mounts_under(*folders: Path) -> list[str]:
     """What is mounted in folders, in the order in which it was mounted."""
+    if not MOUNTS.exists():
+        return []  # macOS: nothing of ours mounts anything there
     ours = tuple(f"{folder}/" for folder in folders)
-    lines = Path("/proc/self/mounts").read_text().splitlines()
+    lines = MOUNTS.read_text().splitlines()
     points = [line.split()[1].replace("\\040", " ") for line in lines]
     return [point for point in points if f"{point}/".startswith(ours)]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from heimdall_cluster import cli, engine, images, kind, parts, pulling, steps, stores
+from heimdall_cluster import cli, engine, folders, images, kind, parts, pulling, steps, stores
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -198,6 +198,14 @@ def test_a_command_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_a_command_is_bounded_in_time(tmp_path: Path) -> None:
     with pytest.raises(steps.ClusterError, match="took longer than 0 s"):
         steps.run(["sleep", "60"], log=tmp_path / "log", timeout_s=0.1)
+def test_without_proc_nothing_is_mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On macOS."""
+    monkeypatch.setattr(folders, "MOUNTS", tmp_path / "nowhere")
+    (tmp_path / "scratch-1").mkdir()
+    folders.remove_tree(tmp_path / "scratch-1")
+    assert list(tmp_path.iterdir()) == []
+
+
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
