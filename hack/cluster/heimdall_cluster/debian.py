@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from heimdall_cluster.folders import link
 from heimdall_cluster.paths import BIN, LOGS, PARTS
 from heimdall_cluster.steps import ClusterError, run, step
 
@@ -36,11 +37,7 @@ def ensure(package: str) -> None:
         with step(f"taking {names} out of Debian's package {package}"):
             _extract(package)
     for target in targets:
-        link = BIN / target.name
-        if not link.is_symlink() or link.readlink() != target:
-            BIN.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(target)
+        link(BIN / target.name, target)
 
 
 def _extract(package: str) -> None:

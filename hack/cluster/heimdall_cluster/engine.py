@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from heimdall_cluster import parts
-from heimdall_cluster.folders import mounts_under
+from heimdall_cluster.folders import link, mounts_under
 from heimdall_cluster.paths import (
     BEFORE,
     CLIENT_CONFIG,
@@ -337,11 +337,7 @@ def _host_state() -> dict[str, object]:
 
 def _ensure_buildx() -> None:
     parts.ensure(["buildx"])
-    plugin = CLIENT_CONFIG / "cli-plugins" / "docker-buildx"
-    if not plugin.exists():
-        plugin.parent.mkdir(parents=True, exist_ok=True)
-        plugin.unlink(missing_ok=True)
-        plugin.symlink_to(parts.path_of("buildx"))
+    link(CLIENT_CONFIG / "cli-plugins" / "docker-buildx", parts.path_of("buildx"))
 
 
 # --- ending ------------------------------------------------------------------------------------------------------

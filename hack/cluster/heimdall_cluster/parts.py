@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from heimdall_cluster.folders import scratch
+from heimdall_cluster.folders import link, scratch
 from heimdall_cluster.paths import BIN, GO, LOGS, PARTS, PARTS_SOURCE
 from heimdall_cluster.steps import ClusterError, read, run, step
 
@@ -216,8 +216,4 @@ def _sha256(file: Path) -> str:
 
 def _put_on_path(part: Part) -> None:
     for name in ON_PATH.get(part.name, ()):
-        link, target = BIN / name, PARTS / part.name / name
-        if not link.is_symlink() or link.readlink() != target:
-            BIN.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(target)
+        link(BIN / name, PARTS / part.name / name)
