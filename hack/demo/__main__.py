@@ -18,7 +18,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "hack/cluster"))
 
-from heimdall_cluster import engine, kind  # noqa: E402
+from heimdall_cluster import engine, images, kind  # noqa: E402
 from heimdall_cluster.paths import BIN, KUBECONFIG, LOGS  # noqa: E402
 from heimdall_cluster.steps import ClusterError, read, run, say, step, told  # noqa: E402
 
@@ -98,10 +98,7 @@ def _installed_image() -> str | None:
 
 
 def _built_image() -> str | None:
-    found = read(
-        [engine.docker(), "image", "inspect", "--format", "{{.Id}}", "heimdall/operator:dev"], env=engine.environment()
-    )
-    return found.strip() if found else None
+    return images.inspect("heimdall/operator:dev", "{{.Id}}")
 
 
 def _record() -> None:

@@ -248,10 +248,10 @@ def load(names: list[str], nodes: list[str]) -> None:
     """Give nodes images that the engine has; nodes that have them already are left alone."""
     lacking: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        wanted = read([engine.docker(), "image", "inspect", "--format", "{{.Id}}", name], env=engine.environment())
+        wanted = images.inspect(name, "{{.Id}}")
         if wanted is None:
             raise ClusterError(f"the engine has no image {name}: build it first (python3 hack/images build)")
-        missing = tuple(node for node in nodes if wanted.strip() not in image_ids(node, name))
+        missing = tuple(node for node in nodes if wanted not in image_ids(node, name))
         if missing:
             lacking.setdefault(missing, []).append(name)
     for missing, images_of in lacking.items():

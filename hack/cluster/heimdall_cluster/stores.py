@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from heimdall_cluster import engine
+from heimdall_cluster import engine, images
 from heimdall_cluster.paths import ENGINE, LOGS
-from heimdall_cluster.steps import read, run, step
+from heimdall_cluster.steps import run, step
 
 STORES: Final = ENGINE / "stores"
 CONTAINERD: Final = "/var/lib/containerd"
@@ -29,8 +29,7 @@ def ensure(node_image: str, nodes: tuple[str, ...]) -> dict[str, Path]:
     Returns:
         The folder of each node's store.
     """
-    inspect = [engine.docker(), "image", "inspect", "--format", "{{.Id}}", node_image]
-    image_id = (read(inspect, env=engine.environment()) or "").strip()
+    image_id = images.inspect(node_image, "{{.Id}}") or ""
     stores = {node: STORES / node for node in nodes}
     for node, folder in stores.items():
         seed = folder.with_suffix(".seed")

@@ -89,7 +89,7 @@ def test_a_store_begins_anew_with_another_node_image(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(stores, "STORES", tmp_path)
     monkeypatch.setattr(stores, "run", run)
-    monkeypatch.setattr(stores, "read", lambda command, **_: image_ids[command[-1]])
+    monkeypatch.setattr(images, "inspect", lambda image, _: image_ids[image])
     monkeypatch.setattr(engine, "docker", lambda: "docker")
     monkeypatch.setattr(engine, "environment", dict)
 
