@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import math
 import os
 import shlex
 import shutil
@@ -22,6 +23,8 @@ LOCK_TIMEOUT_S: Final = 3600
 """Longer than a first `up` takes, which builds everything."""
 DISK_NEEDED_GB: Final = 58
 DISK_NEEDED_WARM_GB: Final = 8
+DOCKER_NEEDED_GB: Final = 30
+"""Of the first, what images take up in an engine that was there: their layers, and once more in the cluster's nodes."""
 MEMORY_NEEDED_GB: Final = 8
 
 
@@ -83,17 +86,29 @@ def check_machine() -> None:
     Raises:
         ClusterError: Disk or memory do not suffice.
     """
-    needed = DISK_NEEDED_WARM_GB
-    if _is_cold():
-        needed = max(needed, DISK_NEEDED_GB - round(_size(CACHE) / 1e9))
-    # On a new machine the folder is not there yet, nor perhaps the one that it will lie in.
-    disk = next(folder for folder in (CACHE, *CACHE.parents) if folder.exists())
-    free = shutil.disk_usage(disk).free / 1e9
-    if free < needed:
-        raise ClusterError(f"{needed} GB of disk are needed under {CACHE}, {free:.0f} GB are free: make room")
+    is_cold = _is_cold()
+    needed = max(DISK_NEEDED_WARM_GB, DISK_NEEDED_GB - round(_size(CACHE) / 1e9) if is_cold else 0)
+    _require_room(CACHE, needed, "make room, or set HEIMDALL_CACHE to a folder on another disk")
+    docker = engine.foreign_root()
+    if docker is not None:
+        needed = DOCKER_NEEDED_GB if is_cold else DISK_NEEDED_WARM_GB
+        _require_room(docker, needed, "Docker keeps its images there; make room")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if memory < MEMORY_NEEDED_GB:
-        raise ClusterError(f"{MEMORY_NEEDED_GB} GB of memory are needed, this machine has {memory:.0f}")
+        raise ClusterError(f"{MEMORY_NEEDED_GB} GB of memory are needed, this machine has {_below(memory)}")
+
+
+def _require_room(folder: Path, needed: int, remedy: str) -> None:
+    # On a new machine the folder is not there yet, nor perhaps the one that it will lie in.
+    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(disk).free / 1e9
+    if free < needed:
+        raise ClusterError(f"{needed} GB of disk are needed under {folder}, {_below(free)} GB are free: {remedy}")
+
+
+def _below(amount: float) -> str:
+    """Never rounded up: what is a little less than is needed must not look like enough."""
+    return f"{math.floor(amount * 10) / 10:g}"
 
 
 def _is_cold() -> bool:

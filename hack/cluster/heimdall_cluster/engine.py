@@ -126,6 +126,14 @@ def _answers(env: dict[str, str]) -> bool:
     return bool(read([client, "version", "--format", "{{.Server.Version}}"], env=env, timeout_s=15))
 
 
+def foreign_root() -> Path | None:
+    """Where an engine that was there keeps all that it has, if that is on this machine."""
+    if is_ours():
+        return None
+    root = (read(["docker", "info", "--format", "{{.DockerRootDir}}"], timeout_s=15) or "").strip()
+    return Path(root) if root and Path(root).exists() else None
+
+
 def ensure() -> dict[str, str]:
     """Make sure that a Docker engine answers.
 

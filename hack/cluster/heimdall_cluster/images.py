@@ -163,8 +163,10 @@ def kinds_node() -> str:
 
 
 def has_pulled_node() -> bool:
-    """Whether the engine that was there has pulled one of kind's node images."""
-    return bool(read(["docker", "image", "ls", "--quiet", "kindest/node"]))
+    """Whether the engine that was there has the node image that kind takes: which one, only kind itself tells."""
+    if not parts.is_built(parts.CATALOGUE["kind"]):
+        return False
+    return bool(read(["docker", "image", "inspect", "--format", "{{.Id}}", kinds_node()]))
 
 
 def remove_ours() -> None:

@@ -135,15 +135,70 @@ def test_two_gpus_are_simulated_by_an_extended_resource() -> None:
 # --- what is missing is named in one sentence ---------------------------------------------------------------------
 
 
-def test_too_little_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine on which everything is still to be made, without an engine; where its cache lies."""
     monkeypatch.setattr(cli, "CACHE", tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
+    monkeypatch.setattr(cli, "_is_cold", lambda: True)
+    monkeypatch.setattr(engine, "foreign_root", lambda: None)
+    return tmp_path
 
-    with pytest.raises(steps.ClusterError, match=r"GB of disk are needed under .*, 3 GB are free: make room"):
+
+def test_too_little_disk_is_named(monkeypatch: pytest.MonkeyPatch, cold: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=57.99e9))
+
+    with pytest.raises(steps.ClusterError) as refused:
+        cli.check_machine()
+    assert str(refused.value) == (
+        f"58 GB of disk are needed under {cold}, 57.9 GB are free: make room, or set HEIMDALL_CACHE to a folder on "
+        "another disk"
+    )
+
+
+def test_where_an_engine_that_was_there_keeps_images_is_measured_too(
+    monkeypatch: pytest.MonkeyPatch, cold: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("docker")
+    free = {cold: 1e12, root: 2e9}
+    monkeypatch.setattr(engine, "foreign_root", lambda: root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+
+    with pytest.raises(steps.ClusterError, match=f"30 GB of disk are needed under {root}, 2 GB are free: Docker keeps"):
         cli.check_machine()
 
 
-def test_a_new_machine_is_measured_where_the_cache_will_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("is_ours", "said", "found"),
+    [(False, "{here}\n", True), (False, "/not/here", False), (False, None, False), (True, "{here}", False)],
+)
+def test_the_folder_of_an_engine_is_one_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_ours: bool, said: str | None, found: bool
+) -> None:
+    monkeypatch.setattr(engine, "is_ours", lambda: is_ours)
+    monkeypatch.setattr(engine, "read", lambda *_, **__: said and said.format(here=tmp_path))
+
+    assert engine.foreign_root() == (tmp_path if found else None)
+
+
+@pytest.mark.parametrize(
+    ("built", "has", "is_cold"), [(True, "v1.37.0", False), (True, "v1.30.0", True), (False, "v1.37.0", True)]
+)
+def test_another_cluster_s_node_image_makes_no_machine_warm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: bool, has: str, is_cold: bool
+) -> None:
+    monkeypatch.setattr(kind, "KUBECONFIG", tmp_path / "kubeconfig")
+    monkeypatch.setattr(parts, "is_built", lambda part: built and part.name == "kind")
+    monkeypatch.setattr(images, "kinds_node", lambda: "kindest/node:v1.37.0")
+    monkeypatch.setattr(
+        images, "read", lambda command: "sha256:1" if command[-1].endswith((has, "kindest/node")) else None
+    )
+
+    assert cli._is_cold() is is_cold
+
+
+def test_a_new_machine_is_measured_where_the_cache_will_lie(
+    monkeypatch: pytest.MonkeyPatch, cold: Path, tmp_path: Path
+) -> None:
     """Neither the cache nor the folder it lies in is there, and looking makes neither."""
     measured: list[Path] = []
 
@@ -151,7 +206,7 @@ def test_a_new_machine_is_measured_where_the_cache_will_lie(monkeypatch: pytest.
         measured.append(folder)
         return SimpleNamespace(free=1e12)
 
-    monkeypatch.setattr(cli, "CACHE", tmp_path / ".cache" / "heimdall")
+    monkeypatch.setattr(cli, "CACHE", cold / ".cache" / "heimdall")
     monkeypatch.setattr(shutil, "disk_usage", usage)
 
     cli.check_machine()
@@ -160,12 +215,13 @@ def test_a_new_machine_is_measured_where_the_cache_will_lie(monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "CACHE", tmp_path)
+@pytest.mark.parametrize(("pages", "said"), [(262_144, "1"), (1_953_124, "7.9")])
+@pytest.mark.usefixtures("cold")
+def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch, pages: int, said: str) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
-    monkeypatch.setattr(os, "sysconf", lambda name: 2**12 if name == "SC_PAGE_SIZE" else 2**18)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**12 if name == "SC_PAGE_SIZE" else pages)
 
-    with pytest.raises(steps.ClusterError, match="8 GB of memory are needed, this machine has 1"):
+    with pytest.raises(steps.ClusterError, match=f"8 GB of memory are needed, this machine has {said}$"):
         cli.check_machine()
 
 
