@@ -69,6 +69,8 @@ def _up(_: argparse.Namespace) -> None:
     check_machine()
     engine.ensure()
     parts.ensure(["kind", "helm"])
+    if kind.runs():
+        kind.require_kubectl()  # or it would be taken for broken, and taken down
     if kind.recovers():
         say("the cluster is up")
         kind.settle()

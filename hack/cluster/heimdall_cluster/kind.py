@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,6 +89,16 @@ def kubectl_path() -> str:
     return str(built) if built.exists() else "kubectl"
 
 
+def require_kubectl() -> None:
+    """Make sure that there is a kubectl: without one a cluster that is up seems never to be.
+
+    Raises:
+        ClusterError: There is none.
+    """
+    if shutil.which(kubectl_path()) is None:
+        raise ClusterError("kubectl is missing: install it (https://kubernetes.io/docs/tasks/tools), then call again")
+
+
 def exists() -> bool:
     """Whether the cluster's containers are there, running or not."""
     return bool(_containers(all_states=True))
@@ -151,6 +162,7 @@ def create() -> None:
         say("  what is left of an earlier cluster does not work: it is taken down first")
         delete()
     node_image = images.ensure_node()
+    require_kubectl()  # where the node image was built, so was one
     parts.ensure(["kind"])
     had_stores = stores.exist()
     try:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +120,7 @@ def test_a_cluster_that_does_not_come_up_with_kept_images_is_made_without(
     monkeypatch.setattr(kind, "_create", create)
     monkeypatch.setattr(kind, "delete", lambda: did.append("delete"))
     monkeypatch.setattr(images, "ensure_node", lambda: "node:1")
+    monkeypatch.setattr(kind, "require_kubectl", lambda: None)
     monkeypatch.setattr(parts, "ensure", lambda _: None)
     monkeypatch.setattr(kind, "settle", lambda: None)
 
@@ -262,6 +264,41 @@ def test_without_proc_nothing_is_mounted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("comes_first", ["it is missing", "it is there"])
+def test_a_cluster_that_runs_is_not_taken_down_for_want_of_kubectl(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, comes_first: str
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(cli, "check_machine", lambda: None)
+    monkeypatch.setattr(engine, "ensure", dict)
+    monkeypatch.setattr(parts, "ensure", lambda _: None)
+    monkeypatch.setattr(parts, "drop_go_caches", lambda: None)
+    monkeypatch.setattr(kind, "runs", lambda: True)
+    monkeypatch.setattr(kind, "recovers", lambda: did.append("asked") or True)
+    monkeypatch.setattr(kind, "settle", lambda: None)
+    monkeypatch.setattr(parts, "PARTS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if comes_first == "it is there":
+        (tmp_path / "kubectl").touch(mode=0o755)
+        cli._up(Namespace())
+        assert did == ["asked"]
+        return
+    with pytest.raises(steps.ClusterError, match=r"^kubectl is missing: install it \(https://\S+\), then call again$"):
+        cli._up(Namespace())
+    assert did == []
+
+
+def test_no_cluster_is_made_that_nothing_can_look_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A node image that is pulled brings no kubectl."""
+    monkeypatch.setattr(kind, "is_of_others", lambda: False)
+    monkeypatch.setattr(kind, "exists", lambda: False)
+    monkeypatch.setattr(kind, "_create", lambda _: pytest.fail("it was made"))
+    monkeypatch.setattr(images, "ensure_node", lambda: None)
+    monkeypatch.setattr(parts, "PARTS", tmp_path)
+    monkeypatch.setattr(parts, "ensure", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(steps.ClusterError, match="kubectl is missing"):
+        kind.create()
 
 
 # --- parts --------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def foreign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(kind, "exists", lambda: True)
     monkeypatch.setattr(kind, "delete", lambda: did.append("deleted"))
     monkeypatch.setattr(kind, "_create", lambda _: did.append("created"))
+    monkeypatch.setattr(kind, "require_kubectl", lambda: None)
     monkeypatch.setattr(images, "ensure_node", lambda: None)
     monkeypatch.setattr(parts, "ensure", lambda _: None)
     return did
@@ -437,6 +438,7 @@ def test_what_a_killed_call_did_not_come_to_is_made_up_for(monkeypatch: pytest.M
     monkeypatch.setattr(engine, "ensure", dict)
     monkeypatch.setattr(parts, "ensure", did.extend)
     monkeypatch.setattr(parts, "drop_go_caches", lambda: did.append("no caches"))
+    monkeypatch.setattr(kind, "runs", lambda: False)
     monkeypatch.setattr(kind, "recovers", lambda: True)
     monkeypatch.setattr(kind, "settle", lambda: did.append("settled"))
     cli._up(Namespace())
