@@ -42,6 +42,8 @@ HAIRPIN: Final = re.compile(r"-A POSTROUTING -s (\S+)/32 -d \1/32 -p \w+ .*-j MA
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 POLICY: Final = Path("/usr/sbin/policy-rc.d")
 """Asked by Debian's packages whether they may start their services."""
+LOCK_OPTION: Final = "DPkg::Lock::Timeout=300"
+"""Seconds that apt waits where the machine's own timer is installing something."""
 UNATTENDED: Final = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
 NO_SERVICES: Final = "#!/bin/sh\n# hack/cluster, while it installs packages: they start no services\nexit 101\n"
 UNITS: Final = ("docker.service", "docker.socket", "containerd.service")
@@ -216,7 +218,7 @@ def _is_installed(program: str) -> bool:
 def _apt(*arguments: str) -> None:
     with INSTALL_LOCK.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # apt refuses a second process instead of waiting
-        run(["apt-get", *arguments], log=LOGS / "apt.log", env=UNATTENDED)
+        run(["apt-get", "-o", LOCK_OPTION, *arguments], log=LOGS / "apt.log", env=UNATTENDED)
 
 
 @contextmanager

@@ -418,6 +418,12 @@ def test_an_engine_that_a_killed_call_has_installed_does_not_start_with_the_mach
     assert not debian.has("docker.service.enabled")
     assert list(debian.root.glob("*.d")) == []
     assert not engine.POLICY.exists()
+def test_apt_waits_where_the_machine_itself_installs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(engine, "INSTALL_LOCK", tmp_path / "lock")
+    monkeypatch.setattr(engine, "run", lambda command, **_: ran.append(command))
+    engine._apt("install", "docker.io")
+    assert ran == [["apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "docker.io"]]
 
 
 def test_a_client_that_a_killed_call_did_not_come_to_is_installed(
