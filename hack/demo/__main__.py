@@ -20,7 +20,16 @@ sys.path.insert(0, str(ROOT / "hack/cluster"))
 
 from heimdall_cluster import engine, images, kind  # noqa: E402
 from heimdall_cluster.paths import BIN, KUBECONFIG, LOGS  # noqa: E402
-from heimdall_cluster.steps import ClusterError, read, run, say, step, told  # noqa: E402
+from heimdall_cluster.steps import (  # noqa: E402
+    INTERRUPT_TIMEOUT_S,
+    ClusterError,
+    read,
+    run,
+    say,
+    see_through,
+    step,
+    told,
+)
 
 NAMESPACE: Final = "heimdall"
 RUN: Final = "localizer"
@@ -54,8 +63,10 @@ def main() -> None:
 
 
 def _hack(tool: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, ROOT / "hack" / tool, *arguments], check=False)
-    if done.returncode != 0:
+    process = subprocess.Popen([sys.executable, ROOT / "hack" / tool, *arguments], text=True)
+    # It waits in its turn, so this must wait longer.
+    code = see_through(process, what=f"hack/{tool}", interrupt_timeout_s=2 * INTERRUPT_TIMEOUT_S)
+    if code != 0:
         raise ClusterError(f"python3 hack/{tool} {' '.join(arguments)} failed; see above")
 
 
@@ -88,6 +99,8 @@ def _install() -> None:
         if _installed_image() != _built_image():
             _kubectl("rollout", "restart", "deployment/heimdall-operator")
             _kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
+
+
 
 
 def _installed_image() -> str | None:

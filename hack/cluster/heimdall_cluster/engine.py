@@ -189,14 +189,30 @@ def _install() -> None:
         return
     names = ", ".join(missing or ["what a killed call left"] * was_killed or ["docker-cli"])
     with step(f"installing {names} from Debian"), _no_services(), _held_back():
-        if was_killed:
-            run(["dpkg", "--configure", "-a"], log=LOGS / "apt.log", env=UNATTENDED)
+        _settle_packages(last_word=not missing and _is_installed("docker"))
         _apt("update", "-qq")
         if missing:
             _apt("install", "-y", "-qq", "--no-install-recommends", *missing)
         if not _is_installed("docker"):
             # Since Debian 13 the client is a package of its own.
             _apt("install", "-y", "-qq", "--no-install-recommends", "docker-cli")
+
+
+def _settle_packages(*, last_word: bool) -> None:
+    """End what was interrupted as it installed packages, ours or another's: till then nothing can be installed.
+
+    Args:
+        last_word: Whether a failure ends this. Where apt installs something next, it waits for what holds the lock, and
+            tells what is wrong.
+
+    Raises:
+        ClusterError: It failed.
+    """
+    try:
+        run(["dpkg", "--configure", "-a"], log=LOGS / "apt.log", env=UNATTENDED)
+    except ClusterError:
+        if last_word:
+            raise
 
 
 def settle_installation() -> None:
@@ -240,7 +256,7 @@ def _held_back() -> Iterator[None]:
     """Units that packages bring meanwhile are disabled in the end, and till then do not start with the machine either.
 
     An engine of the system's own, started with the machine, would take the place of ours. Packages enable it as they
-    are installed; who is killed then leaves the file that holds it back.
+    are installed; who is killed or interrupted then leaves the file that holds it back, and the next call ends both.
     """
     if shutil.which("systemctl") is None:
         yield
@@ -252,8 +268,10 @@ def _held_back() -> Iterator[None]:
             file.write_text(HELD_BACK.format(file=file))
     try:
         yield
-    finally:
+    except Exception:
         _let_units_go()
+        raise
+    _let_units_go()
 
 
 def _let_units_go() -> None:

@@ -48,6 +48,8 @@ def ensure_cache() -> None:
         )
     new.write_text(TAG_TEXT)
     new.replace(tag)  # whole or not at all: one that is cut short would be taken for somebody else's
+
+
 def link(place: Path, target: Path) -> None:
     """Have a link lead somewhere, unless it does."""
     if place.is_symlink() and place.readlink() == target:

@@ -73,6 +73,8 @@ def ensure_python() -> None:
         _build_own(PYTHON, "python")
 
 
+
+
 def build(image: str, *arguments: str | Path, text: str | None = None) -> None:
     """Build an image.
 

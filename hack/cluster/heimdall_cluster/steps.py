@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -17,6 +18,9 @@ from heimdall_cluster.paths import CACHE
 
 TAIL_LINES: Final = 25
 COMMAND_TIMEOUT_S: Final = 1800
+INTERRUPT_TIMEOUT_S: Final = 120
+"""How long what was interrupted may take to end in good order: a package that is being installed takes a while."""
+INTERRUPTED: Final = 130
 
 
 held: list[int] = []
@@ -25,6 +29,10 @@ held: list[int] = []
 
 class ClusterError(Exception):
     """Something is missing or failed; the message tells a person what and what to do."""
+
+
+class TooLongError(ClusterError):
+    """A command was ended since it took too long."""
 
 
 @contextmanager
@@ -39,6 +47,10 @@ def told(tool: str) -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        say(f"{tool}: interrupted; the next call takes up what is there")
+        sys.exit(INTERRUPTED)
     except ClusterError as error:
         sys.exit(f"{tool}: {error}")
     except OSError as error:
@@ -51,11 +63,13 @@ def told(tool: str) -> Iterator[None]:
 def _full(error: OSError) -> str | None:
     """What could not be written since the disk is full, or None where that is not what happened."""
     if isinstance(error, shutil.Error):  # of a folder's copy: source, target and words of each file
-        full = [target for _, target, words in error.args[0] if f"[Errno {errno.ENOSPC}]" in words]
-        return str(full[0]) if full else None
-    if error.errno != errno.ENOSPC:
+        targets = [target for _, target, words in error.args[0] if any(f"[Errno {code}]" in words for code in full)]
+        return str(targets[0]) if targets else None
+    if error.errno not in full:
         return None
     return str(error.filename2 or error.filename or CACHE)  # a copy names its source first
+
+
 
 
 def say(text: str) -> None:
@@ -92,34 +106,72 @@ def run(
         timeout_s: Bound of the whole, in seconds.
 
     Raises:
-        ClusterError: It failed or took too long; the message has its last lines.
+        ClusterError: It failed; the message has its last lines.
+        TooLongError: It took too long.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
         out.write(f"$ {' '.join(map(str, command))}\n")
         out.flush()
         try:
-            subprocess.run(
+            process = subprocess.Popen(
                 [str(part) for part in command],
-                check=True,
+                stdin=None if text is None else subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
                 cwd=cwd,
-                input=text,
                 text=True,
-                timeout=timeout_s,
                 pass_fds=held,
             )
         except FileNotFoundError as error:
             raise ClusterError(f"{command[0]} is missing") from error
+        try:
+            code = see_through(process, what=Path(command[0]).name, text=text, timeout_s=timeout_s)
         except subprocess.TimeoutExpired as error:
-            raise ClusterError(f"{command[0]} took longer than {timeout_s:.0f} s; see {log}") from error
-        except subprocess.CalledProcessError as error:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
-            raise ClusterError(
-                f"{' '.join(map(str, command[:4]))} … failed ({error.returncode}). Its last lines ({log}):\n{tail}"
-            ) from error
+            raise TooLongError(f"{command[0]} took longer than {timeout_s:.0f} s; see {log}") from error
+    if code != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+        raise ClusterError(f"{' '.join(map(str, command[:4]))} … failed ({code}). Its last lines ({log}):\n{tail}")
+
+
+def see_through(
+    process: subprocess.Popen[str],
+    *,
+    what: str,
+    text: str | None = None,
+    timeout_s: float | None = None,
+    interrupt_timeout_s: float = INTERRUPT_TIMEOUT_S,
+) -> int:
+    """Wait for the end of a process; Ctrl-C, which it got too, it may end by in good order.
+
+    Args:
+        process: What was begun, with its output anywhere but in a pipe.
+        what: Its name.
+        text: Standard input.
+        timeout_s: Bound of the whole, in seconds.
+        interrupt_timeout_s: Bound of what it does after Ctrl-C, in seconds.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        TimeoutExpired: It took too long, and was killed.
+        KeyboardInterrupt: Ctrl-C was pressed, and it has ended. Pressed once more, it is killed.
+    """
+    try:
+        process.communicate(text, timeout=timeout_s)
+    except KeyboardInterrupt:
+        if process.poll() is None:
+            say(f"  waiting for {what} to end; Ctrl-C kills it")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(interrupt_timeout_s)
+        raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return process.returncode
 
 
 def read(command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> str | None:

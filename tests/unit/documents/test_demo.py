@@ -118,6 +118,25 @@ def test_the_steps_that_are_shown_are_those_of_one_training(shown: str) -> None:
     assert lines[-1][0] == "Succeeded"
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_tool_that_is_interrupted_is_waited_for(demo: Any, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """And longer than that one waits for what it has called."""
+    patience: list[float] = []
+
+    def see_through(_: object, *, what: str, interrupt_timeout_s: float) -> int:
+        assert what == "hack/cluster"
+        patience.append(interrupt_timeout_s)
+        return code
+
+    monkeypatch.setattr(demo, "see_through", see_through)
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, **_: command)
+    if code == 0:
+        demo._hack("cluster", "up")
+    else:
+        assert complaint(demo, lambda: demo._hack("cluster", "up")) == "python3 hack/cluster up failed; see above"
+    assert patience[0] > demo.INTERRUPT_TIMEOUT_S
+
+
 # --- what an earlier call left ------------------------------------------------------------------------------------
 
 
@@ -197,3 +216,5 @@ def test_what_is_refused_for_another_reason_is_told_as_it_was(demo: Any, monkeyp
     answering(demo, monkeypatch, apply="exceeded quota")
 
     assert complaint(demo, demo._train) == "kubectl apply failed: exceeded quota"
+
+

@@ -256,6 +256,49 @@ def test_a_command_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_a_command_is_bounded_in_time(tmp_path: Path) -> None:
     with pytest.raises(steps.ClusterError, match="took longer than 0 s"):
         steps.run(["sleep", "60"], log=tmp_path / "log", timeout_s=0.1)
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is pressed as soon as something is waited for."""
+
+    def communicate(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_what_ctrl_c_has_reached_may_end_in_good_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where that takes longer than the moment that subprocess gives it."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
+    def say(text: str) -> None:
+        assert text == "  waiting for sh to end; Ctrl-C kills it"
+        gate.write_text("on")
+
+    monkeypatch.setattr(steps, "say", say)
+    with pytest.raises(KeyboardInterrupt):
+        steps.run(["sh", "-c", 'read said < "$1"; echo whole', "sh", gate], log=tmp_path / "log")
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "whole"
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_what_does_not_end_at_ctrl_c_is_killed() -> None:
+    process = subprocess.Popen(["sleep", "300"], text=True)
+    with pytest.raises(KeyboardInterrupt):
+        steps.see_through(process, what="sleep", interrupt_timeout_s=0)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_tool_that_is_interrupted_ends_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, steps.told("hack/x"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "hack/x: interrupted; the next call takes up what is there\n"
+
+
 def test_without_proc_nothing_is_mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On macOS."""
     monkeypatch.setattr(folders, "MOUNTS", tmp_path / "nowhere")

@@ -341,6 +341,7 @@ class Debian:
 
     root: Path
     is_killed: bool = False
+    is_interrupted: bool = False
     did: list[str] = field(default_factory=list)
 
     def has(self, name: str) -> bool:
@@ -357,6 +358,8 @@ class Debian:
                 (self.root / name).touch()
             if self.is_killed:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.is_interrupted:
+                raise KeyboardInterrupt
 
     def run(self, command: list[str], **_: object) -> None:
         self.did.append(" ".join(command))
@@ -366,6 +369,9 @@ class Debian:
         if command[1] == "disable":
             enabled.unlink(missing_ok=True)
         return f"{command[-1]} enabled" if command[1] == "list-unit-files" and enabled.exists() else ""
+
+
+SETTLED = "dpkg --configure -a"
 
 
 @pytest.fixture
@@ -387,37 +393,69 @@ def debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Debian:
 
 def test_an_engine_that_is_installed_does_not_start_with_the_machine(debian: Debian) -> None:
     engine._install()
-    assert debian.did == ["update", "install"]
+    assert debian.did == [SETTLED, "update", "install"]
     assert debian.starts_with_the_machine() == {"containerd.service"}, "somebody's own does as before"
     assert list(debian.root.glob("*.d")) == [], "nothing is held back for ever"
 
 
 @pytest.mark.parametrize("next_call", ["up", "down"])
+@pytest.mark.parametrize("end", ["killed", "interrupted"])
+@pytest.mark.usefixtures("foreign")
 def test_an_engine_that_a_killed_call_has_installed_does_not_start_with_the_machine(
-    debian: Debian, foreign: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, next_call: str
+    debian: Debian, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str, next_call: str
 ) -> None:
-    """Nor is what held it back left for ever, though nobody calls `up` again."""
+    """Nor is what held it back left for ever, though nobody calls `up` again. Ctrl-C leaves the same, but no policy."""
     monkeypatch.setattr(engine, "_foreign_answers", lambda: False)
     monkeypatch.setattr(cli, "CACHE", tmp_path / "cache")
-    debian.is_killed = True
-    child = os.fork()
-    if child == 0:
-        engine._install()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    if end == "killed":
+        debian.is_killed = True
+        child = os.fork()
+        if child == 0:
+            engine._install()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    else:
+        debian.is_interrupted = True
+        with pytest.raises(KeyboardInterrupt):
+            engine._install()
+        assert not engine.POLICY.exists()
+        debian.did.clear()
     assert debian.has("docker.service.enabled")
     assert debian.starts_with_the_machine() == {"containerd.service"}
 
-    debian.is_killed = False
+    debian.is_killed = debian.is_interrupted = False
     if next_call == "up":
         engine._install()
         engine._install()
-        assert debian.did == ["dpkg --configure -a", "update"], "the next call ends what was begun, once"
+        assert debian.did == [SETTLED, "update"], "the next call ends what was begun, once"
     else:
         cli._down(Namespace(all=True))
     assert not debian.has("docker.service.enabled")
     assert list(debian.root.glob("*.d")) == []
     assert not engine.POLICY.exists()
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_packages_that_can_not_be_settled_end_this_only_where_apt_says_nothing_of_it(
+    debian: Debian, monkeypatch: pytest.MonkeyPatch, is_installed: bool
+) -> None:
+    """Another holds dpkg's lock, which apt waits for."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise steps.ClusterError("dpkg frontend lock was locked by another process")
+
+    monkeypatch.setattr(engine, "run", fails)
+    if not is_installed:
+        engine._install()
+        assert debian.did == ["update", "install"]
+        return
+    debian.apt("install")
+    engine._held_back_by("docker.service").parent.mkdir()
+    engine._held_back_by("docker.service").touch()
+    with pytest.raises(steps.ClusterError, match="was locked"):
+        engine._install()
+
+
 def test_apt_waits_where_the_machine_itself_installs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran: list[list[str]] = []
     monkeypatch.setattr(engine, "INSTALL_LOCK", tmp_path / "lock")
@@ -432,6 +470,7 @@ def test_a_client_that_a_killed_call_did_not_come_to_is_installed(
     did: list[tuple[str, ...]] = []
     engine.POLICY.parent.mkdir()
     monkeypatch.setattr(engine, "_is_installed", lambda program: program != "docker")
+    monkeypatch.setattr(engine, "run", lambda *_, **__: None)
     monkeypatch.setattr(engine, "_apt", lambda *words: did.append((words[0], words[-1])))
     engine._install()
     assert did == [("update", "-qq"), ("install", "docker-cli")]
@@ -656,6 +695,8 @@ def test_of_official_images_those_are_built_that_no_registry_gives(
     monkeypatch.setattr(image_tool, "_build", lambda image, _: did.append(f"built {image.name}"))
     image_tool.build(image_tool.CATALOGUE[name] for name in ("redis", "versitygw"))
     assert did == ["image rm stand-in", "built versitygw"]
+
+
 
 
 def test_of_an_engine_s_images_those_are_removed_that_were_built_here(monkeypatch: pytest.MonkeyPatch) -> None:
