@@ -115,12 +115,12 @@ def main() -> None:
     unknown = set(arguments.names) - CATALOGUE.keys()
     if unknown:
         parser.error(f"there is no image {', '.join(sorted(unknown))}; there are {', '.join(CATALOGUE)}")
-    if arguments.command == "list":
-        for image in CATALOGUE.values():
-            print(f"{image.name:12}{image.reference}")
-        return
     engine.forget_environment()
     with told("hack/images"):
+        if arguments.command == "list":
+            for image in CATALOGUE.values():
+                print(f"{image.name:12}{image.reference}")
+            return
         with locked():
             engine.ensure()
         build(CATALOGUE[name] for name in arguments.names or CATALOGUE)

@@ -21,6 +21,8 @@ COMMAND_TIMEOUT_S: Final = 1800
 INTERRUPT_TIMEOUT_S: Final = 120
 """How long what was interrupted may take to end in good order: a package that is being installed takes a while."""
 INTERRUPTED: Final = 130
+UNREAD: Final = 141
+"""Exit codes of who was ended by Ctrl-C, and of who wrote into a pipe that nobody reads, as shells count."""
 
 
 held: list[int] = []
@@ -43,7 +45,8 @@ def told(tool: str) -> Iterator[None]:
         tool: Its name.
 
     Raises:
-        SystemExit: Something is missing or failed, or the disk is full.
+        SystemExit: Something is missing or failed, the disk is full, the cache is another user's, Ctrl-C was pressed,
+            or nobody reads what is printed.
     """
     try:
         yield
@@ -53,15 +56,24 @@ def told(tool: str) -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except ClusterError as error:
         sys.exit(f"{tool}: {error}")
+    except BrokenPipeError:
+        # Python writes out at its end what is left; that must find somebody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(UNREAD)
     except OSError as error:
-        where = _full(error)
-        if where is None:
-            raise
-        sys.exit(f"{tool}: no room is left on the disk ({where}): make some, then call again")
+        if (where := _full(error)) is not None:
+            sys.exit(f"{tool}: no room is left on the disk ({where}): make some, then call again")
+        if _of_another_user(error):
+            sys.exit(
+                f"{tool}: {error.filename} may not be written by you (was this called with sudo once?): "
+                f"sudo chown -R $USER {CACHE}, or set HEIMDALL_CACHE to a folder of yours"
+            )
+        raise
 
 
 def _full(error: OSError) -> str | None:
-    """What could not be written since the disk is full, or None where that is not what happened."""
+    """What could not be written since disk or quota are full, or None where that is not what happened."""
+    full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, shutil.Error):  # of a folder's copy: source, target and words of each file
         targets = [target for _, target, words in error.args[0] if any(f"[Errno {code}]" in words for code in full)]
         return str(targets[0]) if targets else None
@@ -70,6 +82,12 @@ def _full(error: OSError) -> str | None:
     return str(error.filename2 or error.filename or CACHE)  # a copy names its source first
 
 
+def _of_another_user(error: OSError) -> bool:
+    """Whether something in the cache, or the folder that it lies in, may not be written."""
+    if not isinstance(error, PermissionError) or error.filename is None:
+        return False
+    file = Path(os.fsdecode(error.filename))
+    return file.is_relative_to(CACHE) or CACHE.is_relative_to(file)
 
 
 def say(text: str) -> None:

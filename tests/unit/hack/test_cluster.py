@@ -299,6 +299,17 @@ def test_a_tool_that_is_interrupted_ends_with_a_line(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "hack/x: interrupted; the next call takes up what is there\n"
 
 
+def test_a_tool_whose_reader_has_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended, steps.told("hack/x"):
+            print("engine: our own")
+        assert ended.value.code == 141
+        stdout.flush()
+
+
 def test_without_proc_nothing_is_mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On macOS."""
     monkeypatch.setattr(folders, "MOUNTS", tmp_path / "nowhere")

@@ -625,15 +625,35 @@ def test_a_disk_that_is_full_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (OSError(errno.ENOSPC, FULL, "/small/source", None, "/full/target"), "/full/target"),
         (shutil.Error([("/small/source", "/full/target", f"[Errno 28] {FULL}: '/full/target'")]), "/full/target"),
         (OSError(errno.ENOSPC, FULL), str(steps.CACHE)),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/full/target"), "/full/target"),
+        (shutil.Error([("/small/source", "/full/target", "[Errno 122] Disk quota exceeded")]), "/full/target"),
     ],
-    ids=["a copy", "a folder's copy", "no name"],
+    ids=["a copy", "a folder's copy", "no name", "a quota", "a folder's copy beyond a quota"],
 )
 def test_of_a_copy_its_target_is_named(error: OSError, where: str) -> None:
     with pytest.raises(SystemExit, match=f"hack/x: no room is left on the disk \\({where}\\)"), steps.told("hack/x"):
         raise error
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), shutil.Error([("a", "b", "[Errno 13] no")])])
+@pytest.mark.parametrize(
+    "file", [steps.CACHE, steps.CACHE / "lock", steps.CACHE.parent], ids=["it", "in it", "around it"]
+)
+def test_a_cache_that_sudo_has_made_is_named(file: Path) -> None:
+    wanted = (
+        rf"^hack/x: {file} may not be written by you .*: sudo chown -R \$USER {steps.CACHE}, or set HEIMDALL_CACHE to"
+    )
+    with pytest.raises(SystemExit, match=wanted), steps.told("hack/x"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EACCES, "no"),
+        PermissionError(errno.EACCES, "no", "/usr/bin/somebodys"),
+        shutil.Error([("a", "b", "[Errno 13] no")]),
+    ],
+)
 def test_another_error_is_none_of_a_full_disk(error: OSError) -> None:
     with pytest.raises(OSError, match="no"), steps.told("hack/x"):
         raise error
