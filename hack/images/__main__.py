@@ -1,8 +1,8 @@
 """`python3 hack/images build [NAME …]` makes the images of chart and tests; `list` names them.
 
 The project's own are built; MLflow, PostgreSQL, MinIO, Redis, versitygw and Kueue are pulled, and those that no
-registry gives are built from packages and Go modules under the same names. An image whose inputs have not changed is
-left alone.
+registry gives are built from packages and Go modules under the same names: in the engine that the cluster's tool has
+started, in another one only where HEIMDALL_STAND_INS is set. An image whose inputs have not changed is left alone.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def build(wanted: Iterable[Image]) -> None:
             continue
         before = _id(image)
         if not (image.official and pulling.pull(image.reference)):
+            if image.official:
+                images.require_stand_ins(image.reference)
             with locked():
                 images.ensure_python()
             with step(f"building {image.reference}"):

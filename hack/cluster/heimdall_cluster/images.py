@@ -33,6 +33,8 @@ KUBE_ROUTER: Final = "docker.io/heimdall/kube-router:v2.1.0"
 SUITE: Final = "bookworm"
 CA_BUNDLE: Final = Path("/etc/ssl/certs/ca-certificates.crt")
 KINDS_NODE: Final = re.compile(rb"kindest/node:v[0-9.]+@sha256:[0-9a-f]{64}")
+STAND_INS: Final = "HEIMDALL_STAND_INS"
+"""Variable that has official images built in any engine where they can't be pulled, as in our own."""
 KUBE_BINARIES: Final = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy")
 
 
@@ -67,12 +69,30 @@ def ensure_python() -> None:
     """Make sure that the base image of the project's own images is there."""
     if exists(PYTHON) or pull(PYTHON):
         return
+    require_stand_ins(PYTHON)
     engine.require_builder(PYTHON)
     _ensure_debian()
     with step(f"building a stand-in for {PYTHON} from Debian packages"):
         _build_own(PYTHON, "python")
 
 
+def require_stand_ins(image: str) -> None:
+    """Make sure that an official name may be given to what is built here.
+
+    In somebody's own engine it would stay when a registry that was away for a moment is back, for all that they do.
+
+    Args:
+        image: What could not be pulled.
+
+    Raises:
+        ClusterError: The engine is not ours, and nobody has asked for it.
+    """
+    if engine.environment() or os.environ.get(STAND_INS):
+        return
+    raise ClusterError(
+        f"{image} can't be pulled, for the reason above: call again when docker pull {image} works. A Docker that was "
+        f"there gets a stand-in of that name only where {STAND_INS}=1 is set"
+    )
 
 
 def build(image: str, *arguments: str | Path, text: str | None = None) -> None:

@@ -666,6 +666,7 @@ def test_an_image_that_can_be_neither_pulled_nor_built_is_named(
     monkeypatch: pytest.MonkeyPatch, ensure: Callable[[], object], lacking: str
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(engine, "environment", lambda: {"DOCKER_HOST": "unix:///ours"})
     monkeypatch.setattr(images, "exists", lambda _: False)
     monkeypatch.setattr(images, "kinds_node", lambda: "kindest/node:v1@sha256:0")
     monkeypatch.setattr(images, "pull", lambda _: False)
@@ -691,6 +692,7 @@ def test_an_official_image_that_somebody_has_pulled_is_never_replaced(
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
     monkeypatch.setattr(cli, "CACHE", tmp_path)
     monkeypatch.setattr(pulling, "pull", lambda image: did.append(f"asked for {image}"))
+    monkeypatch.setattr(engine, "environment", lambda: {"DOCKER_HOST": "unix:///ours"})
     monkeypatch.setattr(images, "ensure_python", lambda: None)
     monkeypatch.setattr(images, "inspect", lambda _, template: label if "Labels" in template else None)
     monkeypatch.setattr(image_tool, "inputs_digest", lambda _: "ours, of now")
@@ -708,6 +710,7 @@ def test_of_official_images_those_are_built_that_no_registry_gives(
     monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
     monkeypatch.setattr(cli, "CACHE", tmp_path)
     monkeypatch.setattr(engine, "docker", lambda: "docker")
+    monkeypatch.setattr(engine, "environment", lambda: {"DOCKER_HOST": "unix:///ours"})
     monkeypatch.setattr(pulling, "pull", lambda image: image.startswith("docker.io/"))
     monkeypatch.setattr(images, "ensure_python", lambda: None)
     monkeypatch.setattr(images, "inspect", lambda _, template: None if "Labels" in template else next(ids))
@@ -715,6 +718,54 @@ def test_of_official_images_those_are_built_that_no_registry_gives(
     monkeypatch.setattr(image_tool, "_build", lambda image, _: did.append(f"built {image.name}"))
     image_tool.build(image_tool.CATALOGUE[name] for name in ("redis", "versitygw"))
     assert did == ["image rm stand-in", "built versitygw"]
+
+
+@pytest.fixture
+def theirs(image_tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """An engine that was there, and a registry that gives nothing; what is built."""
+    built: list[str] = []
+    monkeypatch.setattr(cli, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(cli, "CACHE", tmp_path)
+    monkeypatch.setattr(engine, "environment", dict)
+    monkeypatch.setattr(engine, "docker", lambda: "docker")
+    monkeypatch.setattr(engine, "require_builder", lambda _: None)
+    monkeypatch.delenv(images.STAND_INS, raising=False)
+    for module in (images, pulling):
+        monkeypatch.setattr(module, "pull", lambda _: False)
+    monkeypatch.setattr(images, "inspect", lambda *_: None)
+    monkeypatch.setattr(images, "_ensure_debian", lambda: None)
+    monkeypatch.setattr(images, "_build_own", lambda image, _: built.append(image))
+    monkeypatch.setattr(image_tool, "_build", lambda image, _: built.append(image.reference))
+    return built
+
+
+def test_no_stand_in_takes_an_official_name_in_an_engine_that_was_there(theirs: list[str], image_tool: Any) -> None:
+    """A registry that counts pulls gives the real one an hour later."""
+    redis = image_tool.CATALOGUE["redis"]
+    for image, build in ((redis.reference, lambda: image_tool.build([redis])), (images.PYTHON, images.ensure_python)):
+        said = (
+            rf"^{image} can't be pulled, .*: call again when docker pull {image} works.* HEIMDALL_STAND_INS=1 is set$"
+        )
+        with pytest.raises(steps.ClusterError, match=said):
+            build()
+    assert theirs == []
+
+
+def test_a_stand_in_takes_an_official_name_where_that_is_asked_for(
+    theirs: list[str], image_tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine of continuous integration that has a Docker and no registry."""
+    monkeypatch.setenv(images.STAND_INS, "1")
+    image_tool.build([image_tool.CATALOGUE["redis"]])
+    assert theirs == [images.PYTHON, "docker.io/library/redis:7.4"]
+
+
+def test_what_is_the_project_s_own_is_built_in_any_engine(
+    theirs: list[str], image_tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "pull", lambda _: True)
+    image_tool.build([image_tool.CATALOGUE["operator"]])
+    assert theirs == ["heimdall/operator:dev"]
 
 
 
