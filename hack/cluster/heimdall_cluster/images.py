@@ -19,7 +19,7 @@ from heimdall_cluster.folders import scratch
 from heimdall_cluster.parts import KUBERNETES_VERSION
 from heimdall_cluster.paths import IMAGES_SOURCE, LOGS
 from heimdall_cluster.pulling import pull, whole_name
-from heimdall_cluster.steps import ClusterError, read, run, step
+from heimdall_cluster.steps import ClusterError, TooLongError, read, run, step
 
 DEBIAN: Final = "heimdall/debian:bookworm"
 PYTHON: Final = "python:3.11-slim-bookworm"
@@ -35,6 +35,9 @@ CA_BUNDLE: Final = Path("/etc/ssl/certs/ca-certificates.crt")
 KINDS_NODE: Final = re.compile(rb"kindest/node:v[0-9.]+@sha256:[0-9a-f]{64}")
 STAND_INS: Final = "HEIMDALL_STAND_INS"
 """Variable that has official images built in any engine where they can't be pulled, as in our own."""
+PROXIES: Final = ("http_proxy", "https_proxy", "no_proxy")
+INDEXES: Final = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX")
+LOOPBACK: Final = re.compile(r"(\w+://)?([^@/]*@)?(localhost|127(\.\d+)+|\[::1\])(:\d+)?(/.*)?")
 KUBE_BINARIES: Final = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy")
 
 
@@ -104,7 +107,21 @@ def build(image: str, *arguments: str | Path, text: str | None = None) -> None:
         text: Standard input.
     """
     named = ("--quiet", "--tag", image, "--label", f"{OURS}={image}")
-    docker("build", *named, *arguments, log="images", text=text)
+    try:
+        docker("build", *named, *_way_out(), *arguments, log="images", text=text)
+    except TooLongError as error:
+        raise ClusterError(f"{error}. Call again: it goes on from the layers that are done") from error
+
+
+def _way_out() -> list[str]:
+    """Options that tell a build of this machine's proxy and package index; the image keeps neither.
+
+    Docker knows a proxy's variables by itself; those of the index are declared in a stage that is left behind. What is
+    at the loopback address no build's container reaches.
+    """
+    names = [*PROXIES, *map(str.upper, PROXIES), *INDEXES]
+    told = [name for name in names if (value := os.environ.get(name)) and not LOOPBACK.fullmatch(value)]
+    return [word for name in told for word in ("--build-arg", name)]
 
 
 def _build_own(image: str, folder: str, *, context: Path | None = None) -> None:

@@ -310,6 +310,17 @@ def test_a_tool_whose_reader_has_gone_ends_quietly(monkeypatch: pytest.MonkeyPat
         stdout.flush()
 
 
+def test_a_build_that_takes_too_long_is_told_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def docker(*_: object, **__: object) -> None:
+        raise steps.TooLongError("docker took longer than 1800 s; see log")
+
+    monkeypatch.setattr(images, "docker", docker)
+    with pytest.raises(
+        steps.ClusterError, match=r"longer than 1800 s; see log\. Call again: it goes on from the layers"
+    ):
+        images.build("heimdall/x:dev", ".")
+
+
 def test_without_proc_nothing_is_mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On macOS."""
     monkeypatch.setattr(folders, "MOUNTS", tmp_path / "nowhere")

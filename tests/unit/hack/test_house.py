@@ -32,3 +32,39 @@ def test_the_operator_s_image_holds_no_torch() -> None:
 
     assert "kopf" in names
     assert names.isdisjoint({"torch", "lightning", "pytorch-lightning", "timm", "mlflow"})
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"Dockerfile.{name}" for name in ("operator", "trainer")),
+        *(f"images/{name}/Dockerfile" for name in ("contract", "mlflow")),
+    ],
+)
+def test_the_index_that_packages_come_from_is_in_no_image(name: str) -> None:
+    """A stage that is left behind is told of it, before it installs anything."""
+    first, last = re.split(r"^FROM .*$", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
+
+    before = first.partition("RUN ")[0].splitlines()
+    assert {"ARG PIP_INDEX_URL", "ARG UV_DEFAULT_INDEX=$PIP_INDEX_URL"} <= set(before)
+    assert "INDEX" not in last
+
+
+@pytest.mark.parametrize(
+    ("said", "configured", "index"),
+    [
+        ({}, "", ""),
+        ({"PIP_INDEX_URL": "https://pip"}, "https://conf", "https://pip"),
+        ({}, "https://conf", "https://conf"),
+        ({"PIP_INDEX_URL": "https://pip", "UV_DEFAULT_INDEX": "https://uv"}, "https://conf", "https://uv"),
+    ],
+    ids=str,
+)
+def test_a_mirror_that_serves_pip_serves_uv(clone: Path, said: dict[str, str], configured: str, index: str) -> None:
+    if configured:
+        (clone / "pip.conf").write_text(configured)
+
+    (synced,) = [line for line in make_venv(clone, **said) if line.startswith("sync")]
+
+    assert synced.split()[1] == f"index={index}"
+    assert synced.split()[2] in {"certs=0", "certs=1"}, "where the machine names no authorities, uv's own are asked"
+
+

@@ -768,6 +768,28 @@ def test_what_is_the_project_s_own_is_built_in_any_engine(
     assert theirs == ["heimdall/operator:dev"]
 
 
+def test_a_build_is_told_of_the_proxy_and_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name: a value may be a login, and commands are logged."""
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(images, "docker", lambda *arguments, **_: ran.append(arguments))
+    for name in (*images.PROXIES, *map(str.upper, images.PROXIES), *images.INDEXES):
+        monkeypatch.delenv(name, raising=False)
+    images.build("heimdall/x:dev", ".")
+    assert "--build-arg" not in ran.pop()
+
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@proxy.example.com:3128")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost,.example.com")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://pypi.example.com/simple")
+    for name, value in {"http_proxy": "http://127.0.0.1:3128", "HTTP_PROXY": "user:word@localhost:3128/"}.items():
+        monkeypatch.setenv(name, value)  # within a container that is the container's own
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://[::1]:3141/root/pypi")
+    images.build("heimdall/x:dev", ".")
+    (words,) = ran
+    assert [words[at + 1] for at, word in enumerate(words) if word == "--build-arg"] == [
+        "no_proxy",
+        "HTTPS_PROXY",
+        "PIP_INDEX_URL",
+    ]
 
 
 def test_of_an_engine_s_images_those_are_removed_that_were_built_here(monkeypatch: pytest.MonkeyPatch) -> None:
