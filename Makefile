@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ROOMS := api tracking operator trainer
+# Holds where the environment was made: it names that place throughout, and in a copy would run the original's code.
 STAMP := $(VENV)/.heimdall-stamp
 # What is imported is compiled once, whatever a machine thinks of that: torch alone takes seconds each time.
 export PYTHONDONTWRITEBYTECODE :=
@@ -15,14 +16,23 @@ export PYTHONDONTWRITEBYTECODE :=
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
 
+# An environment that was copied or moved, or whose Python has gone, is not up to date, whatever its stamp's time.
+ifneq "$(shell $(BIN)/python -c 'import pip' 2> /dev/null && cat $(STAMP) 2> /dev/null)" "$(CURDIR)"
+.PHONY: stale
+$(STAMP): stale
+endif
+
 $(STAMP): requirements/bootstrap.txt requirements/dev.txt $(ROOMS:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11")'
 	@echo "→ development environment in $(VENV)"
-	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@case "$$($(BIN)/pip --version 2> /dev/null)" in \
+		*" from $(CURDIR)/$(VENV)/"*) ;; \
+		*) $(PYTHON) -m venv --clear $(VENV) ;; \
+	esac
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(ROOMS:%=-e ./%)
-	@touch $(STAMP)
+	@printf '%s' "$(CURDIR)" > $(STAMP)
 
 .PHONY: venv
 venv: $(STAMP) ## Make the development environment (.venv)

@@ -1,7 +1,12 @@
-"""The house: lock files that name no index and hold hashes, and a licence."""
+"""The house: lock files that name no index and hold hashes, and an environment that is its own clone's."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +37,8 @@ def test_the_operator_s_image_holds_no_torch() -> None:
 
     assert "kopf" in names
     assert names.isdisjoint({"torch", "lightning", "pytorch-lightning", "timm", "mlflow"})
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -46,6 +53,88 @@ def test_the_index_that_packages_come_from_is_in_no_image(name: str) -> None:
     before = first.partition("RUN ")[0].splitlines()
     assert {"ARG PIP_INDEX_URL", "ARG UV_DEFAULT_INDEX=$PIP_INDEX_URL"} <= set(before)
     assert "INDEX" not in last
+
+
+# --- the development environment ----------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/bash
+# Stands in for Python and what lies beside it in an environment, which names its place as a real one does.
+place=
+case "$*" in
+  "-m venv --clear .venv")
+    echo made >> did
+    rm -rf .venv
+    mkdir -p .venv/bin
+    for name in python pip uv; do
+      sed "s|^place=.*|place='$PWD'|" "$0" > ".venv/bin/$name"
+      chmod +x ".venv/bin/$name"
+    done ;;
+  "-c import pip") [ ! -e .venv/broken ] ;;
+  --version) [ ! -e .venv/broken ] && echo "pip 26.0 from $place/.venv/lib/python3.11/site-packages/pip" ;;
+  "-m pip config get global.index-url") [ -e pip.conf ] && cat pip.conf ;;
+  "pip "*) echo "$2 index=${UV_DEFAULT_INDEX:-} certs=$UV_SYSTEM_CERTS" >> did ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone in which nothing was made yet, at a path with a space."""
+    made = tmp_path / "a clone"
+    (made / "requirements").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", made)
+    for file in ("bootstrap", "dev"):
+        (made / f"requirements/{file}.txt").touch()
+    for room in ("api", "tracking", "operator", "trainer"):
+        (made / room).mkdir()
+        (made / room / "pyproject.toml").touch()
+    (tmp_path / "python3").write_text(PYTHON)
+    (tmp_path / "python3").chmod(0o755)
+    for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_SYSTEM_CERTS", "MAKEFLAGS", "MAKELEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    return made
+
+
+def make_venv(clone: Path, **said: str) -> list[str]:
+    """What `make venv` did."""
+    python = f"PYTHON={clone.parent / 'python3'}"
+    (clone / "did").unlink(missing_ok=True)
+    subprocess.run(["make", "venv", python], cwd=clone, env={**os.environ, **said}, check=True, timeout=60)
+    return (clone / "did").read_text().splitlines() if (clone / "did").exists() else []
+
+
+def test_an_environment_is_made_once_and_brought_up_to_date(clone: Path) -> None:
+    installed = ["sync", "install"]
+
+    assert [line.split()[0] for line in make_venv(clone)] == ["made", *installed]
+    assert make_venv(clone) == []
+    os.utime(clone / ".venv/.heimdall-stamp", (0, 0))
+    assert [line.split()[0] for line in make_venv(clone)] == installed
+
+
+def copied(clone: Path) -> Path:
+    return shutil.copytree(clone, clone.with_name("another clone"))
+
+
+def moved(clone: Path) -> Path:
+    return clone.rename(clone.with_name("another place"))
+
+
+def broken(clone: Path) -> Path:
+    """Its Python has become another version."""
+    (clone / ".venv/broken").touch()
+    return clone
+
+
+@pytest.mark.parametrize("change", [copied, moved, broken])
+def test_an_environment_of_another_place_is_made_anew(clone: Path, change: Callable[[Path], Path]) -> None:
+    """It names its place in its programs and in what is installed to be edited: it would run another clone's code."""
+    make_venv(clone)
+
+    changed = change(clone)
+
+    assert make_venv(changed)[0] == "made"
+    assert make_venv(changed) == []
 
 
 @pytest.mark.parametrize(
