@@ -11,6 +11,13 @@ ROOMS := api tracking operator trainer
 STAMP := $(VENV)/.heimdall-stamp
 # What is imported is compiled once, whatever a machine thinks of that: torch alone takes seconds each time.
 export PYTHONDONTWRITEBYTECODE :=
+# A mirror that serves pip is to serve uv, which by itself knows neither pip's index nor whom the machine trusts.
+UV_SYSTEM_CERTS ?= $(if $(wildcard /etc/ssl/cert.pem /etc/ssl/certs/*),1,0)
+export UV_SYSTEM_CERTS
+ifdef PIP_INDEX_URL
+UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+export UV_DEFAULT_INDEX
+endif
 
 .PHONY: help
 help: ## List the targets
@@ -30,7 +37,9 @@ $(STAMP): requirements/bootstrap.txt requirements/dev.txt $(ROOMS:%=%/pyproject.
 		*) $(PYTHON) -m venv --clear $(VENV) ;; \
 	esac
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
-	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
+	@index=$$($(BIN)/python -m pip config get global.index-url 2> /dev/null || true); \
+		UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}" \
+		$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/bootstrap.txt requirements/dev.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(ROOMS:%=-e ./%)
 	@printf '%s' "$(CURDIR)" > $(STAMP)
 

@@ -157,3 +157,5 @@ def test_a_mirror_that_serves_pip_serves_uv(clone: Path, said: dict[str, str], c
     assert synced.split()[2] in {"certs=0", "certs=1"}, "where the machine names no authorities, uv's own are asked"
 
 
+def test_whom_uv_trusts_can_be_told(clone: Path) -> None:
+    assert "sync index= certs=0" in make_venv(clone, UV_SYSTEM_CERTS="0")
