@@ -55,6 +55,25 @@ def test_the_index_that_packages_come_from_is_in_no_image(name: str) -> None:
     assert "INDEX" not in last
 
 
+@pytest.mark.parametrize(
+    "said", [{}, {"XDG_CACHE_HOME": "/xdg"}, {"HEIMDALL_CACHE": "/mine", "XDG_CACHE_HOME": "/xdg"}], ids=str
+)
+def test_the_types_are_cached_where_everything_is(monkeypatch: pytest.MonkeyPatch, said: dict[str, str]) -> None:
+    """Or another call would find a cache that holds what it did not make."""
+    from heimdall_cluster.paths import cache_dir
+
+    (folder,) = re.findall(r"MYPY_CACHE_DIR=(\S+)", (ROOT / "hack/e2e").read_text())
+    for name in ("HEIMDALL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+
+    told = subprocess.run(
+        ["bash", "-c", f"echo {folder}"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert told.strip() == str(cache_dir() / "mypy")
+
+
 # --- the development environment ----------------------------------------------------------------------------------
 
 PYTHON = """#!/bin/bash
