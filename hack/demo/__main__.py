@@ -37,6 +37,8 @@ EXAMPLE: Final = "manifests/examples/localizer.yaml"
 JOB: Final = "generate-recordings"
 FIXED: Final = ("field is immutable", "once the run exists")
 """What the API server says of a Job or a TrainingRun that is there and would have to be another one."""
+PENDING: Final = "another operation (install/upgrade/rollback) is in progress"
+"""What Helm says of a release that it is at work on, and of one that it was interrupted at."""
 ENVIRONMENT: Final = 'eval "$(python3 hack/cluster env)"'
 SMALL_IMAGES: Final = ("operator", "mlflow", "postgresql", "minio")
 INSTALL_TIMEOUT_S: Final = 420
@@ -89,18 +91,33 @@ def _install() -> None:
             "--timeout",
             f"{INSTALL_TIMEOUT_S}s",
         ]
-        run(
-            [BIN / "helm", *command[1:4], ROOT / command[4], *command[5:], *options],
-            log=LOGS / "demo.log",
-            env=_environment(),
-            timeout_s=INSTALL_TIMEOUT_S + 60,
-        )
+        _helm([*command[1:4], ROOT / command[4], *command[5:], *options])
         # Images keep their name when they are built anew: a deployment that was there would go on with the old one.
         if _installed_image() != _built_image():
             _kubectl("rollout", "restart", "deployment/heimdall-operator")
             _kubectl("rollout", "status", "deployment/heimdall-operator", "--timeout=120s")
 
 
+def _helm(arguments: list[str | Path]) -> None:
+    """Call Helm; where an earlier call was interrupted in the midst of its work, tell what to do."""
+    timeout_s = INSTALL_TIMEOUT_S + 60
+    try:
+        run([BIN / "helm", *arguments], log=LOGS / "demo.log", env=_environment(), timeout_s=timeout_s)
+    except ClusterError as error:
+        status = _release_status()
+        if PENDING not in str(error) or not status.startswith("pending"):
+            raise
+        verb = "uninstall" if status == "pending-install" else "rollback"
+        raise ClusterError(
+            f"the release heimdall is {status}: another Helm is at work on it, or was interrupted. If none is, take "
+            f"back what it began, then call again:\n  {ENVIRONMENT}\n  helm -n {NAMESPACE} {verb} heimdall"
+        ) from error
+
+
+def _release_status() -> str:
+    command = [BIN / "helm", "status", "heimdall", "--namespace", NAMESPACE, "--output", "json"]
+    said = read(command, env=_environment())
+    return str(json.loads(said).get("info", {}).get("status", "")) if said else ""
 
 
 def _installed_image() -> str | None:

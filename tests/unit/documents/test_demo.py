@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -218,3 +219,27 @@ def test_what_is_refused_for_another_reason_is_told_as_it_was(demo: Any, monkeyp
     assert complaint(demo, demo._train) == "kubectl apply failed: exceeded quota"
 
 
+@pytest.mark.parametrize(
+    ("status", "verb"),
+    [("pending-install", "uninstall"), ("pending-upgrade", "rollback"), ("failed", None), ("", None)],
+)
+def test_a_release_that_helm_was_interrupted_at_is_told_with_what_to_do(
+    demo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str, verb: str | None
+) -> None:
+    """Nothing is taken back unasked: another Helm may be at work on it. Nor are old words in the log this call's."""
+    words = "Error: UPGRADE FAILED: another operation (install/upgrade/rollback) is in progress"
+    said = json.dumps({"name": "heimdall", "info": {"status": status}}) if status else "Error: release: not found"
+    helm = tmp_path / "helm"
+    helm.write_text(f"#!/bin/sh\n[ $1 = status ] || {{ echo '{words}'; exit 1; }}\necho '{said}'\n[ '{status}' ]\n")
+    helm.chmod(0o755)
+    for name in ("BIN", "LOGS"):
+        monkeypatch.setattr(demo, name, tmp_path)
+    monkeypatch.setattr(demo.engine, "environment", dict)
+
+    complained = complaint(demo, demo._install)
+
+    if verb is None:
+        assert words in complained
+        return
+    assert complained.startswith(f"the release heimdall is {status}: another Helm is at work on it, or")
+    assert complained.endswith(f'call again:\n  eval "$(python3 hack/cluster env)"\n  helm -n heimdall {verb} heimdall')
