@@ -31,8 +31,8 @@ from heimdall_api.types import TrainingRunSpec
 from heimdall_operator.decide import job_name
 from heimdall_operator.observe import COMPLETION_INDEX, CONTAINER
 from heimdall_operator.overrides import overridden
+from heimdall_operator.own import CA_VOLUME, GPU_RESOURCE, MOUNTS, RUN_FILE_VOLUME, SCRATCH_VOLUME, SHARED_MEMORY_VOLUME
 
-GPU_RESOURCE: Final = "nvidia.com/gpu"
 RENDEZVOUS_PORT: Final = 29400
 
 
@@ -41,8 +41,7 @@ YOUNGER_FIELDS: Final = (("export",), ("data", "arrivals"))
 
 An image of somebody's own must not fail because the operator was upgraded."""
 DEFAULTS: Final = TrainingRunSpec().model_dump(mode="json", exclude_none=True)
-CA_DIR: Final = "/etc/heimdall-ca"
-CA_FILE: Final = f"{CA_DIR}/ca.crt"
+CA_FILE: Final = f"{MOUNTS[CA_VOLUME]}/ca.crt"
 CA_VARIABLES: Final = (
     "MLFLOW_TRACKING_SERVER_CERT_PATH",
     "REQUESTS_CA_BUNDLE",
@@ -65,8 +64,8 @@ class CABundle:
         """The volume that holds them as one file."""
         items = [{"key": self.key, "path": CA_FILE.rsplit("/", 1)[1]}]
         if self.is_secret:
-            return {"name": "ca", "secret": {"secretName": self.name, "items": items}}
-        return {"name": "ca", "configMap": {"name": self.name, "items": items}}
+            return {"name": CA_VOLUME, "secret": {"secretName": self.name, "items": items}}
+        return {"name": CA_VOLUME, "configMap": {"name": self.name, "items": items}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,17 +242,17 @@ def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
                 "terminationMessagePath": TERMINATION_MESSAGE_FILE,
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "volumeMounts": [
-                    {"name": "run-file", "mountPath": RUN_FILE.rsplit("/", 1)[0], "readOnly": True},
-                    {"name": "scratch", "mountPath": SCRATCH_DIR},
-                    {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108 - a volume of the pod's own
-                    *([{"name": "ca", "mountPath": CA_DIR, "readOnly": True}] if defaults.ca else []),
+                    _mount(RUN_FILE_VOLUME, readOnly=True),
+                    _mount(SCRATCH_VOLUME),
+                    _mount(SHARED_MEMORY_VOLUME),
+                    *([_mount(CA_VOLUME, readOnly=True)] if defaults.ca else []),
                 ],
             }
         ],
         "volumes": [
             {
                 # An annotation mounted as a file needs no ConfigMap: one write less, and nothing to clean up.
-                "name": "run-file",
+                "name": RUN_FILE_VOLUME,
                 "downwardAPI": {
                     "items": [
                         {
@@ -263,14 +262,18 @@ def _pod_spec(plan: AttemptPlan, defaults: TrainerDefaults) -> dict[str, Any]:
                     ]
                 },
             },
-            {"name": "scratch", "emptyDir": {}},
+            {"name": SCRATCH_VOLUME, "emptyDir": {}},
             {
-                "name": "shared-memory",
+                "name": SHARED_MEMORY_VOLUME,
                 "emptyDir": {"medium": "Memory", "sizeLimit": str(plan.spec.resources.shared_memory)},
             },
             *([defaults.ca.volume()] if defaults.ca else []),
         ],
     }
+
+
+def _mount(volume: str, **more: bool) -> dict[str, Any]:
+    return {"name": volume, "mountPath": MOUNTS[volume], **more}
 
 
 def _environment(plan: AttemptPlan, defaults: TrainerDefaults) -> list[dict[str, str]]:

@@ -11,17 +11,9 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from heimdall_api.contract import (
-    ENV_ATTEMPT,
-    ENV_MLFLOW_RUN_ID,
-    ENV_RUN_FILE,
-    ENV_TERMINATION_MESSAGE,
-    GROUP,
-    LABEL_MANAGED_BY,
-    RUN_FILE,
-    SCRATCH_DIR,
-)
+from heimdall_api.contract import GROUP, LABEL_MANAGED_BY
 from heimdall_operator.observe import CONTAINER
+from heimdall_operator.own import MOUNTS, RESOURCES, VARIABLES
 
 FIELD: Final = "spec.podTemplate"
 MERGE_KEYS: Final = {
@@ -61,9 +53,6 @@ _RESTARTS: Final = "a trainer that has ended would be started again in its pod, 
 _OWN_RESTARTS: Final = ("restartPolicy", "restartPolicyRules")
 _RESTART_OF_ALL: Final = "RestartAllContainers"
 """What a rule of any container may do to the trainer (Kubernetes' KEP-5532)."""
-_OWN_RESOURCES: Final = ("cpu", "memory", "nvidia.com/gpu")
-_OWN_ENV: Final = frozenset({ENV_RUN_FILE, ENV_ATTEMPT, ENV_TERMINATION_MESSAGE, ENV_MLFLOW_RUN_ID})
-_OWN_VOLUMES: Final = frozenset({"run-file", "scratch", "shared-memory"})
 _SAFE_VOLUMES: Final = frozenset(
     {
         *("configMap", "secret", "emptyDir", "persistentVolumeClaim", "projected", "downwardAPI", "ephemeral", "csi"),
@@ -78,7 +67,6 @@ _KEPT: Final = frozenset(
     }
 )
 """What null must not remove from the operator's template."""
-_OWN_MOUNTS: Final = frozenset({RUN_FILE.rsplit("/", 1)[0], SCRATCH_DIR, "/dev/shm"})  # noqa: S108 - the pod's own
 _TOP: Final = frozenset({"metadata", "spec"})
 
 
@@ -249,7 +237,7 @@ def _volumes(volumes: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for volume in volumes:
         path = f"{FIELD}.spec.volumes[{volume['name']}]"
-        if volume["name"] in _OWN_VOLUMES:
+        if volume["name"] in MOUNTS:
             found.append(f"{path}: the operator has a volume of this name: choose another name")
         sources = {name for name, value in volume.items() if name != "name" and value is not None}
         found += [f"{path}.{name}: {_ISOLATION}" for name in sorted(sources - _SAFE_VOLUMES)]
@@ -287,13 +275,13 @@ def _trainer(container: Mapping[str, Any], path: str) -> list[str]:
     found = [f"{path}.{name}: {remedies.get(name, _CONTRACT)}" for name in _OWN_CONTAINER_FIELDS if name in container]
     found += [f"{path}.{name}: {_RESTARTS}" for name in _OWN_RESTARTS if name in container]
     names = [variable["name"] for variable in container.get("env") or []]
-    found += [f"{path}.env[{name}]: {_CONTRACT}" for name in names if name in _OWN_ENV]
+    found += [f"{path}.env[{name}]: {_CONTRACT}" for name in names if name in VARIABLES]
     mounts = [mount["mountPath"] for mount in container.get("volumeMounts") or []]
-    found += [f"{path}.volumeMounts[{place}]: {_CONTRACT}" for place in mounts if place in _OWN_MOUNTS]
+    found += [f"{path}.volumeMounts[{place}]: {_CONTRACT}" for place in mounts if place in MOUNTS.values()]
     return found + [
         f"{path}.resources.{kind}.{name}: set spec.resources instead"
         for kind, amounts in (container.get("resources") or {}).items()
-        for name in _OWN_RESOURCES
+        for name in RESOURCES
         if name in (amounts or {})
     ]
 

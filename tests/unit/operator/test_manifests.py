@@ -22,6 +22,8 @@ from heimdall_operator.manifests import (
     build_service,
     run_file,
 )
+from heimdall_operator.overrides import refusals
+from heimdall_operator.own import CA_VOLUME
 from tests.unit.operator.builders import UID, spec
 from tests.unit.operator.fakes import DEFAULTS
 
@@ -103,11 +105,26 @@ def test_a_training_pod_is_given_the_authorities_of_private_servers(is_secret: b
 
     pod = build_job(plan(), defaults)["spec"]["template"]["spec"]
 
-    assert {"name": "ca", **source} in pod["volumes"]
+    assert {"name": CA_VOLUME, **source} in pod["volumes"]
     container = pod["containers"][0]
-    mount = next(item for item in container["volumeMounts"] if item["name"] == "ca")
+    mount = next(item for item in container["volumeMounts"] if item["name"] == CA_VOLUME)
     assert (mount["mountPath"], mount["readOnly"]) == (str(Path(CA_FILE).parent), True)
     assert {item["name"] for item in container["env"] if item.get("value") == CA_FILE} == set(CA_VARIABLES)
+
+
+def test_every_part_of_the_pod_is_kept_from_pod_templates() -> None:
+    """What is missed there would be merged by name: into a ConfigMap's place, another one."""
+    whole = replace(DEFAULTS, ca=CABundle(name="trusted", key="root.pem", is_secret=False))
+    pod = build_job(plan(resources={"workers": 2}), whole)["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+
+    volumes = refusals({"spec": {"volumes": [{"name": volume["name"], "emptyDir": {}} for volume in pod["volumes"]]}})
+    mine = [{"name": "mine", "mountPath": mount["mountPath"]} for mount in container["volumeMounts"]]
+    mounts = refusals({"spec": {"containers": [{"name": "trainer", "volumeMounts": mine}]}})
+    resources = refusals({"spec": {"containers": [{"name": "trainer", "resources": container["resources"]}]}})
+
+    assert [len(volumes), len(mounts)] == [len(pod["volumes"]), len(container["volumeMounts"])]
+    assert len(resources) == sum(map(len, container["resources"].values()))
 
 
 def test_an_image_of_an_earlier_release_is_told_only_of_what_it_knows() -> None:

@@ -91,6 +91,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         trainer(volumeMounts=[{"name": "x", "mountPath": "/scratch"}]),
         "volumeMounts[/scratch]: the operator needs",
     ),
+    "the mount of the authorities": (
+        trainer(volumeMounts=[{"name": "x", "mountPath": "/etc/heimdall-ca"}]),
+        "volumeMounts[/etc/heimdall-ca]: the operator needs",
+    ),
     "privileges": (trainer(securityContext={"privileged": True}), "securityContext.privileged: it would break"),
     "more privileges": (trainer(securityContext={"allowPrivilegeEscalation": True}), "allowPrivilegeEscalation"),
     "capabilities": (trainer(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), "capabilities: it would"),
@@ -120,12 +124,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "containers[trainer].resources.limits.memory: set spec.resources instead",
     ),
     "the run": (trainer(env=[{"name": "MLFLOW_RUN_ID", "value": "x"}]), "env[MLFLOW_RUN_ID]: the operator needs"),
+    "the grace period that the trainer is told": (
+        trainer(env=[{"name": "HEIMDALL_GRACE_PERIOD_S", "value": "9"}]),
+        "env[HEIMDALL_GRACE_PERIOD_S]: the operator needs",
+    ),
     "a label of ours": (
         {"metadata": {"labels": {"training.heimdall.dev/attempt": "9"}}},
         "labels[training.heimdall.dev/attempt]: the operator needs",
     ),
     "a name": ({"metadata": {"name": "x"}}, "spec.podTemplate.metadata.name: only labels and annotations"),
     "a volume of ours": ({"spec": {"volumes": [{"name": "scratch"}]}}, "choose another name"),
+    "the volume of the authorities": (
+        {"spec": {"volumes": [{"name": "heimdall-ca", "secret": {"secretName": "mine"}}]}},
+        "volumes[heimdall-ca]: the operator has a volume of this name",
+    ),
     "an unknown part": ({"sepc": {}}, "spec.podTemplate.sepc is unknown: use metadata and spec"),
     "a list that is none": ({"spec": {"containers": {"name": "trainer"}}}, "must be a list of objects with name"),
     "resources that are none": (trainer(resources="x"), "resources must be an object"),
@@ -147,6 +159,7 @@ TAKEN: dict[str, dict[str, Any]] = {
     "a command": trainer(command=["python", "train.py"], workingDir="/app"),
     "another user": {"spec": {"securityContext": {"runAsUser": 1000, "fsGroup": 1000}}},
     "a claim": {"spec": {"volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": "d"}}]}},
+    "authorities of the user's own": {"spec": {"volumes": [{"name": "ca", "configMap": {"name": "mine"}}]}},
     "a sidecar": {"spec": {"containers": [{"name": "side", "image": "x", "resources": {"limits": {"memory": "1Gi"}}}]}},
     "a sidecar of a restricted namespace": {
         "spec": {
