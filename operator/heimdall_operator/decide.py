@@ -39,7 +39,7 @@ from heimdall_operator.actions import (
     RegisterModel,
     RemoveFinalizer,
 )
-from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, parse_last_words, shorten
+from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, shorten, with_last_words
 from heimdall_operator.observe import JobFacts, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import ConditionValue, age_s, waiting, with_conditions, with_facts
@@ -252,9 +252,8 @@ def _unless_in_vain(observed: Observed, outcome: Outcome) -> Outcome:
     if made is not None and (since := before[0].running_time) is not None and made.time >= since:
         return outcome
     words = "It was asked to end (SIGTERM) once more by nobody who owns up to it, and no checkpoint was made since"
-    # What is said where it left no words is that it made one.
-    said_reason, said = parse_last_words(pod.last_words)
-    message = f"{words} attempt {before[0].number}. {said if said_reason is not None else ''}".rstrip()
+    # Not behind what is said of other such ends: that it made one.
+    message = with_last_words(f"{words} attempt {before[0].number}.", pod)
     return replace(outcome, reason=Reason.KILLED, message=shorten(message))
 
 
@@ -524,9 +523,12 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
     if _living(observed, now):
         return Decision((), status, POLL_S)
     counted = Reason(attempt.reason) not in FREE if attempt.reason else True
-    # A pod that is gone before anybody looked takes its exit code along.
+    # A pod that is gone before anybody looked takes its exit code along, and its last words.
     judged = judge_group(observed.attempt_pods, spec.resources.workers)
-    update = {"end_time": now, "exit_code": judged.exit_code if judged is not None else None}
+    pod = next((pod for pod in observed.attempt_pods if judged is not None and pod.name == judged.pod), None)
+    update: dict[str, object] = {"end_time": now, "exit_code": pod.exit_code if pod is not None else None}
+    if counted and pod is not None:
+        update["message"] = shorten(with_last_words(attempt.message or "", pod))
     ended = observed.status.attempts[-1].model_copy(update=update)
     status = observed.status.model_copy(
         update={

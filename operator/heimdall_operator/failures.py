@@ -60,6 +60,8 @@ _BY_EXIT_CODE: Final = {
     ExitCode.SIGTERM: (Reason.PREEMPTED, "The pod was asked to end (SIGTERM) and made a checkpoint first."),
     137: (Reason.KILLED, "The container was killed (SIGKILL), not for memory: by the node or by hand."),
 }
+BEGINNING: Final = 320
+"""Characters at the beginning of a message that are never cut: what is known of an end stands there."""
 _NEVER_STARTS: Final = ("executable file not found", "no such file or directory", "permission denied")
 _LOST_NODE: Final = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost", "NodeShutdown"})
 
@@ -116,15 +118,17 @@ def judge_pod(pod: PodFacts) -> Outcome | None:
 
 def _reason(pod: PodFacts) -> tuple[Reason, str]:
     if pod.killed_for_memory:
-        return Reason.HOST_OUT_OF_MEMORY, (
+        text = (
             "The pod used more memory than spec.resources.memory allows (OOMKilled): raise it in a new TrainingRun, "
             "or lower spec.training.batchSize or dataLoaderWorkers."
         )
+        return Reason.HOST_OUT_OF_MEMORY, with_last_words(text, pod)
     if pod.exceeded_storage:
-        return Reason.STORAGE_EXCEEDED, (
+        text = (
             f"{pod.exceeded_storage.strip()} Raise the limit (ephemeral-storage of the container, sizeLimit of the "
             "volume) in spec.podTemplate of a new TrainingRun, or write less."
         )
+        return Reason.STORAGE_EXCEEDED, with_last_words(text, pod)
     if pod.start_error:
         # A driver that does not answer is another node's no trouble; a command that is not in the image is in none.
         final = any(words in pod.start_error for words in _NEVER_STARTS)
@@ -133,7 +137,8 @@ def _reason(pod: PodFacts) -> tuple[Reason, str]:
     if pod.disruption is not None:
         lost = pod.disruption in _LOST_NODE
         text = f"The node {pod.node} was lost" if lost else "Kubernetes took the pod's place for something else"
-        return (Reason.NODE_LOST if lost else Reason.PREEMPTED), f"{text} ({pod.disruption})."
+        reason = Reason.NODE_LOST if lost else Reason.PREEMPTED
+        return reason, with_last_words(f"{text} ({pod.disruption}).", pod)
     if pod.lost_track:
         return Reason.NODE_LOST, f"The node {pod.node} went away, and does not know what became of the container."
     if pod.exit_code is None:
@@ -159,12 +164,25 @@ def _from_last_words(pod: PodFacts) -> tuple[Reason, str]:
     if pod.exit_code in _BY_EXIT_CODE:
         reason, default = _BY_EXIT_CODE[pod.exit_code]
         if pod.exit_code == 137 and pod.deleting:  # noqa: PLR2004 - 128 + SIGKILL
-            return Reason.PREEMPTED, "The pod was deleted and did not end within its grace period."
-        return reason, said if said_reason is not None else default
+            text = "The pod was deleted and did not end within its grace period."
+            return Reason.PREEMPTED, with_last_words(text, pod)
+        return reason, said if said_reason is not None else with_last_words(default, pod)
     words = said or "It left no last words: see the pod's log."
     if said_reason is not None:
         return said_reason, words
     return Reason.UNKNOWN, f"The trainer ended with exit code {pod.exit_code}. {words}"
+
+
+def with_last_words(text: str, pod: PodFacts) -> str:
+    """What is known of a pod's end, and behind it what the pod itself left: its message, or the last lines of its log.
+
+    Args:
+        text: What is known.
+        pod: The pod.
+    """
+    # A node that does not know the container any more says so in their place.
+    _, said = parse_last_words("" if pod.lost_track else pod.last_words)
+    return text if said in text else f"{text} {said}"
 
 
 def parse_last_words(text: str) -> tuple[Reason | None, str]:
@@ -185,5 +203,8 @@ def parse_last_words(text: str) -> tuple[Reason | None, str]:
 
 
 def shorten(message: str) -> str:
-    """A message cut to what a status carries: of a log, the end is what matters."""
-    return message if len(message) <= MESSAGE_LIMIT else f"… {message[-(MESSAGE_LIMIT - 2) :]}"
+    """A message cut to what a status carries: what is known stands at its beginning, and of a log the end matters."""
+    if len(message) <= MESSAGE_LIMIT:
+        return message
+    cut = " … "
+    return f"{message[:BEGINNING]}{cut}{message[BEGINNING + len(cut) - MESSAGE_LIMIT :]}"

@@ -1040,12 +1040,12 @@ def test_a_sigterm_that_nobody_owns_up_to_costs_a_retry_once_it_comes_in_vain(
     ("left", "told"),
     [
         ("", ""),
-        ("Epoch 3: loss 0.2", ""),
+        ("Epoch 3: loss 0.2\n", " Epoch 3: loss 0.2"),
         (json.dumps({"reason": "Preempted", "message": "Asked to end before step 1."}), " Asked to end before step 1."),
     ],
     ids=["nothing", "a log", "words"],
 )
-def test_a_sigterm_in_vain_is_told_in_the_pods_words_or_none(left: str, told: str) -> None:
+def test_a_sigterm_in_vain_is_told_in_the_pods_words_or_the_logs(left: str, told: str) -> None:
     after = decide(observed(status=status(*IN_VAIN), jobs=(job(4),), pods=(ended_pod(143, 4, last_words=left),)), NOW)
 
     killed = next(item for item in after.status.attempts if item.number == 4)
@@ -1078,3 +1078,45 @@ def test_a_password_in_last_words_does_not_reach_the_status() -> None:
     assert judged is not None
     assert "hunter2" not in judged.message
     assert "db/heimdall" in judged.message
+
+
+WORDLESS: dict[str, dict[str, Any]] = {
+    **{f"exit code {code}": {"exit_code": code} for code in (78, 79, 80, 81, 137, 143)},
+    "out of memory": {"exit_code": 137, "killed_for_memory": True},
+    "its own storage": {"exit_code": 137, "exceeded_storage": "Usage of EmptyDir volume exceeds the limit. "},
+    "a lost node": {"exit_code": 137, "disruption": "DeletionByTaintManager"},
+    "an eviction": {"exit_code": 143, "disruption": "EvictionByEvictionAPI"},
+    "not within its grace period": {"exit_code": 137, "deleting": ago(1)},
+}
+
+
+@pytest.mark.parametrize("how", WORDLESS.values(), ids=WORDLESS.keys())
+@pytest.mark.parametrize("limit", [1, 500], ids=["short", "long"])
+def test_the_last_lines_of_the_log_stand_behind_what_is_known(how: dict[str, Any], limit: int) -> None:
+    known = judge_pod(ended_pod(**how))
+    log = limit * "step 7\n" + "RuntimeError: NCCL timeout at nccl://me:hunter2@node1"
+    told = judge_pod(ended_pod(**how, last_words=f"{log}\n"))
+
+    assert known is not None
+    assert told is not None
+    assert told.reason == known.reason
+    assert told.message.startswith(f"{known.message} step 7\n"), "what is known is not cut"
+    assert told.message.endswith("step 7\nRuntimeError: NCCL timeout at nccl://***@node1")
+    assert len(told.message) <= MESSAGE_LIMIT
+
+
+def test_what_a_node_says_that_lost_track_is_no_last_word() -> None:
+    words = "The container could not be located when the pod was terminated"
+    how = {"disruption": "TerminationByKubelet", "lost_track": True}
+
+    assert judge_pod(ended_pod(137, last_words=words, **how)) == judge_pod(ended_pod(137, **how))
+
+
+@pytest.mark.parametrize(("reason", "told"), [("Stalled", " watchdog: rank 3 hangs"), ("Suspended", "")])
+def test_an_attempt_that_was_ended_for_its_fault_tells_what_its_pod_said(reason: str, told: str) -> None:
+    asked = status(attempt(reason=reason, message="No training step."))
+    over = ended_pod(137, last_words="watchdog: rank 3 hangs\n")
+
+    after = decide(observed(status=asked, jobs=(job(deleting=True),), pods=(over,)), NOW).status
+
+    assert after.attempts[0].message == f"No training step.{told}"
