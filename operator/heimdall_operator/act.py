@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, Final
 
 import structlog
@@ -12,6 +14,7 @@ from heimdall_operator.accounts import Keeper
 from heimdall_operator.actions import (
     Action,
     AddFinalizer,
+    AskJob,
     CreateJob,
     DeleteJob,
     EndRun,
@@ -22,11 +25,13 @@ from heimdall_operator.actions import (
     RegisterModel,
     RemoveFinalizer,
 )
+from heimdall_operator.clock import local
 from heimdall_operator.decide import job_name
 from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
 from heimdall_operator.manifests import AttemptPlan, TrainerDefaults, build_job, build_service
+from heimdall_operator.mistakes import about
 from heimdall_operator.mlflow_gateway import MlflowGateway, MlflowSilentError, RunGoneError
-from heimdall_operator.observe import Observed, job_facts, pod_facts
+from heimdall_operator.observe import Observed, Podless, job_facts, pod_facts, refused_pods
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store, owner_uid
 from heimdall_tracking.errors import is_refusal
@@ -48,8 +53,16 @@ class Actor:
     """Carries out actions; what each one learned is in the observation that it returns."""
 
     def __init__(
-        self, kube: Kube, mlflow: MlflowGateway, store: Store, defaults: TrainerDefaults, keeper: Keeper
+        self,
+        kube: Kube,
+        mlflow: MlflowGateway,
+        store: Store,
+        defaults: TrainerDefaults,
+        keeper: Keeper,
+        *,
+        clock: Callable[[], datetime] = local,
     ) -> None:
+        self._clock = clock
         self._kube = kube
         self._mlflow = mlflow
         self._store = store
@@ -79,6 +92,8 @@ class Actor:
                 return await self._open_attempt(observed, number)
             case CreateJob(number):
                 return await self._create_job(observed, number)
+            case AskJob(name):
+                return await self._ask_job(observed, name)
             case KeepLogs(number, pods_go):
                 return await self._keep_logs(observed, number, pods_go=pods_go)
             case DeleteJob(name):
@@ -204,6 +219,15 @@ class Actor:
         if owner_uid(job) != observed.uid:
             raise NameTakenError(f"the name {name} is taken by a Job of another owner")
         return job
+
+    async def _ask_job(self, observed: Observed, name: str) -> Observed:
+        job = next(job for job in observed.jobs if job.name == name)
+        try:
+            words = refused_pods(await self._kube.list_events(observed.namespace, "Job", name), job)
+        except Exception as error:  # noqa: BLE001 - what an Event tells is a courtesy, never a reason to fail
+            log.warning("the Job's events could not be read", job=name, **about(error))
+            words = ""
+        return replace(observed, podless=Podless(job.uid, words, self._clock()))
 
     async def _keep_logs(self, observed: Observed, number: int, *, pods_go: bool) -> Observed:
         kept = await self.keeper.keep(observed, number, pods_go=pods_go)

@@ -37,6 +37,13 @@ class CreateJob:
 
 
 @dataclass(frozen=True)
+class AskJob:
+    """Ask why a Job creates no pod: its events tell."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class KeepLogs:
     """Keep an attempt's log and events with the MLflow run, or begin to: nothing waits for more than a moment."""
 
@@ -79,6 +86,7 @@ Action = (
     | EnsureRun
     | OpenAttempt
     | CreateJob
+    | AskJob
     | KeepLogs
     | DeleteJob
     | RegisterModel

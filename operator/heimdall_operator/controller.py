@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +18,7 @@ from heimdall_api.contract import API_VERSION, KIND, MANAGED_BY
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator import metrics
 from heimdall_operator.act import Actor, NameTakenError
-from heimdall_operator.actions import CreateJob
+from heimdall_operator.actions import AskJob, CreateJob
 from heimdall_operator.clock import local
 from heimdall_operator.decide import Decision, decide
 from heimdall_operator.events import Event, events_between, events_of
@@ -25,7 +26,7 @@ from heimdall_operator.failures import shorten
 from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError, answer_of
 from heimdall_operator.mistakes import about
 from heimdall_operator.mlflow_gateway import MlflowGateway
-from heimdall_operator.observe import LOST_POD_S, Observed, Trouble, observe, read_status
+from heimdall_operator.observe import LOST_POD_S, Observed, Podless, Trouble, observe, read_status
 from heimdall_operator.statuses import age_s
 from heimdall_operator.store import Key, Manifest, Store
 from heimdall_operator.workqueue import WorkQueue
@@ -102,6 +103,8 @@ class Controller:
         self._lost_pod_s = lost_pod_s
         self._troubles: dict[Key, Trouble] = {}
         """Why Jobs could not be created at the last try: only to be told, and to bound the wait."""
+        self._podless: dict[Key, Podless] = {}
+        """What Jobs without pods have said of it: only to be told, and not to be asked at every look."""
         self._unwritten: dict[Key, _Unwritten] = {}
         self._refusals: dict[Key, tuple[str, tuple[str, ...]]] = {}
         """Of which TrainingRun it was said last that which fields are refused: it is said once."""
@@ -167,7 +170,11 @@ class Controller:
 
     def _remembered(self) -> list[Key]:
         """Runs of which something is remembered: a look at one whose end no watch has told of forgets it."""
-        return [*self._troubles, *self._unwritten, *self._refusals, *self._in_doubt, *self._actor.keeper.runs()]
+        return [*itertools.chain(*self._memories), *self._actor.keeper.runs()]
+
+    @property
+    def _memories(self) -> tuple[dict[Key, Any], ...]:
+        return (self._troubles, self._podless, self._unwritten, self._refusals, self._in_doubt)
 
     async def _list(self, namespace: str | None) -> tuple[list[dict[str, Any]], ...]:
         return (
@@ -295,7 +302,7 @@ class Controller:
         """
         resource = self.store.get(key)
         if resource is None:
-            for known in (self._troubles, self._unwritten, self._refusals, self._in_doubt):
+            for known in self._memories:
                 known.pop(key, None)
             self._actor.keeper.forget(key)
             return None
@@ -324,6 +331,7 @@ class Controller:
             lost_pod_s=self._lost_pod_s,
             moved=None if self._is_deaf else self._moved.get(run_id),
             trouble=self._troubles.get(key),
+            podless=self._podless.get(key),
         )
         keeper = self._actor.keeper
         logs = keeper.known(key, observed.uid, observed.status)
@@ -344,6 +352,8 @@ class Controller:
                 if isinstance(action, CreateJob):
                     self._troubles.pop(Key(observed.namespace, observed.name), None)
                     metrics.record_job(observed, self._clock())
+                if isinstance(action, AskJob) and observed.podless is not None:
+                    self._podless[Key(observed.namespace, observed.name)] = observed.podless
             except ConflictError:
                 raise
             except Exception as error:

@@ -29,6 +29,7 @@ from heimdall_api.types import (
 from heimdall_operator.actions import (
     Action,
     AddFinalizer,
+    AskJob,
     CreateJob,
     DeleteJob,
     EndRun,
@@ -57,6 +58,8 @@ POLL_S: Final = 5
 """How soon to look again where no event may tell of a change."""
 PENDING_REPORT_S: Final = 10
 """A pod that waits for less is not worth a write."""
+PODLESS_POLL_S: Final = 60
+"""How soon a Job that creates no pod is asked again why."""
 POD_VANISHED_S: Final = 20
 """How long a Job may have ended before its pod's own account is given up."""
 KEEP_LOGS_LIMIT_S: Final = 600
@@ -168,6 +171,8 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
         return _after_attempt(observed, spec, attempt, now)
     if attempt.reason is not None:
         return _ending(observed, spec, attempt, now)
+    if (job := _silent_job(observed, spec, now)) is not None:
+        return Decision((AskJob(job.name),), observed.status)
     outcome = _outcome(observed, spec, attempt, now)
     if outcome is not None:
         ended = _record(observed, outcome, now)
@@ -364,7 +369,7 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
     waited = age_s(_pending_since(observed, attempt), now)
     if waited < spec.pending_deadline_seconds:
         return None
-    reason, why = _waiting_for(pod)
+    reason, why = _waiting_for(observed, pod)
     return Outcome(
         reason=reason,
         message=shorten(f"The pod did not start within spec.pendingDeadlineSeconds ({waited:.0f} s). {why}"),
@@ -411,10 +416,32 @@ def _waiting_pod(observed: Observed) -> PodFacts | None:
     return next(iter(telling or waiting), None)
 
 
-def _waiting_for(pod: PodFacts | None) -> tuple[Reason, str]:
+def _lacks_pods(observed: Observed, spec: TrainingRunSpec) -> bool:
+    """Whether a Job that may have pods has not created all of them, and those that are there run."""
+    job = observed.job
+    if job is None or job.deleting or not _is_starting(observed):
+        return False
+    pods = [pod for pod in observed.attempt_pods if not _is_of_before(pod, job)]
+    return len(pods) < spec.resources.workers and all(pod.alive and pod.running_since is not None for pod in pods)
+
+
+def _silent_job(observed: Observed, spec: TrainingRunSpec, now: datetime) -> JobFacts | None:
+    """A Job that has lacked pods for a while, and was not asked lately why."""
+    job, known = observed.job, observed.job_podless
+    if job is None or not _lacks_pods(observed, spec):
+        return None
+    waited = age_s(_pending_since(observed, observed.status.attempts[-1]), now)
+    if waited < min(PENDING_REPORT_S, spec.pending_deadline_seconds):
+        return None
+    return job if known is None or age_s(known.asked, now) >= PODLESS_POLL_S else None
+
+
+def _waiting_for(observed: Observed, pod: PodFacts | None) -> tuple[Reason, str]:
     """What a pod that does not run waits for, and what to do about it."""
     if pod is None:
-        return Reason.POD_NOT_STARTED, "Its Job could create no pod: see the Job's events (kubectl describe job)."
+        text = "Its Job could create no pod: see the Job's events (kubectl describe job)."
+        said = observed.job_podless.message if observed.job_podless is not None else ""
+        return Reason.POD_NOT_STARTED, f"{text} {said}".rstrip()
     if pod.unschedulable:
         return Reason.UNSCHEDULABLE, f"No node fits: {pod.unschedulable}"
     if pod.waiting_reason in {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"}:
@@ -439,7 +466,7 @@ def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision
         waited = age_s(_pending_since(observed, status.attempts[-1]), now)
         if waited < PENDING_REPORT_S and status.conditions == observed.status.conditions:
             return Decision((), status, PENDING_REPORT_S - waited + 1)
-        reason, why = _waiting_for(_waiting_pod(observed))
+        reason, why = _waiting_for(observed, _waiting_pod(observed))
         return Decision((), waiting(status, observed, str(reason), why, now), due)
     attempt = status.attempts[-1].model_copy(update=_place(observed))
     status = status.model_copy(update={"attempts": [*status.attempts[:-1], attempt], "phase": "Running"})
@@ -792,6 +819,8 @@ def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) ->
     if not running and _is_starting(observed):
         waited = age_s(_pending_since(observed, observed.status.attempts[-1]), now)
         left.append(spec.pending_deadline_seconds - waited)
+        if (known := observed.job_podless) is not None and _lacks_pods(observed, spec):
+            left.append(PODLESS_POLL_S - age_s(known.asked, now))
     if spec.active_deadline_seconds is not None:
         left.append(_until_active_deadline(observed, spec, now))
     if running and (timeout_s := _stall_timeout_s(observed, spec)) is not None:

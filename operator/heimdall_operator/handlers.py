@@ -192,7 +192,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         kube=kube,
         mlflow=mlflow,
         store=store,
-        actor=Actor(kube, mlflow, store, defaults, keeper),
+        actor=Actor(kube, mlflow, store, defaults, keeper, clock=kube.clock),
         public_url=settings.public_url,
         namespaces=settings.namespace_list,
         lost_pod_s=settings.lost_pod_seconds,

@@ -126,6 +126,16 @@ class Trouble:
         return (self.uid, self.attempt) == (uid, attempt)
 
 
+@dataclass(frozen=True)
+class Podless:
+    """What a Job that creates no pod has said of it."""
+
+    job_uid: str
+    message: str
+    """The Job controller's words; empty where there are none."""
+    asked: datetime
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """All that is known of one TrainingRun at one moment."""
@@ -163,6 +173,8 @@ class Observed:
     nobody could hear of it left out. None while that is so."""
     trouble: Trouble | None = None
     """What kept a Job from being created at the last try; it may have been another attempt's."""
+    podless: Podless | None = None
+    """What a Job without pods has said when it was asked last; it may have been another attempt's."""
     run: RunFacts | None = None
     """What MLflow says; None while nobody asked."""
     registration: Registration | None = None
@@ -185,6 +197,12 @@ class Observed:
     def job(self) -> JobFacts | None:
         """Job of the newest attempt."""
         return next((job for job in self.jobs if job.attempt == self.status.attempt), None)
+
+    @property
+    def job_podless(self) -> Podless | None:
+        """What the newest attempt's Job has said of its having no pod; None where it was not asked."""
+        podless, job = self.podless, self.job
+        return podless if podless is not None and job is not None and podless.job_uid == job.uid else None
 
     @property
     def attempt_pods(self) -> tuple[PodFacts, ...]:
@@ -220,6 +238,7 @@ def observe(
     lost_pod_s: float = LOST_POD_S,
     moved: datetime | None = None,
     trouble: Trouble | None = None,
+    podless: Podless | None = None,
 ) -> Observed:
     """Read what is known of one TrainingRun.
 
@@ -231,6 +250,7 @@ def observe(
         lost_pod_s: See Observed.
         moved: See Observed.
         trouble: See Observed.
+        podless: See Observed.
 
     Returns:
         The observation.
@@ -249,6 +269,7 @@ def observe(
         lost_pod_s=lost_pod_s,
         moved=moved,
         trouble=trouble,
+        podless=podless,
         has_finalizer=FINALIZER in metadata.get("finalizers", ()),
         queue_labels=tuple(
             (name, value) for name, value in (metadata.get("labels") or {}).items() if name in QUEUE_LABELS
@@ -330,6 +351,33 @@ def pod_facts(pod: Manifest) -> PodFacts:
         refusal=": ".join(part for part in (status.get("reason"), message) if part),
         disruption=_disruption(conditions, status),
     )
+
+
+def refused_pods(events: Iterable[Manifest], job: JobFacts) -> str:
+    """Why a Job could create no pod.
+
+    Args:
+        events: Events about Jobs of its name.
+        job: The Job.
+
+    Returns:
+        The Job controller's newest words; empty where it has not said any.
+    """
+    told = [item for item in events if item.get("reason") == "FailedCreate" and _is_about(item, job)]
+    newest = max(told, key=_last_time, default=None)
+    words = str(newest.get("message") or "") if newest is not None else ""
+    # Each try has a pod's name of its own, for which a status would be written anew each time.
+    return re.sub(rf'"{re.escape(job.name)}-[^"]*"', f'"{job.name}-…"', words)
+
+
+def _is_about(event: Manifest, job: JobFacts) -> bool:
+    """Whether an event is about a Job, and not about one of before of its name."""
+    return bool((event.get("involvedObject") or {}).get("uid", job.uid) == job.uid)
+
+
+def _last_time(event: Manifest) -> str:
+    """When an event was told of last."""
+    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp"))
 
 
 def _initialisation(containers: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str, str]:

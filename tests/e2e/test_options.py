@@ -154,6 +154,25 @@ def test_a_namespace_without_the_secret_says_so(release: Cluster, name: str) -> 
         assert bare.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
 
 
+def test_a_namespace_whose_quota_takes_no_pod_says_so(release: Cluster, name: str) -> None:
+    with namespace(release, "full") as full:
+        quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}}
+        full.apply({**quota, "spec": {"hard": {"pods": "0"}}})
+        full.kubectl("wait", "--for=jsonpath={.status.hard.pods}=0", "resourcequota/none", "--timeout=60s")
+        full.apply(contract_run(name, steps=3))
+        wait_for(
+            lambda: "exceeded quota" in condition(full.status(name), "Complete").get("message", ""),
+            what="a word about the quota",
+            timeout_s=LIFE_S,
+            tell=lambda: full.explain(name),
+        )
+
+        full.kubectl("patch", "trainingrun", name, "--type=merge", "-p", '{"spec": {"pendingDeadlineSeconds": 5}}')
+        failed = condition(full.wait_for_phase(name, "Failed", timeout_s=LIFE_S), "Failed")
+        assert failed["reason"] == "PodNotStarted"
+        assert "exceeded quota" in failed["message"]
+
+
 PROMOTIONS: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "nobody before it": ({"metric": "val/loss"}, "; promoted to champion", {"candidate", "champion"}),
     "no such metric": ({"metric": "nowhere"}, "its nowhere is missing", {"candidate"}),

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from heimdall_api.types import Attempt, TrainingRunSpec, TrainingRunStatus
-from heimdall_operator.observe import JobFacts, Observed, PodFacts
+from heimdall_operator.observe import JobFacts, Observed, PodFacts, Podless
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
@@ -87,6 +87,7 @@ def observed(**more: Any) -> Observed:
             "spec": spec(),
             "status": status(),
             "logs": dict.fromkeys(range(1, 20), ""),
+            "podless": Podless("", "", NOW),
             **more,
         }
     )

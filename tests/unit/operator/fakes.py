@@ -56,6 +56,10 @@ class World:
         """Whether the API server calls every status invalid, as one with an older definition may."""
         self.is_full = False
         """Whether the namespace's quota is used up."""
+        self.takes_no_pods = ""
+        """Why the API server takes no pod of a Job's; empty where it does."""
+        self.asked: list[str] = []
+        """Jobs whose events were read."""
         self.refusals = 0
         self.crash_after: int | None = None
         self.lost_answer: int | None = None
@@ -93,7 +97,8 @@ class World:
 
     def made(self, job: dict[str, Any]) -> None:
         """What Kubernetes does at once about a Job that was created."""
-        self.pod_of(job, phase="Pending")
+        if not self.takes_no_pods:
+            self.pod_of(job, phase="Pending")
 
     def pod_of(self, job: dict[str, Any], **state: Any) -> None:
         """The Job controller's and kubelet's part: a pod in a state."""
@@ -225,7 +230,13 @@ class FakeKube:
         return {("team", name) for name in self.world.event_names}
 
     async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
-        return [{"metadata": {"name": f"{name}.1"}, "reason": "Seen"}]
+        seen = {"metadata": {"name": f"{name}.1"}, "reason": "Seen"}
+        if kind != "Job":
+            return [seen]
+        self.world.asked.append(name)
+        message = f'Error creating: pods "{name}-k2x9q" is forbidden: {self.world.takes_no_pods}'
+        told = {**seen, "reason": "FailedCreate", "message": message, "lastTimestamp": STAMP}
+        return [seen, told] if self.world.takes_no_pods else [seen]
 
     async def create_event(self, namespace: str, event: dict[str, Any]) -> None:
         if event["metadata"]["name"] not in self.world.event_names:
@@ -352,7 +363,7 @@ def controller(world: World, clock: Callable[[], datetime] = lambda: NOW) -> Con
         kube=kube,
         mlflow=mlflow,
         store=store,
-        actor=Actor(kube, mlflow, store, DEFAULTS, Keeper(kube, mlflow, clock)),
+        actor=Actor(kube, mlflow, store, DEFAULTS, Keeper(kube, mlflow, clock), clock=clock),
         public_url="http://mlflow",
         namespaces=[],
         clock=clock,

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from heimdall_api.contract import Checkpoint, Progress
 from heimdall_api.types import Condition
 from heimdall_operator.controller import Controller, event_manifest, merge_patch, with_words
+from heimdall_operator.decide import PENDING_REPORT_S
 from heimdall_operator.events import Event
 from heimdall_operator.handlers import Handlers
 from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
@@ -782,6 +783,60 @@ def test_trouble_with_a_job_that_was_made_after_all_is_over() -> None:
         return operator._troubles
 
     assert asyncio.run(scenario()) == {}
+
+
+def test_a_job_that_may_create_no_pod_says_why_and_is_not_asked_at_every_look() -> None:
+    world, now = World(), NOW
+    world.apply(SPEC | {"pendingDeadlineSeconds": 90})
+    world.takes_no_pods = "exceeded quota: none"
+
+    async def scenario() -> None:
+        nonlocal now
+        operator = controller(world, lambda: now)
+        await operator.refresh()
+        for seconds, asked in ((0, 0), (PENDING_REPORT_S, 1), (PENDING_REPORT_S + 50, 1), (PENDING_REPORT_S + 60, 2)):
+            now = NOW + timedelta(seconds=seconds)
+            await operator.look(KEY)
+            assert len(world.asked) == asked, seconds
+        assert said_last(world) == WITHOUT_PODS + ' Error creating: pods "run-a1-…" is forbidden: exceeded quota: none'
+        now = NOW + timedelta(seconds=91)
+        await operator.look(KEY)
+
+    asyncio.run(scenario())
+    assert world.run is not None
+    assert world.run["status"]["attempts"][0]["reason"] == "PodNotStarted"
+    assert "exceeded quota: none" in said_last(world)
+
+
+def test_a_job_whose_events_may_not_be_read_is_given_up_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, now = World(), NOW
+    world.apply(SPEC | {"pendingDeadlineSeconds": 90})
+    world.takes_no_pods = "exceeded quota: none"
+
+    async def scenario() -> None:
+        nonlocal now
+        operator = controller(world, lambda: now)
+        monkeypatch.setattr(operator._actor._kube, "list_events", failing(ForbiddenError("not your events")))
+        await operator.refresh()
+        for seconds in (0, PENDING_REPORT_S):
+            now = NOW + timedelta(seconds=seconds)
+            await operator.look(KEY)
+        assert said_last(world) == WITHOUT_PODS
+        now = NOW + timedelta(seconds=91)
+        await operator.look(KEY)
+
+    asyncio.run(scenario())
+    assert world.run is not None
+    assert world.run["status"]["attempts"][0]["reason"] == "PodNotStarted"
+
+
+WITHOUT_PODS = "Its Job could create no pod: see the Job's events (kubectl describe job)."
+
+
+def said_last(world: World) -> str:
+    """The message of the condition Complete."""
+    assert world.run is not None
+    return next(str(item["message"]) for item in world.run["status"]["conditions"] if item["type"] == "Complete")
 
 
 def test_an_event_is_tried_again_behind_the_others_unless_it_is_refused() -> None:

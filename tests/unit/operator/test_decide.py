@@ -14,11 +14,14 @@ from heimdall_operator.decide import (
     DELETION_LIMIT_S,
     KEEP_LOGS_LIMIT_S,
     KEPT_POLL_S,
+    PENDING_REPORT_S,
     POD_VANISHED_S,
+    PODLESS_POLL_S,
     POLL_S,
     RETRY_DELAY_S,
     STALL_S,
     AddFinalizer,
+    AskJob,
     CreateJob,
     Decision,
     DeleteJob,
@@ -33,7 +36,7 @@ from heimdall_operator.decide import (
 )
 from heimdall_operator.events import events_between
 from heimdall_operator.failures import judge_pod
-from heimdall_operator.observe import LOST_POD_S, Observed, PodFacts, Trouble
+from heimdall_operator.observe import LOST_POD_S, Observed, PodFacts, Podless, Trouble
 from tests.unit.operator.builders import (
     NOW,
     UID,
@@ -858,6 +861,48 @@ def test_a_job_just_created_is_not_late_however_long_that_took() -> None:
     assert late.status.attempts[-1].reason == "PodNotStarted"
     queued = decide(replace(seen, jobs=(job(created=ago(9000), queue="team-queue"),)), NOW)
     assert queued.status.attempts[-1].reason is None, "its queue has just let it go"
+
+
+GROUP = {"spec": spec(resources={"workers": 2})}
+WITHOUT_PODS: dict[str, tuple[dict[str, Any], bool]] = {
+    "for a while": ({}, True),
+    "not for long": ({"jobs": (job(created=ago(PENDING_REPORT_S - 1)),)}, False),
+    "one of two": ({**GROUP, "pods": (pod(worker=0),)}, True),
+    "a pod that waits says so itself": ({"pods": (pod(phase="Pending", running_since=None),)}, False),
+    "one of two waits": ({**GROUP, "pods": (pod(worker=0, phase="Pending", running_since=None),)}, False),
+    "both run": ({**GROUP, "pods": (pod(worker=0), pod(worker=1))}, False),
+    "a pod that has ended says so itself": ({"pods": (ended_pod(3),)}, False),
+    "held": ({"jobs": (QUEUED,)}, False),
+    "its pod is gone after hours": ({"status": status(attempt(running_time=ago(9000)))}, False),
+    "let go again, and its pod of before is still known": (
+        {
+            "status": status(attempt(running_time=ago(500)), phase="Pending"),
+            "jobs": (job(queue="team-queue", started=ago(61)),),
+            "pods": (ended_pod(143, created=ago(510), deleting=ago(100)),),
+        },
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("seen", "is_asked"), WITHOUT_PODS.values(), ids=WITHOUT_PODS.keys())
+def test_a_job_that_lacks_pods_is_asked_why(seen: dict[str, Any], is_asked: bool) -> None:
+    actions = decide(observed(**{"jobs": (job(),), "podless": None, **seen}), NOW).actions
+
+    assert (actions == (AskJob("run-a1"),)) == is_asked, actions
+
+
+def test_what_a_job_has_said_is_told_until_it_is_asked_again_or_given_up() -> None:
+    silent = observed(jobs=(job(uid="j1"),), podless=Podless("j1", "exceeded quota: team", NOW))
+    told = decide(silent, NOW)
+    assert (told.actions, told.look_again_s) == ((), PODLESS_POLL_S)
+    waits = condition_of(told.status, "Complete")
+    assert (waits.reason, waits.message.endswith(" exceeded quota: team")) == ("PodNotStarted", True)
+
+    for other in (Podless("j1", "", ago(PODLESS_POLL_S)), Podless("the one before", "", NOW)):
+        assert decide(replace(silent, podless=other), NOW).actions == (AskJob("run-a1"),)
+    late = withdrawn(replace(silent, spec=spec(pendingDeadlineSeconds=30)))
+    assert "exceeded quota: team" in (late.status.attempts[-1].message or "")
 
 
 def test_a_run_that_mlflow_refuses_fails() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from heimdall_api.contract import Reason
 from heimdall_operator.failures import judge_pod, parse_last_words
-from heimdall_operator.observe import job_facts, observe, pod_facts
+from heimdall_operator.observe import job_facts, observe, pod_facts, refused_pods
 
 STAMP = "2026-11-01T12:00:00Z"
 
@@ -286,3 +286,19 @@ def test_a_jobs_queue_is_the_one_that_it_waits_for_itself() -> None:
 
     assert (free.queue, free.execution_limit) == ("", "")
     assert (queued.queue, queued.execution_limit) == ("default", "30")
+
+
+def test_a_job_says_last_why_it_creates_no_pod() -> None:
+    def event(reason: str, message: str, uid: str = "j1", **when: str) -> dict[str, Any]:
+        return {"metadata": {}, "involvedObject": {"uid": uid}, "reason": reason, "message": message, **when}
+
+    job = job_facts({"metadata": {"name": "run-a1", "uid": "j1", "creationTimestamp": STAMP}})
+    events = [
+        event("FailedCreate", 'pods "run-a1-0-x7" is forbidden: quota', lastTimestamp="2026-11-01T12:00:09Z"),
+        event("FailedCreate", "status unknown for quota", eventTime="2026-11-01T12:00:01.5Z"),
+        event("SuccessfulCreate", "Created pod: run-a1-y", lastTimestamp="2026-11-01T13:00:00Z"),
+        event("FailedCreate", "of the Job before", "j0", lastTimestamp="2026-11-01T14:00:00Z"),
+    ]
+
+    assert refused_pods(events, job) == 'pods "run-a1-…" is forbidden: quota'
+    assert refused_pods(events[2:], job) == ""
