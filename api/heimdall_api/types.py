@@ -399,7 +399,8 @@ class TrainingRunSpec(Model):
         ge=1,
         le=31_536_000,
         description="How long a pod may wait for a node, its image or its start before the run fails and withdraws "
-        "its request for GPUs.",
+        "its request for GPUs; on its node for an image that the registry does not have or does not give out, 300 at "
+        "most.",
     )
     active_deadline_seconds: int | None = Field(
         default=None,

@@ -40,7 +40,7 @@ from heimdall_operator.actions import (
     RegisterModel,
     RemoveFinalizer,
 )
-from heimdall_operator.failures import FINAL, FREE, Outcome, judge_group, shorten, with_last_words
+from heimdall_operator.failures import FINAL, FREE, Outcome, is_image_gone, judge_group, shorten, with_last_words
 from heimdall_operator.observe import JobFacts, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import ConditionValue, age_s, waiting, with_conditions, with_facts
@@ -58,6 +58,10 @@ POLL_S: Final = 5
 """How soon to look again where no event may tell of a change."""
 PENDING_REPORT_S: Final = 10
 """A pod that waits for less is not worth a write."""
+IMAGE_REASONS: Final = frozenset({"ErrImagePull", "ImagePullBackOff"})
+"""Why a container waits whose image could not be pulled, and is tried again."""
+IMAGE_DEADLINE_S: Final = 300
+"""How long a pod that holds its node's GPUs may wait for an image that is not there or may not be pulled."""
 PODLESS_POLL_S: Final = 60
 """How soon a Job that creates no pod is asked again why."""
 POD_VANISHED_S: Final = 20
@@ -366,6 +370,11 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         why = f"{pod.waiting_image} is no valid image name: {pod.waiting_message}"
         message = f"{why}. Correct it in a new TrainingRun."
         return Outcome(reason=Reason.IMAGE_PULL, message=message, pod=pod.name, node=pod.node)
+    if (lacking := _without_image(observed, now)) is not None and lacking[1] >= IMAGE_DEADLINE_S:
+        pod, tried = lacking
+        reason, why = _waiting_for(observed, pod)
+        message = shorten(f"The image is not there or may not be pulled, for {tried:.0f} s by now. {why}")
+        return Outcome(reason=reason, message=message, pod=pod.name, node=pod.node)
     waited = age_s(_pending_since(observed, attempt), now)
     if waited < spec.pending_deadline_seconds:
         return None
@@ -376,6 +385,19 @@ def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, no
         pod=pod.name if pod is not None else None,
         node=pod.node if pod is not None else None,
     )
+
+
+def _without_image(observed: Observed, now: datetime) -> tuple[PodFacts, float] | None:
+    """A pod that holds its node's GPUs and waits for an image that is not there or may not be pulled, and its seconds.
+
+    Kubelets before Kubernetes 1.32 say so only at the moment when they try again: every five minutes at the latest.
+    """
+    lacking = [
+        (pod, age_s(pod.scheduled or pod.created, now))
+        for pod in observed.attempt_pods
+        if pod.node is not None and pod.waiting_reason in IMAGE_REASONS and is_image_gone(pod.waiting_message)
+    ]
+    return max(lacking, key=lambda item: item[1], default=None)
 
 
 def _is_starting(observed: Observed) -> bool:
@@ -444,7 +466,7 @@ def _waiting_for(observed: Observed, pod: PodFacts | None) -> tuple[Reason, str]
         return Reason.POD_NOT_STARTED, f"{text} {said}".rstrip()
     if pod.unschedulable:
         return Reason.UNSCHEDULABLE, f"No node fits: {pod.unschedulable}"
-    if pod.waiting_reason in {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"}:
+    if pod.waiting_reason in {*IMAGE_REASONS, "ErrImageNeverPull", "InvalidImageName"}:
         return Reason.IMAGE_PULL, f"The image can't be pulled, check {pod.waiting_image}: {pod.waiting_message}"
     if pod.waiting_reason and pod.waiting_reason != "ContainerCreating":
         return Reason.POD_NOT_STARTED, f"{pod.waiting_reason}: {pod.waiting_message}"
@@ -821,6 +843,8 @@ def _until_deadline(observed: Observed, spec: TrainingRunSpec, now: datetime) ->
         left.append(spec.pending_deadline_seconds - waited)
         if (known := observed.job_podless) is not None and _lacks_pods(observed, spec):
             left.append(PODLESS_POLL_S - age_s(known.asked, now))
+        if (lacking := _without_image(observed, now)) is not None:
+            left.append(IMAGE_DEADLINE_S - lacking[1])
     if spec.active_deadline_seconds is not None:
         left.append(_until_active_deadline(observed, spec, now))
     if running and (timeout_s := _stall_timeout_s(observed, spec)) is not None:

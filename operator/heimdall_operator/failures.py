@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -60,6 +61,19 @@ _BY_EXIT_CODE: Final = {
     ExitCode.SIGTERM: (Reason.PREEMPTED, "The pod was asked to end (SIGTERM) and made a checkpoint first."),
     137: (Reason.KILLED, "The container was killed (SIGKILL), not for memory: by the node or by hand."),
 }
+# No word of an image's name or of an address: those are in quotes, or begin within a path.
+_NAMES: Final = re.compile(r'"[^"]*"')
+_IMAGE_GONE: Final = re.compile(
+    r"(?i)(?<![\w./:@-])"
+    r"(?:not found|(?:manifest|name) unknown|denied|unauthorized|forbidden|insufficient_scope|40[13])\b"
+)
+"""How containerd and CRI-O tell that a registry has answered, and does not have an image or does not give it out."""
+_UNREACHABLE: Final = re.compile(
+    r"(?i)(?<![\w./:@-])"
+    r"(?:time-?out|timed out|deadline exceeded|no such host|server misbehaving|temporary failure|connection refused"
+    r"|reset by peer|broken pipe|unreachable|no route to host|EOF|too ?many ?requests|429|5\d\d)\b"
+)
+"""How they tell that the network, or a registry that is not well, is behind it."""
 BEGINNING: Final = 320
 """Characters at the beginning of a message that are never cut: what is known of an end stands there."""
 _NEVER_STARTS: Final = ("executable file not found", "no such file or directory", "permission denied")
@@ -171,6 +185,16 @@ def _from_last_words(pod: PodFacts) -> tuple[Reason, str]:
     if said_reason is not None:
         return said_reason, words
     return Reason.UNKNOWN, f"The trainer ended with exit code {pod.exit_code}. {words}"
+
+
+def is_image_gone(message: str) -> bool:
+    """Whether an image is not there or may not be pulled: waiting alone does not mend that.
+
+    Args:
+        message: Why it could not be pulled, in the container runtime's words.
+    """
+    words = _NAMES.sub("", message)
+    return _IMAGE_GONE.search(words) is not None and _UNREACHABLE.search(words) is None
 
 
 def with_last_words(text: str, pod: PodFacts) -> str:

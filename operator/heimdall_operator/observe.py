@@ -46,6 +46,8 @@ class PodFacts:
     deleting: datetime | None = None
     """When its grace period after a deletion ends; None while nobody deleted it."""
     node: str | None = None
+    scheduled: datetime | None = None
+    """When it was given its node; None where it does not tell."""
     running_since: datetime | None = None
     """When its container started; None while it has not."""
     waiting_reason: str | None = None
@@ -333,6 +335,7 @@ def pod_facts(pod: Manifest) -> PodFacts:
         created=_time(metadata["creationTimestamp"]),
         deleting=_time_or_none(metadata.get("deletionTimestamp")),
         node=(pod.get("spec") or {}).get("nodeName"),
+        scheduled=_time_or_none(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
         running_since=_not_before(_time_or_none(started), _time(metadata["creationTimestamp"])),
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message", ""),

@@ -12,6 +12,7 @@ from heimdall_api.contract import MESSAGE_LIMIT, BestMetric, Checkpoint, Progres
 from heimdall_api.types import BestMetricStatus, CheckpointStatus, Condition, TrainingRunStatus
 from heimdall_operator.decide import (
     DELETION_LIMIT_S,
+    IMAGE_DEADLINE_S,
     KEEP_LOGS_LIMIT_S,
     KEPT_POLL_S,
     PENDING_REPORT_S,
@@ -35,7 +36,7 @@ from heimdall_operator.decide import (
     decide,
 )
 from heimdall_operator.events import events_between
-from heimdall_operator.failures import judge_pod
+from heimdall_operator.failures import is_image_gone, judge_pod
 from heimdall_operator.observe import LOST_POD_S, Observed, PodFacts, Podless, Trouble
 from tests.unit.operator.builders import (
     NOW,
@@ -308,6 +309,97 @@ def test_a_pod_that_does_not_start_says_why_and_is_withdrawn_at_the_deadline(see
 
     gone = settled(observed(status=late.status))
     assert condition(gone, "Failed") == ("True", reason)
+
+
+GONE = 'Back-off pulling image "x:1": ErrImagePull: failed to resolve image: docker.io/library/x:1: not found'
+AWAY = 'failed to do request: Head "https://x/v2/": dial tcp: lookup x on 10.96.0.10:53: no such host'
+IMAGES: dict[str, tuple[dict[str, Any], bool]] = {
+    "not there": ({}, True),
+    "told at the next try only": ({"waiting_reason": "ErrImagePull"}, True),
+    "not for long": ({"scheduled": ago(IMAGE_DEADLINE_S - 1)}, False),
+    "scheduled before anybody says when": ({"scheduled": None, "created": ago(IMAGE_DEADLINE_S)}, True),
+    "the network": ({"waiting_message": AWAY}, False),
+    "nobody says why": ({"waiting_message": 'Back-off pulling image "x:1"'}, False),
+    "no node": ({"node": None}, False),
+    "something else": ({"waiting_reason": "CreateContainerConfigError"}, False),
+}
+
+
+@pytest.mark.parametrize(("how", "is_over"), IMAGES.values(), ids=IMAGES.keys())
+def test_an_image_that_is_not_there_is_not_waited_for_as_long_as_a_gpu(how: dict[str, Any], is_over: bool) -> None:
+    waits = {"phase": "Pending", "running_since": None, "created": ago(2000), "scheduled": ago(IMAGE_DEADLINE_S)}
+    waits |= {"waiting_reason": "ImagePullBackOff", "waiting_message": GONE, **how}
+    seen = observed(jobs=(job(created=ago(2000)),), pods=(pod(**waits),))
+
+    if is_over:
+        told = withdrawn(seen).status.attempts[-1]
+        assert told.reason == "ImagePull"
+        assert told.message == (
+            "The image is not there or may not be pulled, for 300 s by now. "
+            f"The image can't be pulled, check spec.image: {waits['waiting_message']}"
+        )
+    else:
+        assert decide(seen, NOW).status.attempts[-1].reason is None
+
+
+def test_an_image_that_is_not_there_is_looked_for_again_when_its_time_is_over() -> None:
+    waits = {"phase": "Pending", "running_since": None, "waiting_reason": "ErrImagePull", "waiting_message": GONE}
+    seen = observed(jobs=(job(),), pods=(pod(**waits, scheduled=ago(10)),))
+
+    assert decide(seen, NOW).look_again_s == IMAGE_DEADLINE_S - 10
+    shorter = decide(replace(seen, spec=spec(pendingDeadlineSeconds=100)), NOW)
+    assert shorter.look_again_s == 40, "the user's, from the Job's creation"
+
+
+PULLS = {
+    # containerd, which names the image outside of quotes as well
+    "a tag": (
+        (
+            'failed to pull and unpack image "docker.io/library/busybox:nosuch": failed to resolve reference '
+            '"docker.io/library/busybox:nosuch": docker.io/library/busybox:nosuch: not found'
+        ),
+        True,
+    ),
+    "a repository": (
+        (
+            'failed to resolve reference "docker.io/no/such:1": pull access denied, repository does not exist or may '
+            "require authorization: server message: insufficient_scope: authorization failed"
+        ),
+        True,
+    ),
+    "no login": (
+        (
+            "failed to authorize: failed to fetch anonymous token: unexpected status from GET request to "
+            "https://ghcr.io/token?scope=repository%3Ateam%2Fx%3Apull&service=ghcr.io: 403 Forbidden"
+        ),
+        True,
+    ),
+    "a login that is over": ("unexpected status from HEAD request to https://x/v2/y: 401 Unauthorized", True),
+    # CRI-O
+    "a tag, CRI-O": ("reading manifest nosuch in docker.io/library/busybox: manifest unknown", True),
+    "no login, CRI-O": (
+        "initializing source docker://x/y:1: reading manifest 1 in x/y: unauthorized: access to the resource is denied",
+        True,
+    ),
+    "a bearer, CRI-O": ("Requesting bearer token: invalid status code from registry 401 (Unauthorized)", True),
+    "no such host": (AWAY, False),
+    "refused": ('Head "https://x/v2/": dial tcp 10.0.0.1:443: connect: connection refused', False),
+    "too late": ('Get "https://x/v2/": net/http: TLS handshake timeout', False),
+    "deadline": ('Get "https://x/v2/": context deadline exceeded', False),
+    "a registry that is not well": ("unexpected status from HEAD request to https://x/v2/y: 503 Unavailable", False),
+    "too many": ("429 Too Many Requests - Server message: toomanyrequests: pull rate limit", False),
+    "a proxy that is not there": ('proxyconnect tcp: dial tcp: lookup proxy: no such host: "x" not found', False),
+    "cut off": ("failed to copy: httpReadSeeker: failed open: unexpected EOF", False),
+    "an older kubelet": ('Back-off pulling image "registry/unauthorized/denied:401"', False),
+    "a name like a verdict": ("registry.local/team/denied:403: something went wrong", False),
+    "a name like an outage": ("registry.local/team/timeout:503: not found", True),
+    "nothing": ("", False),
+}
+
+
+@pytest.mark.parametrize(("words", "is_gone"), PULLS.values(), ids=PULLS.keys())
+def test_an_image_that_is_not_there_is_told_from_a_registry_that_is_away(words: str, is_gone: bool) -> None:
+    assert is_image_gone(words) == is_gone
 
 
 def test_an_impossible_image_name_is_not_waited_for() -> None:

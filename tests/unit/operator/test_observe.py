@@ -302,3 +302,11 @@ def test_a_job_says_last_why_it_creates_no_pod() -> None:
 
     assert refused_pods(events, job) == 'pods "run-a1-…" is forbidden: quota'
     assert refused_pods(events[2:], job) == ""
+
+
+def test_a_pod_tells_since_when_it_has_a_node() -> None:
+    def since(status: str) -> Any:
+        condition = {"type": "PodScheduled", "status": status, "lastTransitionTime": "2026-11-01T12:00:09Z"}
+        return pod_facts(raw_pod(phase="Pending", conditions=[condition])).scheduled
+
+    assert (since("False"), str(since("True"))) == (None, "2026-11-01 12:00:09+00:00")
