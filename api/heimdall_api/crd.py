@@ -30,7 +30,7 @@ COLUMNS: Final[list[Schema]] = [
         "description": "Percent done",
     },
     {"name": "Attempts", "type": "integer", "jsonPath": ".status.attempt"},
-    {"name": "GPUs", "type": "integer", "jsonPath": ".spec.resources.gpusPerWorker"},
+    {"name": "GPUs", "type": "integer", "jsonPath": ".status.gpus", "description": "GPUs of all workers together"},
     {"name": "Run-ID", "type": "string", "jsonPath": ".status.runID"},
     {"name": "Model-Version", "type": "string", "jsonPath": ".status.modelVersion"},
     {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},

@@ -529,6 +529,7 @@ class TrainingRunStatus(Model):
         default=None, description="The checkpoint that a next attempt goes on from."
     )
     attempts: list[Attempt] = Field(default_factory=list, description="The newest attempts, oldest first.")
+    gpus: int | None = Field(default=None, description="GPUs of all workers together.")
     job_name: str | None = Field(default=None, description="Job of the newest attempt.")
     attempt: int = Field(default=0, description="Number of the newest attempt.")
     failures: int = Field(default=0, description="Attempts that ended in a failure that counts as a retry.")

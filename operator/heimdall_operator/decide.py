@@ -125,14 +125,14 @@ def _live(observed: Observed, now: datetime) -> Decision:
     if not observed.has_finalizer:
         return Decision((AddFinalizer(),), observed.status)
     if observed.status.run_id is None or not observed.status.attempts:
-        return _open_run(observed, now)
+        return _open_run(observed, observed.spec, now)
     return _attempt(observed, observed.spec, now)
 
 
 # --- beginning ---------------------------------------------------------------------------------------------------
 
 
-def _open_run(observed: Observed, now: datetime) -> Decision:
+def _open_run(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision:
     """The MLflow run comes before the Job, so that its ID is on the status before a GPU is taken."""
     unopened = waiting(observed.status, observed, "TrackingUnavailable", "Waiting for MLflow to create the run.", now)
     if observed.refusal:
@@ -140,7 +140,11 @@ def _open_run(observed: Observed, now: datetime) -> Decision:
     if observed.run is None:
         return Decision((EnsureRun(),), unopened)
     status = observed.status.model_copy(
-        update={"run_id": observed.run.run_id, "start_time": observed.status.start_time or now}
+        update={
+            "run_id": observed.run.run_id,
+            "start_time": observed.status.start_time or now,
+            "gpus": spec.resources.workers * spec.resources.gpus_per_worker,
+        }
     )
     status = _next_attempt(status, observed.name, now)
     return Decision((), waiting(status, observed, "Pending", "The training pod is being created.", now))

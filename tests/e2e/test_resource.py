@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import Cluster, wait_for
 from tests.e2e.conftest import contract_run
 
 pytestmark = pytest.mark.beside
@@ -114,3 +114,18 @@ def test_explain_and_columns_read_well(release: Cluster, name: str) -> None:
     wide = [line.split() for line in release.kubectl("get", "tr", name, "-o", "wide").splitlines()]
     assert (wide[0][-2:], wide[1][-1]) == (["JOB", "REASON"], "Suspended")
     assert "Suspended by spec.suspend" in release.kubectl("describe", "trainingrun", name)
+
+
+def test_the_column_of_gpus_counts_those_of_all_workers(release: Cluster, name: str) -> None:
+    """More than there are, so that nothing of it trains."""
+    resources = {"workers": 3, "gpusPerWorker": 9, "cpu": "20m", "memory": "64Mi", "sharedMemory": "16Mi"}
+    release.apply(contract_run(name, spec={"resources": resources}))
+    wait_for(
+        lambda: "runID" in release.status(name),
+        what="its MLflow run",
+        timeout_s=60,
+        tell=lambda: release.explain(name),
+    )
+
+    header, row = release.kubectl("get", "trainingrun", name).splitlines()
+    assert row[header.index("GPUS") :].split()[0] == "27"

@@ -56,7 +56,9 @@ def resources(shown: str, example: Resource) -> list[Resource]:
     assert row is not None
     assert value is not None
     complete = {"type": "Complete", "message": said_at_the_end(example, row["version"], float(value[1]))}
-    found[-1]["status"] |= {"runID": row["run_id"], "modelVersion": row["version"], "conditions": [complete]}
+    gpus = example["spec"]["resources"]["gpusPerWorker"]
+    found[-1]["status"] |= {"gpus": gpus, "runID": row["run_id"], "modelVersion": row["version"]}
+    found[-1]["status"]["conditions"] = [complete]
     return found
 
 

@@ -187,6 +187,13 @@ def test_the_run_id_is_on_the_status_before_a_job_is() -> None:
     assert decision.status.start_time == NOW
 
 
+@pytest.mark.parametrize(("resources", "gpus"), [({}, 1), ({"workers": 4, "gpusPerWorker": 8}, 32)])
+def test_the_gpus_of_all_workers_are_told_with_the_run(resources: dict[str, Any], gpus: int) -> None:
+    decision = decide(observed(spec=spec(resources=resources), status=NEW, run=run()), NOW)
+
+    assert (decision.status.run_id, decision.status.gpus) == ("r1", gpus)
+
+
 def test_running_tells_pod_and_node() -> None:
     result = settled(observed(jobs=(job(),), pods=(pod(),)))
 
