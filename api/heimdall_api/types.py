@@ -406,7 +406,8 @@ class TrainingRunSpec(Model):
         default=None,
         ge=1,
         le=315_360_000,
-        description="How long the run may take in all, counted from its start.",
+        description="How long the run may take in all, counted from when the operator takes it up; time in which it is "
+        "suspended, waits in a queue or for a node, or pauses between attempts counts too.",
     )
     stall_timeout_seconds: int | None = Field(
         default=None,
