@@ -88,8 +88,6 @@ def _structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
         out["items"] = _structural(node["items"], definitions)
     if out.get("default") is None:
         out.pop("default", None)
-    if node.get("format") == "date-time":
-        out["format"] = "date-time"
     return out
 
 

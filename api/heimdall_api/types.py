@@ -12,7 +12,6 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AliasChoices, ConfigDict, Field
-from pydantic.alias_generators import to_camel
 
 from heimdall_api.base import Model
 from heimdall_api.quantity import parse_quantity
@@ -551,7 +550,7 @@ class Metadata(Model):
 class TrainingRun(RuledModel):
     """A TrainingRun as a file holds it and as a trainer is given it."""
 
-    model_config = ConfigDict(alias_generator=to_camel, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
     rules = (NAME_RULE,)
 
     api_version: Literal["training.heimdall.dev/v1alpha1"] = "training.heimdall.dev/v1alpha1"

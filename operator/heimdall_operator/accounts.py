@@ -322,13 +322,14 @@ class Keeper:
             Why something could not be read now that is insisted on; it is left out.
         """
         namespace, pods = observed.namespace, observed.pods_of(number)
-        about = [("Pod", pod.name) for pod in pods] + [("Job", job_name(observed.name, number)), (KIND, observed.name)]
+        job = job_name(observed.name, number)
+        subjects = [*(("Pod", pod.name) for pod in pods), ("Job", job), (KIND, observed.name)]
         # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
         wanted = {
             f"{pod.name}.log": [partial(self._kube.read_log, namespace, pod.name, _telling(pod), _limit(len(pods)))]
             for pod in pods
         }
-        wanted["events.jsonl"] = [partial(self._events, namespace, *each) for each in about]
+        wanted["events.jsonl"] = [partial(self._events, namespace, *each) for each in subjects]
         unread: Exception | None = None
         for name in [name for name in wanted if name not in files and name not in account.kept]:
             try:
@@ -379,7 +380,7 @@ def _say_trying_again(number: int, error: Exception, pause_s: float) -> None:
 async def _redacted(text: str) -> str:
     """A long text without secrets, a piece at a time: everything else goes on between two."""
     # Cut between lines: what a cut divides would be recognised in neither half.
-    cuts = {text.rfind("\n", 0, about) + 1 for about in range(PIECE, len(text), PIECE)}
+    cuts = {text.rfind("\n", 0, at) + 1 for at in range(PIECE, len(text), PIECE)}
     redacted = []
     for begin, end in pairwise(sorted({0, *cuts, len(text)})):
         redacted.append(redact(text[begin:end]))

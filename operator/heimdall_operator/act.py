@@ -37,6 +37,7 @@ from heimdall_operator.store import Key, Store, owner_uid
 from heimdall_tracking.errors import is_refusal
 from heimdall_tracking.redact import redact
 from heimdall_tracking.registry import ModelMissingError
+from heimdall_tracking.runs import FinalStatus, RunFacts
 
 FINALIZERS: Final = "finalizers"
 DENIED: Final = "denied"
@@ -86,10 +87,6 @@ class Actor:
         match action:
             case AddFinalizer() | RemoveFinalizer():
                 return await self._set_finalizer(observed, present=isinstance(action, AddFinalizer))
-            case EnsureRun():
-                return await self._ensure_run(observed)
-            case OpenAttempt(number):
-                return await self._open_attempt(observed, number)
             case CreateJob(number):
                 return await self._create_job(observed, number)
             case AskJob(name):
@@ -98,6 +95,18 @@ class Actor:
                 return await self._keep_logs(observed, number, pods_go=pods_go)
             case DeleteJob(name):
                 return await self._delete_job(observed, name)
+            case _:
+                return await self._act_on_run(action, observed)
+
+    async def _act_on_run(
+        self, action: EnsureRun | OpenAttempt | RegisterModel | ParkRun | EndRun, observed: Observed
+    ) -> Observed:
+        """Carry out what is MLflow's part."""
+        match action:
+            case EnsureRun():
+                return await self._ensure_run(observed)
+            case OpenAttempt(number):
+                return await self._open_attempt(observed, number)
             case RegisterModel():
                 return await self._register(observed)
             case ParkRun():
@@ -251,7 +260,7 @@ class Actor:
             return replace(observed, refusal=redact(error))
         return replace(observed, registration=registration, run=facts)
 
-    async def _end_run(self, observed: Observed, status: Any, *, insist: bool, fence: bool) -> Observed:
+    async def _end_run(self, observed: Observed, status: FinalStatus, *, insist: bool, fence: bool) -> Observed:
         try:
             facts = await self._mlflow.end_run(observed, status, fence=fence)
         except Exception as error:
@@ -268,8 +277,6 @@ class Actor:
         return replace(observed, run=facts)
 
 
-def _gone(observed: Observed, status: str) -> Any:
+def _gone(observed: Observed, status: FinalStatus) -> RunFacts:
     """A run that does not exist, or no longer: nothing of it is left to end."""
-    from heimdall_tracking.runs import RunFacts
-
     return RunFacts(run_id=observed.status.run_id or "", experiment_id="", status=status)

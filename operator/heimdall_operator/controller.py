@@ -532,7 +532,7 @@ class Controller:
         self._has_events.clear()
         return True
 
-    async def _read_again(self, key: Key, known: Any) -> None:
+    async def _read_again(self, key: Key, known: Manifest | None) -> None:
         """Read a TrainingRun that a write did not fit any more.
 
         Args:
@@ -621,7 +621,7 @@ def with_words(status: TrainingRunStatus, words: str) -> TrainingRunStatus:
     return status.model_copy(update={"conditions": told})
 
 
-def _recent_events(resource: Any, now: datetime) -> list[dict[str, Any]]:
+def _recent_events(resource: Manifest, now: datetime) -> list[dict[str, Any]]:
     """Events of what a TrainingRun's status says happened lately."""
     try:
         observed = observe(resource)
@@ -645,7 +645,7 @@ def _sooner(*delays_s: float | None) -> float | None:
     return min((delay for delay in delays_s if delay is not None), default=None)
 
 
-def _ended_as(known: Any, fresh: Any) -> FinalStatus | None:
+def _ended_as(known: Manifest, fresh: Manifest | None) -> FinalStatus | None:
     """How the MLflow run of a TrainingRun has to have ended, going by what another operator made of it meanwhile."""
     if fresh is None or fresh["metadata"]["uid"] != known["metadata"]["uid"]:
         return "KILLED"
@@ -669,5 +669,5 @@ def _is_evicted(resource: Manifest) -> bool:
     return status.get("phase") == "Pending" and "runningTime" in newest and "reason" not in newest
 
 
-def _experiment(resource: Any) -> str:
+def _experiment(resource: Manifest) -> str:
     return str(resource["spec"]["tracking"]["experiment"])

@@ -44,6 +44,7 @@ from heimdall_operator.failures import FINAL, FREE, Outcome, is_image_gone, judg
 from heimdall_operator.observe import JobFacts, Observed, PodFacts
 from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import ConditionValue, age_s, waiting, with_conditions, with_facts
+from heimdall_tracking.runs import FINAL_STATUSES
 
 ATTEMPTS_KEPT: Final = 10
 """How many attempts a status lists."""
@@ -575,7 +576,7 @@ def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: da
         return Decision(_read_and_delete(observed, [observed.job.name]), status)
     if _living(observed, now):
         return Decision((), status, POLL_S)
-    counted = Reason(attempt.reason) not in FREE if attempt.reason else True
+    counted = attempt.reason not in FREE
     # A pod that is gone before anybody looked takes its exit code along, and its last words.
     judged = judge_group(observed.attempt_pods, spec.resources.workers)
     pod = next((pod for pod in observed.attempt_pods if judged is not None and pod.name == judged.pod), None)
@@ -831,7 +832,7 @@ def _delete(observed: Observed, deleted: datetime, now: datetime) -> Decision:
         return Decision((DeleteJob(observed.job.name),), observed.status)
     if _living(observed, now) and not overdue:
         return Decision((), observed.status, POLL_S)
-    ended = observed.run is not None and observed.run.status in ("KILLED", "FINISHED", "FAILED")
+    ended = observed.run is not None and observed.run.status in FINAL_STATUSES
     if observed.status.phase in ("Succeeded", "Failed") or ended:
         return Decision((RemoveFinalizer(),), observed.status)
     # An operator that was away all that time has not even tried: it does so once before it lets go.

@@ -85,7 +85,7 @@ def _state(status: dict[str, Any]) -> tuple[str, str]:
     return status.get("phase", "New"), telling.get("reason", "New")
 
 
-def record_job(observed: Observed, now: Any) -> None:
+def record_job(observed: Observed, now: datetime) -> None:
     """A run's first Job was created."""
     if observed.status.attempt == 1:
         JOB_SECONDS.observe(max(0.0, (now - observed.created).total_seconds()))

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from heimdall_api.base import explain
 from heimdall_api.contract import FINALIZER, LABEL_ATTEMPT, LABEL_EXECUTION_LIMIT, LABEL_QUEUE, LABEL_UID, QUEUE_LABELS
 from heimdall_api.types import TrainingRunSpec, TrainingRunStatus
-from heimdall_operator.store import owner_uid
+from heimdall_operator.store import Manifest, owner_uid
 from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
@@ -29,8 +29,6 @@ _OWN_STORAGE: Final = re.compile(
 CONTAINER: Final = "trainer"
 """Name of the container that trains."""
 COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
-Manifest = Mapping[str, Any]
-"""A Kubernetes object as the API server gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,6 @@ class JobFacts:
     finished: datetime | None = None
     """When it ended; None while it has not."""
     succeeded: bool = False
-    message: str = ""
     started: datetime | None = None
     """When it was last let go: a queue may have held it before."""
     suspended: bool = False
@@ -303,7 +300,6 @@ def job_facts(job: Manifest) -> JobFacts:
         deleting="deletionTimestamp" in metadata,
         finished=_time(ended[0]["lastTransitionTime"]) if ended else None,
         succeeded=any(item["type"] == "Complete" for item in ended),
-        message=ended[0].get("message", "") if ended else "",
         started=_time_or_none(status.get("startTime")),
         suspended=bool((job.get("spec") or {}).get("suspend")),
         queue=_label(job, LABEL_QUEUE) or "",

@@ -10,6 +10,7 @@ from heimdall_api.contract import LABEL_RUN
 from heimdall_operator.kube import ConflictError
 
 Manifest = Mapping[str, Any]
+"""A Kubernetes object as the API server gives it."""
 ChildKind = Literal["Job", "Pod"]
 JOB_NAME: Final = "batch.kubernetes.io/job-name"
 ENDED: Final = frozenset({"Succeeded", "Failed"})

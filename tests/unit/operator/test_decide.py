@@ -600,7 +600,7 @@ def events(old: TrainingRunStatus, new: TrainingRunStatus) -> list[str]:
 
 
 def test_a_deleted_job_is_taken_for_preemption_once_its_pod_is_gone() -> None:
-    vanished = job(finished=ago(POD_VANISHED_S + 1), message="deleted")
+    vanished = job(finished=ago(POD_VANISHED_S + 1))
 
     result = settled(observed(jobs=(vanished,)))
 
