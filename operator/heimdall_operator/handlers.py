@@ -16,12 +16,12 @@ from typing import Any, Final, cast
 
 import kopf
 
-from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, MANAGED_BY, PLURAL, VERSION
+from heimdall_api.contract import GROUP, PLURAL, VERSION
 from heimdall_operator import metrics
 from heimdall_operator.accounts import Keeper
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
-from heimdall_operator.kube import PAGE, Kube
+from heimdall_operator.kube import OURS, PAGE, SELECTOR, Kube
 from heimdall_operator.manifests import TrainerDefaults
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.pauses import doubled_s
@@ -35,8 +35,6 @@ IDLE_TIMEOUT_S: Final = 0.1
 LAST_EVENTS_TIMEOUT_S: Final = 5
 WATCH_RETRY_S: Final = 1.0
 WATCH_RETRY_LIMIT_S: Final = 30.0
-OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
-SELECTOR: Final = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 
 
 class NoDiffs(kopf.DiffBaseStorage):

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 from urllib.request import getproxies
 
 from heimdall_api.contract import GROUP, LABEL_MANAGED_BY, LABEL_UID, MANAGED_BY, PLURAL, VERSION
@@ -18,6 +18,9 @@ PAGE: Final = 500
 LOG_LINES: Final = 10_000
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
+OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
+"""Labels of the Jobs and pods that the operator made."""
+SELECTOR: Final = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 HTTP_ERROR: Final = 400
 HTTP_FORBIDDEN: Final = 403
 HTTP_NOT_FOUND: Final = 404
@@ -138,10 +141,7 @@ class Kube:
     async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
         """Events about an object."""
         query = [("fieldSelector", f"involvedObject.kind={kind},involvedObject.name={name}")]
-        items: list[dict[str, Any]] = (await self._call("GET", _path("/api/v1", namespace, "events"), query=query))[
-            "items"
-        ]
-        return items
+        return [item async for page in self._pages(_path("/api/v1", namespace, "events"), query) for item in page]
 
     async def event_names(self, namespace: str | None, kind: str) -> set[tuple[str, str]]:
         """Namespace and name of every Event about objects of a kind; page by page, there may be tens of thousands."""
@@ -195,7 +195,7 @@ class Kube:
             return
 
     async def _list(self, path: str, *, labelled: bool = False, uid: str | None = None) -> list[dict[str, Any]]:
-        selector = f"{LABEL_MANAGED_BY}={MANAGED_BY}" + (f",{LABEL_UID}={uid}" if uid is not None else "")
+        selector = SELECTOR + (f",{LABEL_UID}={uid}" if uid is not None else "")
         query = [("labelSelector", selector)] if labelled else []
         return [item async for page in self._pages(path, query) for item in page]
 
@@ -251,16 +251,16 @@ class Kube:
             return text
         if response.status == HTTP_NOT_FOUND and missing_ok:
             return b"{}"
-        message = _message(text)
+        answer = _answer(text)
         # A creation that is in conflict with something else's (a quota's count, say) is no name that is taken.
-        is_conflict = response.status == HTTP_CONFLICT and (method != "POST" or _reason(text) == "AlreadyExists")
+        is_conflict = response.status == HTTP_CONFLICT and (method != "POST" or answer.reason == "AlreadyExists")
         if is_conflict or (response.status == HTTP_NOT_FOUND and method == "PATCH"):
-            raise ConflictError(message)  # changed, or gone
+            raise ConflictError(answer.message)  # changed, or gone
         if response.status in HTTP_REFUSED:
-            raise RefusedError(message, _fields(text))
+            raise RefusedError(answer.message, answer.fields)
         if response.status == HTTP_FORBIDDEN:
-            raise ForbiddenError(message)
-        raise ApiException(status=response.status, reason=message)
+            raise ForbiddenError(answer.message)
+        raise ApiException(status=response.status, reason=answer.message)
 
 
 def answer_of(error: Exception) -> int | None:
@@ -281,26 +281,22 @@ def _resource(path: str) -> str:
     return "/".join([parts[1], *parts[3:]]) if len(parts) > 1 else path
 
 
-def _message(text: bytes) -> str:
-    """The API server's own words."""
+class _Answer(NamedTuple):
+    """What the API server says of what it has not done."""
+
+    message: str
+    reason: str = ""
+    """Its word for what is wrong."""
+    fields: tuple[str, ...] = ()
+    """The fields that it finds fault with; none where it names none."""
+
+
+def _answer(text: bytes) -> _Answer:
+    """An error's answer; of something in between, such as a proxy, it is not the API server's."""
     try:
-        return str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:200].decode(errors="replace")
-
-
-def _reason(text: bytes) -> str:
-    """The API server's word for what is wrong."""
-    try:
-        return str(json.loads(text)["reason"])
-    except (ValueError, KeyError, TypeError):
-        return ""
-
-
-def _fields(text: bytes) -> tuple[str, ...]:
-    """The fields that the API server finds fault with; none where it names none."""
-    try:
-        causes = json.loads(text)["details"]["causes"]
-        return tuple(dict.fromkeys(str(cause["field"]) for cause in causes))
-    except (ValueError, KeyError, TypeError):
-        return ()
+        status = json.loads(text)
+        causes = (status.get("details") or {}).get("causes") or ()
+        fields = dict.fromkeys(str(cause["field"]) for cause in causes if "field" in cause)
+        return _Answer(str(status["message"]), str(status.get("reason", "")), tuple(fields))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _Answer(text[:200].decode(errors="replace"))

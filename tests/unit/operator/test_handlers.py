@@ -21,7 +21,8 @@ from kopf._core.engines.probing import health_reporter
 from heimdall_api.contract import GROUP, PLURAL, VERSION
 from heimdall_operator import controller as controllers
 from heimdall_operator import workqueue
-from heimdall_operator.handlers import SELECTOR, Handlers, _tune, register
+from heimdall_operator.handlers import Handlers, _tune, register
+from heimdall_operator.kube import SELECTOR
 from heimdall_operator.settings import OperatorSettings
 from heimdall_operator.store import Key
 from tests.integration.servers import free_port

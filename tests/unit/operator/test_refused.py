@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from heimdall_operator import metrics
 from heimdall_operator.controller import REFUSED_PAUSE_S, Controller
-from heimdall_operator.kube import RefusedError, _fields
+from heimdall_operator.kube import RefusedError, _answer
 from tests.unit.operator.builders import NOW, UID
 from tests.unit.operator.fakes import KEY, STAMP, World, controller
 
@@ -167,8 +167,16 @@ def test_a_finalizer_that_is_refused_waits_too(monkeypatch: pytest.MonkeyPatch) 
     assert later == [REFUSED_PAUSE_S]
 
 
-def test_the_fields_are_the_api_servers() -> None:
+def test_what_is_refused_and_why_is_told_in_the_api_servers_words() -> None:
     cause = {"reason": "FieldValueNotSupported", "field": "status.phase"}
-    assert _fields(json.dumps({"details": {"causes": [cause, cause]}}).encode()) == ("status.phase",)
-    assert _fields(b"a proxy's page") == ()
-    assert _fields(b'{"details": {}}') == ()
+    status = {"message": "invalid", "reason": "Invalid", "details": {"causes": [cause, {"reason": "?"}, cause]}}
+
+    assert _answer(json.dumps(status).encode()) == ("invalid", "Invalid", ("status.phase",))
+    assert _answer(b'{"message": "gone", "details": {}}') == ("gone", "", ())
+    for page in (
+        b"a proxy's page",
+        b"[1]",
+        b'{"error": "bad gateway"}',
+        b'{"message": "x", "details": {"causes": [1]}}',
+    ):
+        assert _answer(page) == (page.decode(), "", ()), "of something in between"
