@@ -397,7 +397,7 @@ PULLS = {
     "too many": ("429 Too Many Requests - Server message: toomanyrequests: pull rate limit", False),
     "a proxy that is not there": ('proxyconnect tcp: dial tcp: lookup proxy: no such host: "x" not found', False),
     "cut off": ("failed to copy: httpReadSeeker: failed open: unexpected EOF", False),
-    "an older kubelet": ('Back-off pulling image "registry/unauthorized/denied:401"', False),
+    "an older kubelet": ('Back-off pulling image "unauthorized/denied:401"', False),
     "a name like a verdict": ("registry.local/team/denied:403: something went wrong", False),
     "a name like an outage": ("registry.local/team/timeout:503: not found", True),
     "nothing": ("", False),
@@ -966,6 +966,10 @@ GROUP = {"spec": spec(resources={"workers": 2})}
 WITHOUT_PODS: dict[str, tuple[dict[str, Any], bool]] = {
     "for a while": ({}, True),
     "not for long": ({"jobs": (job(created=ago(PENDING_REPORT_S - 1)),)}, False),
+    "for as long as it may": (
+        {"spec": spec(pendingDeadlineSeconds=5), "jobs": (job(created=ago(PENDING_REPORT_S - 1)),)},
+        True,
+    ),
     "one of two": ({**GROUP, "pods": (pod(worker=0),)}, True),
     "a pod that waits says so itself": ({"pods": (pod(phase="Pending", running_since=None),)}, False),
     "one of two waits": ({**GROUP, "pods": (pod(worker=0, phase="Pending", running_since=None),)}, False),

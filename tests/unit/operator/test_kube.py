@@ -79,6 +79,15 @@ def test_the_names_of_all_events_are_read_page_by_page() -> None:
     assert {page["fieldSelector"] for page in kube.asked} == {"involvedObject.kind=TrainingRun"}
 
 
+def test_events_about_an_object_are_read_page_by_page() -> None:
+    kube = Paged(["a"], ["b"])
+
+    events = asyncio.run(kube.list_events("team", "Job", "run-a1"))
+
+    assert [event["metadata"]["name"] for event in events] == ["a", "b"]
+    assert {page["fieldSelector"] for page in kube.asked} == {"involvedObject.kind=Job,involvedObject.name=run-a1"}
+
+
 def test_everything_is_listed_page_by_page() -> None:
     kube = Paged(["a"], ["b", "c"])
 
