@@ -11,7 +11,7 @@ from tests.e2e.chart.pages import Typist, section
 from tests.e2e.cluster import Cluster
 from tests.e2e.conftest import Mlflow, contract_run
 
-VOLUME_FULL = "docs/runbooks/volume-full.md"
+VOLUME_FULL = "docs/runbooks/HeimdallVolumeFull.md"
 PASSWORDS = "docs/runbooks/passwords.md"
 ATTEMPTS_FAIL = "docs/runbooks/HeimdallAttemptsFail.md"
 LOG_IN = 'PGPASSWORD="$MLFLOW_PASSWORD" psql -h 127.0.0.1 -U mlflow -d mlflow -c "SELECT 1"'

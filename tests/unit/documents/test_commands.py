@@ -124,7 +124,7 @@ RUN_BY = {
 ANY_WORD = "…"
 RUN_WHOLE = {
     "docs/howto/backup.md": "tests/e2e/chart/test_backup.py",
-    "docs/runbooks/volume-full.md": "tests/e2e/chart/test_runbooks.py",
+    "docs/runbooks/HeimdallVolumeFull.md": "tests/e2e/chart/test_runbooks.py",
     "docs/runbooks/HeimdallAttemptsFail.md": "tests/e2e/chart/test_runbooks.py",
 }
 """Pages whose commands a test runs as they stand there."""
