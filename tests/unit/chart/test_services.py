@@ -31,6 +31,7 @@ EXISTING_SECRETS: dict[str, Any] = {
     "tracking.auth.existingSecret": "logins",
     "trainer.createSecrets": False,
 }
+PEERS = [{"podSelector": {}}]
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 
@@ -356,11 +357,55 @@ def test_an_external_database_may_be_an_ipv6_address() -> None:
             {**EVERY_ROLE_EXTERNAL, "tracking.ingress.enabled": True},
             "tracking.ingress.enabled does nothing with tracking.external=true",
         ),
+        (
+            {**EXISTING_SECRETS, "tracking.presignedTransfers": False},
+            "into the Secret heimdall-trainer, which is yours then. Put MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD",
+        ),
+        ({"database.sslMode": "prefer"}, "database.sslMode=prefer does nothing without database.external=true"),
+        (
+            {"networkPolicies.database.to": PEERS},
+            "networkPolicies.database.to does nothing with database.external=false",
+        ),
+        (
+            {"networkPolicies.objectStore.ports": [7480]},
+            "networkPolicies.objectStore.ports does nothing with objectStore.external=false",
+        ),
+        (
+            {**EVERY_ROLE_EXTERNAL, "networkPolicies.tracking.from": PEERS},
+            "networkPolicies.tracking.from does nothing with tracking.external=true",
+        ),
+        (
+            {"operator.namespaces": ["team-a"], "trainer.namespaces": ["team-a", "team-b"]},
+            "trainer.namespaces names team-b, where nobody would look at a TrainingRun",
+        ),
     ],
     ids=lambda it: "" if isinstance(it, str) else list(it)[-1],
 )
 def test_a_value_that_would_do_nothing_is_refused(values: dict[str, Any], words: str) -> None:
     assert words in refused(*flags(values))
+
+
+EXTERNAL_MLFLOW: dict[str, Any] = {"tracking.external": True, "tracking.externalUrl": "https://mlflow.example.com"}
+
+
+def test_addresses_that_training_pods_could_not_follow_are_refused() -> None:
+    said = refused(*flags(EXTERNAL_MLFLOW))
+    assert "tracking.presignedTransfers can't work with tracking.external=true" in said
+    assert "Set tracking.presignedTransfers=false, or open the way (networkPolicies.trainer.egress)" in said
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tracking.presignedTransfers": False},
+        {"networkPolicies.trainer.egress": [{"ports": [{"port": 9000}]}]},
+        {"networkPolicies.enabled": False},
+        EXISTING_SECRETS,
+    ],
+    ids=",".join,
+)
+def test_an_external_mlflow_is_taken_where_its_bucket_may_be_reached(values: dict[str, Any]) -> None:
+    assert "Deployment/heimdall-tracking" not in render({**EXTERNAL_MLFLOW, **values}).pods()
 
 
 # --- certificate authorities -------------------------------------------------------------------------------------
@@ -433,6 +478,7 @@ def test_what_adds_recordings_is_told_where_the_authorities_of_external_servers_
     left_out: str, told: set[str], among_secrets: Path
 ) -> None:
     values = {**EVERY_ROLE_EXTERNAL, "trainer.createSecrets": True, "caBundle.existingConfigMap": "trusted"}
+    values["tracking.presignedTransfers"] = False  # the chart's own object store is not what that server signs for
     kept = {name: value for name, value in values.items() if not left_out or not name.startswith(left_out)}
     data = render(kept, chart=among_secrets).one("Secret", "heimdall-recordings-writer")["data"]
     assert {name for name, value in data.items() if value == CA_FILE} == told
@@ -441,10 +487,9 @@ def test_what_adds_recordings_is_told_where_the_authorities_of_external_servers_
     assert "/etc/heimdall-ca" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
-def test_given_certificates_are_put_into_every_training_namespace() -> None:
-    rendered = render(
-        {"caBundle.certificates": PEM, "trainer.namespaces": ["team-a"], "operator.namespaces": ["team-b"]}
-    )
+@pytest.mark.parametrize("value", ["trainer.namespaces", "operator.namespaces"])
+def test_given_certificates_are_put_into_every_training_namespace(value: str) -> None:
+    rendered = render({"caBundle.certificates": PEM, value: ["team-a", "team-b"]})
     maps = [item for item in rendered.of_kind("ConfigMap") if item["metadata"]["name"] == "heimdall-ca"]
     assert {item["metadata"]["namespace"] for item in maps} == {NAMESPACE, "team-a", "team-b"}
     assert all(item["data"] == {"ca.crt": PEM} for item in maps)
