@@ -111,12 +111,9 @@ app.kubernetes.io/component: {{ .role }}
 
 {{- /* The data of a Secret whose values are generated once: what the cluster has wins, and of a Secret that is not ours nothing is
 made up. Computed once a rendering, because other Secrets are made of the same values. include "heimdall.secretData" (dict
-"root" $ "name" NAME "existing" BOOL "generated" DICT "needed" KEYS) gives JSON of base64 values. */}}
+"root" $ "name" NAME "existing" BOOL "generated" DICT) gives JSON of base64 values. */}}
 {{- define "heimdall.secretData" -}}
 {{- $memo := get .root.Values "memo" | default dict }}
-{{- $name := .name }}
-{{- $existing := .existing }}
-{{- $needed := .needed }}
 {{- if not (hasKey $memo .name) }}
 {{- $found := lookup "v1" "Secret" .root.Release.Namespace .name }}
 {{- $kept := dict }}
@@ -126,9 +123,6 @@ made up. Computed once a rendering, because other Secrets are made of the same v
 {{- end }}
 {{- $data := dict }}
 {{- range $key, $value := .generated }}
-{{- if and $existing (not (hasKey $kept $key)) (has $key $needed) }}
-{{- fail (printf "Secret %s has no key %s" $name $key) }}
-{{- end }}
 {{- $_ := set $data $key (get $kept $key | default ($value | b64enc)) }}
 {{- end }}
 {{- $_ := set $memo .name (merge (dict) $kept $data) }}
@@ -137,12 +131,24 @@ made up. Computed once a rendering, because other Secrets are made of the same v
 {{- get $memo .name | toJson }}
 {{- end }}
 
+{{- /* Refuses a Secret that is there and lacks a key: pods would wait for it, or have no login. One that can't be looked up is not
+judged. include "heimdall.hasKeys" (dict "root" $ "name" NAME "keys" KEYS) gives nothing. */}}
+{{- define "heimdall.hasKeys" -}}
+{{- $name := .name }}
+{{- with lookup "v1" "Secret" .root.Release.Namespace .name }}
+{{- $data := .data | default dict }}
+{{- range $.keys }}
+{{- if not (get $data .) }}{{ fail (printf "Secret %s has no key %s, or nothing in it" $name .) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "heimdall.databaseData" -}}
 {{- $generated := dict }}
 {{- range list "postgres-password" "mlflow-password" "writer-password" "reader-password" }}
 {{- $_ := set $generated . (randAlphaNum 32) }}
 {{- end }}
-{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.databaseSecret" .) "existing" .Values.database.existingSecret "generated" $generated "needed" (list "writer-password" "reader-password")) }}
+{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.databaseSecret" .) "existing" .Values.database.existingSecret "generated" $generated) }}
 {{- end }}
 
 {{- define "heimdall.objectStoreData" -}}
@@ -151,7 +157,7 @@ made up. Computed once a rendering, because other Secrets are made of the same v
 {{- $_ := set $generated (printf "%s-access-key" .) (printf "heimdall-%s" .) }}
 {{- $_ := set $generated (printf "%s-secret-key" .) (randAlphaNum 32) }}
 {{- end }}
-{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.objectStoreSecret" .) "existing" .Values.objectStore.existingSecret "generated" $generated "needed" (list "writer-access-key" "writer-secret-key" "reader-access-key" "reader-secret-key")) }}
+{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.objectStoreSecret" .) "existing" .Values.objectStore.existingSecret "generated" $generated) }}
 {{- end }}
 
 {{- define "heimdall.trackingData" -}}
@@ -159,7 +165,7 @@ made up. Computed once a rendering, because other Secrets are made of the same v
 {{- range list "admin-password" "operator-password" "trainer-password" "flask-secret-key" }}
 {{- $_ := set $generated . (randAlphaNum 32) }}
 {{- end }}
-{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.trackingSecret" .) "existing" .Values.tracking.auth.existingSecret "generated" $generated "needed" (list "trainer-password")) }}
+{{- include "heimdall.secretData" (dict "root" . "name" (include "heimdall.trackingSecret" .) "existing" .Values.tracking.auth.existingSecret "generated" $generated) }}
 {{- end }}
 
 {{- /* What reads or writes recordings: include "heimdall.recordingsAccess" (dict "root" $ "who" "reader") */}}
@@ -297,9 +303,7 @@ MLFLOW_TRACKING_PASSWORD: {{ get (include "heimdall.trackingData" . | fromJson) 
 {{- $found := lookup "v1" "Secret" .Release.Namespace $name }}
 {{- if not $found }}{{ fail (printf "Secret %s is not in namespace %s: make it first, or set trainer.createSecrets=false" $name .Release.Namespace) }}{{ end }}
 {{- range $key := list "MLFLOW_TRACKING_USERNAME" "MLFLOW_TRACKING_PASSWORD" }}
-{{- with get $found.data $key }}
-{{ $key }}: {{ . }}
-{{- end }}
+{{ $key }}: {{ get $found.data $key }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -47,9 +47,9 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program("helm"), *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
-def refused(*options: str) -> str:
-    """Why helm does not render the chart with these options."""
-    done = helm("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *options)
+def refused(*options: str, chart: Path = CHART) -> str:
+    """Why helm does not render the chart, or a changed copy of it, with these options."""
+    done = helm("template", RELEASE, str(chart), "--namespace", NAMESPACE, *options)
     assert done.returncode != 0, "it was rendered"
     return done.stderr
 

@@ -447,22 +447,85 @@ def test_private_authorities_reach_operator_mlflow_test_and_training_pods(
     assert environment(server(rendered))["AWS_CA_BUNDLE"] == "/etc/heimdall-ca/ca.crt"
 
 
-LOOKUP = 'lookup "v1" "Secret" .root.Release.Namespace .name'
 CA_FILE = base64.b64encode(b"/etc/heimdall-ca/ca.crt").decode()
+KEYS = {
+    "database.existingSecret": [f"{who}-password" for who in ("postgres", "mlflow", "writer", "reader")],
+    "objectStore.existingSecret": [
+        *("root-user", "root-password"),
+        *(f"{who}-{what}-key" for who in ("mlflow", "writer", "reader") for what in ("access", "secret")),
+    ],
+    "tracking.auth.existingSecret": [
+        *("admin-password", "operator-password", "trainer-password", "flask-secret-key"),
+    ],
+    "tracking.existingSecret": ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"],
+}
+"""Of each value that names a Secret, the keys."""
+
+
+def among(folder: Path, *left_out: str) -> Path:
+    """The chart in a namespace where each Secret that it looks up is there, which takes a cluster otherwise.
+
+    Args:
+        folder: Where to put it.
+        left_out: Keys that none of them has.
+    """
+    data = " ".join(f'"{key}" "eA=="' for keys in KEYS.values() for key in keys if key not in left_out)
+    chart = folder / "heimdall"
+    shutil.copytree(CHART, chart)
+    helpers = chart / "templates/_helpers.tpl"
+    text, count = re.subn(r'lookup "v1" "Secret" \S+ \S+', f'(dict "data" (dict {data}))', helpers.read_text())
+    assert count == 3
+    helpers.write_text(text)
+    return chart
 
 
 @pytest.fixture(scope="module")
 def among_secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chart in a namespace where each Secret that it looks up is there, which takes a cluster otherwise."""
-    keys = [f"{who}-{what}" for who in ("reader", "writer") for what in ("password", "access-key", "secret-key")]
-    data = " ".join(f'"{key}" "eA=="' for key in keys)
-    chart = tmp_path_factory.mktemp("among-secrets") / "heimdall"
-    shutil.copytree(CHART, chart)
-    helpers = chart / "templates/_helpers.tpl"
-    text = helpers.read_text()
-    assert text.count(LOOKUP) == 1
-    helpers.write_text(text.replace(LOOKUP, f'(dict "data" (dict {data}))'))
-    return chart
+    return among(tmp_path_factory.mktemp("among-secrets"))
+
+
+NAMED = {name: value for name, value in EXISTING_SECRETS.items() if name.endswith(".existingSecret")}
+WITH_LOGIN = {**EXTERNAL_MLFLOW, "tracking.existingSecret": "mlflow", "tracking.presignedTransfers": False}
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize(
+    ("value", "key"), [(value, key) for value in NAMED for key in KEYS[value]], ids=lambda it: it.rpartition(".")[2]
+)
+def test_a_key_that_an_existing_secret_lacks_is_named(value: str, key: str, copied: bool, tmp_path: Path) -> None:
+    """Pods would wait for it for ever, or be refused with what was made up in its place."""
+    values = {**NAMED, "trainer.createSecrets": copied}
+    assert f"Secret {NAMED[value]} has no key {key}" in refused(*flags(values), chart=among(tmp_path, key))
+
+
+@pytest.mark.parametrize("key", KEYS["tracking.existingSecret"])
+def test_a_login_that_training_pods_would_lack_is_named(key: str, tmp_path: Path) -> None:
+    assert f"Secret mlflow has no key {key}" in refused(*flags(WITH_LOGIN), chart=among(tmp_path, key))
+
+
+def test_training_pods_get_the_login_of_an_external_mlflow(among_secrets: Path) -> None:
+    data = render(WITH_LOGIN, chart=among_secrets).one("Secret", "heimdall-trainer")["data"]
+    assert {key: data[key] for key in KEYS["tracking.existingSecret"]} == dict.fromkeys(
+        KEYS["tracking.existingSecret"], "eA=="
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "unused"),
+    [
+        (STORES_EXTERNAL, ("postgres-password", "root-user", "root-password", "writer-password", "reader-access-key")),
+        ({**STORES_EXTERNAL, "trainer.createSecrets": True}, ("postgres-password", "root-user", "root-password")),
+        ({**NAMED, "tracking.auth.enabled": False}, KEYS["tracking.auth.existingSecret"]),
+        (EVERY_ROLE_EXTERNAL, [key for keys in KEYS.values() for key in keys]),
+        (
+            {**EVERY_ROLE_EXTERNAL, "trainer.createSecrets": True},
+            ("mlflow-password", "mlflow-access-key", "mlflow-secret-key", "flask-secret-key"),
+        ),
+    ],
+    ids=["stores external", "and copied", "no logins", "all external", "all external and copied"],
+)
+def test_a_key_that_nobody_uses_may_be_left_out(values: dict[str, Any], unused: list[str], tmp_path: Path) -> None:
+    assert render(values, chart=among(tmp_path, *unused)).manifests
 
 
 @pytest.mark.parametrize(
