@@ -10,6 +10,7 @@ from typing import Any, Final
 import structlog
 
 from heimdall_api.contract import FINALIZER
+from heimdall_operator import metrics
 from heimdall_operator.accounts import Keeper
 from heimdall_operator.actions import (
     Action,
@@ -173,9 +174,6 @@ class Actor:
     async def _create_job(self, observed: Observed, number: int) -> Observed:
         assert observed.spec is not None  # noqa: S101 - decide creates Jobs of readable specs only
         assert observed.status.run_id is not None  # noqa: S101
-        refused = refusals(observed.spec.pod_template)
-        if refused:
-            return replace(observed, refusal="; ".join(refused))
         plan = AttemptPlan(
             name=observed.name,
             namespace=observed.namespace,
@@ -186,12 +184,15 @@ class Actor:
             memory=observed.status.attempts[-1].memory,
             queue_labels=observed.queue_labels,
         )
+        manifest, refusal = self._build(plan)
+        if refusal:
+            return replace(observed, refusal=refusal)
         if await self._may_have_company(observed, plan):
             await self._check_alone(observed)
         try:
             if plan.workers > 1:
                 await self._ensure_service(plan)
-            job = await self._kube.create_job(observed.namespace, build_job(plan, self._defaults))
+            job = await self._kube.create_job(observed.namespace, manifest)
         except ConflictError:
             job = await self._own_job(observed, number)
         except RefusedError as error:
@@ -201,6 +202,18 @@ class Actor:
             return replace(observed, refusal=f"The API server refused the attempt's Job: {error}")
         self._store.put_child("Job", job)
         return replace(observed, jobs=(*observed.jobs, job_facts(job)))
+
+    def _build(self, plan: AttemptPlan) -> tuple[dict[str, Any], str]:
+        """An attempt's Job, or why there can be none."""
+        try:
+            if refused := refusals(plan.spec.pod_template):
+                return {}, "; ".join(refused)
+            return build_job(plan, self._defaults), ""
+        except Exception as error:  # noqa: BLE001 - nothing is asked of anybody: it would be the same at every try
+            metrics.ERRORS.labels(type(error).__name__).inc()
+            log.error("the attempt's Job can't be built from the spec", attempt=plan.attempt, **about(error))  # noqa: TRY400
+            words = redact(f"{type(error).__name__}: {error}")
+            return {}, f"The attempt's Job can't be built from the spec ({words}): correct it in a new TrainingRun."
 
     async def _may_have_company(self, observed: Observed, plan: AttemptPlan) -> bool:
         """Whether pods may train that are not known of."""

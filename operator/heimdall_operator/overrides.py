@@ -104,9 +104,9 @@ def merge(template: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
         elif isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
             merged[name] = merge(merged[name], value)
         elif name in ADDED_TO and isinstance(value, list):
-            merged[name] = [*merged.get(name, ()), *copy.deepcopy(value)]
+            merged[name] = [*(merged.get(name) or ()), *copy.deepcopy(value)]
         elif name in MERGE_KEYS and isinstance(value, list):
-            merged[name] = _merge_named(merged.get(name, []), value, MERGE_KEYS[name])
+            merged[name] = _merge_named(merged.get(name) or (), value, MERGE_KEYS[name])
         else:
             merged[name] = copy.deepcopy(value)
     return merged
@@ -160,7 +160,11 @@ def refusals(overrides: Mapping[str, Any]) -> list[str]:
 
 
 _FREE_KEYS: Final = frozenset({"labels", "annotations", "nodeSelector", "matchLabels"})
-_OBJECTS: Final = frozenset({"metadata", "spec", "securityContext", "resources", "limits", "requests"} | _FREE_KEYS)
+_OBJECTS: Final = frozenset(
+    {"metadata", "spec", "securityContext", "seccompProfile", "resources", "limits", "requests"} | _FREE_KEYS
+)
+_OF_RESOURCES: Final = frozenset({"limits", "requests", "claims"})
+"""What resources have; others must be objects too, which the API server knows or not."""
 
 
 def _shapes(value: Any, path: str) -> list[str]:
@@ -176,13 +180,29 @@ def _shapes(value: Any, path: str) -> list[str]:
             continue  # their keys are the user's own words: env, ports, volumes …
         elif name in MERGE_KEYS and child is not None:
             key = MERGE_KEYS[name][0]
-            if not isinstance(child, list) or not all(isinstance(item, Mapping) and item.get(key) for item in child):
+            if not isinstance(child, list) or not all(_has_key(item, key) for item in child):
                 found.append(f"{where} must be a list of objects with {key}")
             else:
                 found += [line for item in child for line in _shapes(item, f"{where}[{item[key]}]")]
         else:
+            found += _amounts(child, where) if name == "resources" else []
             found += _shapes(child, where)
     return found
+
+
+def _has_key(item: Any, key: str) -> bool:
+    """Whether something is an object that its key tells from others."""
+    return isinstance(item, Mapping) and isinstance(item.get(key), str | int) and bool(item[key])
+
+
+def _amounts(resources: Any, path: str) -> list[str]:
+    """Amounts that stand where limits and requests belong."""
+    if not isinstance(resources, Mapping):
+        return []
+    strays = [
+        name for name, value in resources.items() if name not in _OF_RESOURCES and not isinstance(value, Mapping | None)
+    ]
+    return [f"{path}.{name} must be an object: amounts belong into limits and requests" for name in strays]
 
 
 def _removals(value: Any, path: str) -> list[str]:
@@ -281,8 +301,9 @@ def _trainer(container: Mapping[str, Any], path: str) -> list[str]:
     return found + [
         f"{path}.resources.{kind}.{name}: set spec.resources instead"
         for kind, amounts in (container.get("resources") or {}).items()
+        if isinstance(amounts, Mapping)
         for name in RESOURCES
-        if name in (amounts or {})
+        if name in amounts
     ]
 
 

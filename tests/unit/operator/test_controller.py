@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 
 from heimdall_api.contract import Checkpoint, Progress
 from heimdall_api.types import Condition
+from heimdall_operator import act
 from heimdall_operator.controller import Controller, event_manifest, merge_patch, with_words
 from heimdall_operator.decide import PENDING_REPORT_S
 from heimdall_operator.events import Event
@@ -481,6 +482,29 @@ def test_a_refused_job_is_final_where_only_the_spec_can_be_the_cause(
     status = world.run["status"]
     assert (status["phase"], status["attempt"]) == (phase, number)
     assert words in next(item["message"] for item in status["conditions"] if item["type"] == "Complete")
+
+
+def test_a_spec_of_which_no_job_can_be_built_fails_and_leaves_one_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.apply(SPEC)
+
+    def fails(*_: object) -> None:
+        raise ValueError("Circular reference detected (depth exceeded)")
+
+    monkeypatch.setattr(act, "build_job", fails)
+    with capture_logs() as lines:
+        asyncio.run(look(world))
+        asyncio.run(look(world))
+
+    assert [line["event"] for line in lines if line.get("exc_info")] == [
+        "the attempt's Job can't be built from the spec"
+    ]
+    assert world.run is not None
+    assert world.run["status"]["phase"] == "Failed"
+    failed = next(item for item in world.run["status"]["conditions"] if item["type"] == "Failed")
+    assert failed["reason"] == "InvalidConfiguration"
+    assert "(ValueError: Circular reference detected (depth exceeded)): correct it in a new" in failed["message"]
+    assert world.mlflow_runs[UID]["status"] == "FAILED"
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown part": ({"sepc": {}}, "spec.podTemplate.sepc is unknown: use metadata and spec"),
     "a list that is none": ({"spec": {"containers": {"name": "trainer"}}}, "must be a list of objects with name"),
     "resources that are none": (trainer(resources="x"), "resources must be an object"),
+    "an amount that is no limit": (
+        trainer(resources={"nvidia.com/gpu": 1, "claims": [{"name": "gpu"}]}),
+        "resources.nvidia.com/gpu must be an object: amounts belong into limits and requests",
+    ),
+    "limits that are none": (trainer(resources={"limits": 4}), "resources.limits must be an object"),
+    "a profile that is none": (
+        {"spec": {"securityContext": {"seccompProfile": "RuntimeDefault"}}},
+        "spec.podTemplate.spec.securityContext.seccompProfile must be an object",
+    ),
+    "a name that is none": ({"spec": {"volumes": [{"name": {"a": 1}}]}}, "must be a list of objects with name"),
     "an object that is none": ({"spec": []}, "spec.podTemplate.spec must be an object"),
     "no trainer": (trainer(**{"$patch": "delete"}), "$patch: directives of patches are not taken"),
 }
@@ -195,24 +205,37 @@ def test_what_is_the_users_own_is_taken(overrides: dict[str, Any]) -> None:
     assert refusals(overrides) == []
 
 
+_WORDS = (
+    *("metadata", "spec", "labels", "containers", "name", "trainer", "volumes", "env", "ports", "securityContext"),
+    *("seccompProfile", "resources", "limits"),
+)
+_leaf = st.none() | st.booleans() | st.integers() | st.sampled_from(_WORDS) | st.text(max_size=5)
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    _leaf,
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["metadata", "spec", "labels", "containers", "name", "volumes", "env", "securityContext", "resources"]
-            )
-            | st.text(max_size=5),
-            inner,
-            max_size=4,
-        )
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_WORDS) | st.text(max_size=5), inner, max_size=4)
     ),
     max_leaves=30,
 )
+_FIELDS = {
+    "resources": ("limits", "requests", "claims", "cpu"),
+    "securityContext": ("seccompProfile", "runAsUser", "capabilities"),
+    "env": ("name", "value"),
+    "ports": ("containerPort", "hostPort"),
+}
+"""Of a container, some that have parts: what stands there in an object's or a list's place is what nobody expects."""
+_container = st.sampled_from(sorted(_FIELDS)).flatmap(
+    lambda name: st.fixed_dictionaries(
+        {
+            "name": st.just("trainer"),
+            name: _json | st.dictionaries(st.sampled_from(_FIELDS[name]), _leaf | _json, min_size=1, max_size=2),
+        }
+    )
+)
+_templates = st.dictionaries(st.sampled_from(["metadata", "spec"]) | st.text(max_size=4), _json, max_size=3)
 
 
-@given(st.dictionaries(st.sampled_from(["metadata", "spec"]) | st.text(max_size=4), _json, max_size=3))
+@given(_templates | _container.map(lambda container: {"spec": {"containers": [container]}}))
 def test_whatever_a_user_writes_is_refused_or_merged_and_never_raises(overrides: dict[str, Any]) -> None:
     if not refusals(overrides):
         merge(TEMPLATE, overrides)
