@@ -18,6 +18,8 @@ from heimdall_tracking.registry import Registration
 from heimdall_tracking.runs import RunFacts
 
 LOST_POD_S: Final = 300.0
+NESTING_LIMIT: Final = 200
+"""Levels of a spec: pydantic writes no JSON of more than 255, and what follows them one by one has its end too."""
 _LOST_TRACK: Final = frozenset({"Unknown", "ContainerStatusUnknown"})
 """Reasons of a terminated container that the kubelet gives when it does not know."""
 _NOT_STARTED: Final = frozenset({"StartError", "ContainerCannotRun"})
@@ -394,12 +396,25 @@ def _initialisation(containers: Iterable[Mapping[str, Any]]) -> tuple[Mapping[st
 
 
 def _spec(raw: Mapping[str, Any]) -> tuple[TrainingRunSpec | None, str]:
+    if _is_deeper(raw, NESTING_LIMIT):
+        return None, f"it is nested more than {NESTING_LIMIT} levels deep"
     try:
         # The API server has refused or removed what the CRD does not know. What is left and unknown here is of a newer
         # CRD, in the minutes of an upgrade: no reason to fail every run that trains.
         return TrainingRunSpec.model_validate(raw, extra="ignore"), ""
     except ValidationError as error:
         return None, explain(error, "spec")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether a value of JSON has more levels; level by level, so that none is too deep to be looked at."""
+    level = [value]
+    for _ in range(levels):
+        inner = (item.values() if isinstance(item, Mapping) else item for item in level)
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _ended(status: Mapping[str, Any], conditions: Iterable[Mapping[str, Any]]) -> datetime | None:

@@ -16,10 +16,11 @@ import pytest
 from heimdall_api.types import NAME_LIMIT
 from tests.e2e.chaos.checks import mistakes_counted, mistakes_said
 from tests.e2e.cluster import Cluster, condition, wait_for
-from tests.e2e.conftest import scraped
+from tests.e2e.conftest import contract_run, kill_operator, namespace, scraped
 
 SPECS = int(os.environ.get("HEIMDALL_FUZZ_SPECS", "120"))
 SEED = int(os.environ.get("HEIMDALL_FUZZ_SEED", "7"))
+LIFE_S = 240.0
 SETTLE_S = 60 + 3.0 * SPECS
 TRAINED_SHARE = 0.03
 LABEL = "heimdall-e2e/fuzz"
@@ -143,6 +144,27 @@ def test_every_spec_is_refused_or_fails_with_a_reason_or_trains(
     assert outcomes["refused by the API server"] > 0
     assert outcomes["Unschedulable"] > 0
     assert outcomes["InvalidConfiguration"] > 0
+
+
+def test_a_run_that_is_nested_too_deeply_fails_alone(release: Cluster, name: str) -> None:
+    """Every listing and every watch brings it with all the others."""
+    levels, field = 3000, ("trainingrun", name, "-o")
+    whole = json.dumps(contract_run(name, spec={"podTemplate": {"spec": "HERE"}}))
+    deep = whole.replace('"HERE"', '{"a": ' * levels + "0" + "}" * levels)
+    with namespace(release, "deep") as other:
+        other.kubectl("create", "-f", "-", text=deep)
+        kill_operator(release)
+        release.apply(contract_run(name, steps=3))
+
+        release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+        # As JSON it is nothing for this process to read.
+        wait_for(
+            lambda: other.kubectl("get", *field, "jsonpath={.status.phase}") == "Failed",
+            what="its failure",
+            timeout_s=LIFE_S,
+        )
+        message = other.kubectl("get", *field, "jsonpath={.status.conditions[?(@.type=='Failed')].message}")
+    assert "nested more than 200 levels deep" in message
 
 
 def settled(item: dict[str, Any]) -> bool:

@@ -1,10 +1,13 @@
-"""What the operator logs of errors: a traceback of its own mistakes, and no secret."""
+"""How the operator begins: it reads what the API server takes, and logs its own mistakes without secrets."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,3 +97,41 @@ def test_a_traceback_of_a_library_holds_no_secret_either(logs: Any) -> None:
         logging.getLogger("library").exception("it failed")
 
     assert logs()[-1]["exception"].endswith("'http://***@mlflow/x'")
+
+
+DEEP = """
+import asyncio, sys, threading, kopf
+from heimdall_operator import main
+from heimdall_operator.kube import Kube
+
+class Server(Kube):
+    levels = 0
+    async def _text(self, *_, **__):
+        spec = b'{"a":[' * (self.levels // 2) + b'1' + b']}' * (self.levels // 2)
+        return b'{"metadata": {}, "items": [{"metadata": {}, "spec": ' + spec + b'}, {"metadata": {"name": "other"}}]}'
+
+def read():
+    for Server.levels in (2_000, 9_000, 10_000):
+        items = asyncio.run(Server(timeout_s=1.0).list_training_runs())
+        print(Server.levels, items[-1]["metadata"]["name"])
+
+def run(**_):
+    read()
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+
+kopf.run = run
+main.main()
+"""
+
+
+def test_a_resource_of_as_many_levels_as_the_api_server_takes_keeps_no_other_from_being_read() -> None:
+    """In a process of its own: a stack that is too small for them ends it."""
+    needed = {"HEIMDALL_OPERATOR_TRACKING_URI": "http://mlflow", "HEIMDALL_OPERATOR_TRAINER_IMAGE": "trainer:1"}
+    done = subprocess.run(
+        [sys.executable, "-c", DEEP], env=os.environ | needed, capture_output=True, text=True, timeout=120, check=False
+    )
+
+    lines = [f"{levels} other" for levels in (2_000, 9_000, 10_000)]
+    assert (done.returncode, done.stdout.splitlines()) == (0, lines * 2), done.stderr[-2000:]

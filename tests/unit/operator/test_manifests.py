@@ -22,10 +22,11 @@ from heimdall_operator.manifests import (
     build_service,
     run_file,
 )
+from heimdall_operator.observe import NESTING_LIMIT, observe
 from heimdall_operator.overrides import refusals
 from heimdall_operator.own import CA_VOLUME
 from tests.unit.operator.builders import UID, spec
-from tests.unit.operator.fakes import DEFAULTS
+from tests.unit.operator.fakes import DEFAULTS, STAMP
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -207,3 +208,19 @@ def test_the_trainer_is_told_how_long_its_pod_has_to_end(own: dict[str, Any], to
     pod = build_job(plan, DEFAULTS)["spec"]["template"]["spec"]
     environment = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
     assert (pod["terminationGracePeriodSeconds"], environment["HEIMDALL_GRACE_PERIOD_S"]) == (told, str(told))
+
+
+def test_a_job_can_be_built_of_whatever_is_not_nested_too_deeply() -> None:
+    args: dict[str, Any] = {}
+    for _ in range(NESTING_LIMIT - 3):
+        args = {"a": args}
+    raw = {"model": {"module": "team.model:Net", "args": args}, "podTemplate": {"spec": {"a": args["a"]}}}
+    resource = {"metadata": {"name": "run", "namespace": "team", "uid": UID, "creationTimestamp": STAMP}, "spec": raw}
+    seen = observe(resource)
+    assert seen.spec is not None
+
+    plan = AttemptPlan(name="run", namespace="team", uid=UID, spec=seen.spec, attempt=1, run_id="r1")
+
+    assert refusals(seen.spec.pod_template) == []
+    assert json.loads(run_file(plan))["spec"]["model"]["args"] == args
+    assert build_job(plan, DEFAULTS)["spec"]["template"]["spec"]["a"] == args["a"]

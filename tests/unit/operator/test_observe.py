@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heimdall_api.contract import Reason
+from heimdall_operator.decide import decide
 from heimdall_operator.failures import judge_pod, parse_last_words
-from heimdall_operator.observe import job_facts, observe, pod_facts, refused_pods
+from heimdall_operator.observe import NESTING_LIMIT, job_facts, observe, pod_facts, refused_pods
 
 STAMP = "2026-11-01T12:00:00Z"
 
@@ -223,6 +224,27 @@ def test_an_unreadable_spec_names_its_field() -> None:
 
     assert seen.spec is None
     assert "spec.training.epochs" in seen.spec_error
+
+
+@pytest.mark.parametrize("levels", [NESTING_LIMIT - 2, 2_000, 9_000, 10_000])
+def test_a_spec_that_is_nested_too_deeply_is_unreadable(levels: int) -> None:
+    resource = {
+        "metadata": {"name": "run", "namespace": "team", "uid": "u", "creationTimestamp": STAMP},
+        "spec": {"model": {"module": "team.model:Net", "args": nested(levels)}},
+    }
+
+    seen = observe(resource)
+
+    assert (seen.spec, seen.spec_error) == (None, "it is nested more than 200 levels deep")
+    failed = decide(seen, seen.created).status
+    assert (failed.phase, failed.conditions[0].reason) == ("Failed", "InvalidConfiguration")
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for level in range(levels):
+        value = {"a": value} if level % 2 else [value]
+    return {"a": value}
 
 
 def test_what_somebody_wrote_over_the_operators_numbers_keeps_nobody_from_looking() -> None:
