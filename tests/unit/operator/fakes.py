@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from heimdall_api.contract import LABEL_ATTEMPT
+from heimdall_api.contract import LABEL_ATTEMPT, LABEL_UID
 from heimdall_operator.accounts import Keeper
 from heimdall_operator.act import Actor
 from heimdall_operator.controller import Controller
@@ -118,6 +118,19 @@ class World:
             }
         )
 
+    def ask_for_deletion(self, when: str) -> None:
+        """What the API server does about `kubectl delete`."""
+        run = self.run
+        if run is None or "deletionTimestamp" in run["metadata"]:
+            return
+        if not run["metadata"].get("finalizers"):
+            self.run = None
+            self.collect_garbage()
+            return
+        run["metadata"]["deletionTimestamp"] = when
+        run["metadata"]["generation"] += 1
+        self.stamp(run)
+
     def collect_garbage(self) -> None:
         """What Kubernetes does to what a resource that is gone owned."""
         self.jobs.clear()
@@ -164,7 +177,8 @@ class FakeKube:
         return copy.deepcopy(list(self.world.jobs.values()))
 
     async def list_pods(self, namespace: str | None, uid: str | None = None) -> list[dict[str, Any]]:
-        return copy.deepcopy(list(self.world.pods.values()))
+        pods = self.world.pods.values()
+        return copy.deepcopy([pod for pod in pods if uid in (None, pod["metadata"]["labels"].get(LABEL_UID))])
 
     async def get_training_run(self, namespace: str, name: str) -> dict[str, Any] | None:
         return copy.deepcopy(self.world.run)
@@ -174,11 +188,12 @@ class FakeKube:
 
     async def create_job(self, namespace: str, job: dict[str, Any]) -> dict[str, Any]:
         name = job["metadata"]["name"]
-        if name in self.world.jobs:
-            raise ConflictError(name)
+        # Admission comes before the name is looked at.
         if self.world.is_full:
             self.world.refused.setdefault(name, self._clock())
             raise ForbiddenError("exceeded quota.")
+        if name in self.world.jobs:
+            raise ConflictError(name)
         is_fenced = self._is_fenced(job) and int(job["metadata"]["labels"][LABEL_ATTEMPT]) not in self.world.unseen
         self.world.unfenced += [name] * (not is_fenced)
         self.world.overlaps += [f"{pod} and {name}" for pod in self.world.living(self._clock())]

@@ -47,9 +47,7 @@ def ends(code: int, phase: str = "Failed") -> Event:
 
 
 def is_deleted(world: World) -> None:
-    assert world.run is not None
-    world.run["metadata"]["deletionTimestamp"] = STAMP
-    world.stamp(world.run)
+    world.ask_for_deletion(STAMP)
 
 
 succeeds = ends(0, "Succeeded")

@@ -120,8 +120,7 @@ def test_a_run_deleted_while_training_ends_killed() -> None:
         await look(world)
         world.pod_of(world.jobs["run-a1"], **RUNNING)
         await look(world)
-        assert world.run is not None
-        world.run["metadata"]["deletionTimestamp"] = STAMP
+        world.ask_for_deletion(STAMP)
         await look(world)
         assert world.mlflow_runs[UID]["status"] == "RUNNING", "its pod may still make a checkpoint"
         world.pods.clear()
@@ -655,9 +654,7 @@ def test_a_run_made_for_a_resource_that_another_operator_let_go_is_ended() -> No
         world.mlflow_away = False
         behind = controller(world)
         await behind.refresh()
-        assert world.run is not None
-        world.run["metadata"]["deletionTimestamp"] = STAMP
-        world.stamp(world.run)
+        world.ask_for_deletion(STAMP)
         await look(world)
         assert (world.run, world.mlflow_runs) == (None, {})
 
@@ -770,8 +767,7 @@ def test_a_run_whose_end_is_told_before_its_finalizer_is_answered_for_stays_gone
 
     async def scenario() -> None:
         await look(world)
-        assert world.run is not None
-        world.run["metadata"]["deletionTimestamp"] = STAMP
+        world.ask_for_deletion(STAMP)
         world.jobs.clear()
         world.pods.clear()
         operator = controller(world)

@@ -317,9 +317,8 @@ def test_an_overdue_deletion_lets_go_when_mlflow_was_asked_not_when_it_was_not()
 
     async def scenario() -> None:
         await look(world)
-        assert world.run is not None
         world.jobs.clear()
-        world.run["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        world.ask_for_deletion("2026-01-01T00:00:00Z")
         operator = controller(world)
         await operator.refresh()
 

@@ -208,15 +208,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(really=SELDOM)
     def delete(self, really: bool) -> None:
-        run = self.world.run
-        if run is None or not really:
-            return
-        if not run["metadata"].get("finalizers"):
-            self.world.run = None
-            self.world.collect_garbage()
-        elif "deletionTimestamp" not in run["metadata"]:
-            run["metadata"]["deletionTimestamp"] = self.world.time()
-            self.world.stamp(run)
+        if really:
+            self.world.ask_for_deletion(self.world.time())
 
     @rule(mlflow=st.booleans(), store=st.booleans(), quota=st.booleans(), refused=SELDOM)
     def there_is(self, mlflow: bool, store: bool, quota: bool, refused: bool) -> None:
