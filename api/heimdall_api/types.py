@@ -452,6 +452,7 @@ class Attempt(Model):
     node: str | None = Field(default=None, description="Node that the pod ran on.")
     start_time: datetime | None = Field(default=None, description="When its Job was asked for.")
     running_time: datetime | None = Field(default=None, description="When its container started.")
+    ending_time: datetime | None = Field(default=None, description="Since when it is being ended.")
     end_time: datetime | None = Field(default=None, description="When it ended.")
     reason: str | None = Field(default=None, description="Why it ended, from a fixed list.")
     exit_code: int | None = Field(default=None, description="Exit code of its container.")

@@ -189,6 +189,8 @@ def _attempt(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decisi
             # On the status first: once its Job is being deleted, nobody could tell why any more.
             return Decision((), ended)
         return decide(replace(observed, status=ended), now)
+    if (left := _left_pod(observed)) is not None:
+        return _without_job(observed, spec, left, now)
     if observed.job is None:
         return _create_job(observed, spec, attempt, now)
     return _watch(observed, spec, now)
@@ -308,8 +310,10 @@ def _job_outcome(observed: Observed, now: datetime) -> Outcome | None:
     message = "The pod or its Job was deleted while it was training."
     if job is None:
         # Not made again under the same number: a container that its node still runs would publish beside the new one.
-        is_over = observed.status.attempts[-1].running_time is not None and not _living(observed, now)
-        return Outcome(reason=Reason.PREEMPTED, message=message, ended=now) if is_over else None
+        ran, living = observed.status.attempts[-1].running_time is not None, _living(observed, now)
+        # What is left of a group without its Job would wait for the others for ever.
+        is_over = ran and (not living or (_left_pod(observed) is not None and not observed.is_running))
+        return Outcome(reason=Reason.PREEMPTED, message=message, ended=None if living else now) if is_over else None
     if job.finished is None and not job.deleting:
         return None
     if job.finished is not None and age_s(job.finished, now) < POD_VANISHED_S:
@@ -360,13 +364,34 @@ def _is_lost(observed: Observed, pod: PodFacts, now: datetime) -> bool:
     return pod.alive and age_s(pod.deleting, now) > observed.lost_pod_s
 
 
+def _is_abandoned(observed: Observed, pod: PodFacts, now: datetime) -> bool:
+    """Whether nobody has ended a pod for as long whose attempt is to end: its Job is gone, and it stays."""
+    if pod.deleting is not None or any(job.attempt == pod.attempt for job in observed.jobs):
+        return False
+    attempt = next((item for item in observed.status.attempts if item.number == pod.attempt), None)
+    if attempt is None:
+        return pod.attempt < observed.status.attempt  # so long ago that it is listed no more
+    return age_s(attempt.ending_time or attempt.end_time, now) > observed.lost_pod_s
+
+
+def _left_pod(observed: Observed) -> PodFacts | None:
+    """A pod of the newest attempt whose Job was deleted without it: nobody owns it any more, and nobody ends it."""
+    if observed.job is not None:
+        return None
+    return next((pod for pod in observed.attempt_pods if pod.alive and not pod.job_uid and pod.deleting is None), None)
+
+
 def _living(observed: Observed, now: datetime) -> list[PodFacts]:
     """Pods of any attempt that may still be training and were not given up."""
-    return [pod for pod in observed.pods if pod.alive and not _is_lost(observed, pod, now)]
+    return [
+        pod
+        for pod in observed.pods
+        if pod.alive and not _is_lost(observed, pod, now) and not _is_abandoned(observed, pod, now)
+    ]
 
 
 def _not_started(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Outcome | None:
-    if observed.job is None:
+    if observed.job is None and _left_pod(observed) is None:
         return _no_job(observed, spec, now)
     if not _is_starting(observed):
         return None
@@ -408,7 +433,9 @@ def _without_image(observed: Observed, now: datetime) -> tuple[PodFacts, float] 
 def _is_starting(observed: Observed) -> bool:
     """Whether the newest attempt's pods are still to start; a pod that is gone since is for its Job to tell of."""
     job = observed.job
-    if job is None or job.finished is not None or job.suspended:
+    if job is None:
+        return observed.status.attempts[-1].running_time is None and _left_pod(observed) is not None
+    if job.finished is not None or job.suspended:
         return False
     return observed.status.attempts[-1].running_time is None or _was_let_go_again(observed, job)
 
@@ -430,7 +457,8 @@ def _pending_since(observed: Observed, attempt: Attempt) -> datetime | None:
     """When the wait for pods began: time in a queue is the queue's business, and so is what came before the Job."""
     job = observed.job
     if job is None:
-        return attempt.start_time
+        left = _left_pod(observed)
+        return left.created if left is not None else attempt.start_time
     if job.started is None:
         return None if job.queue else job.created
     return job.started
@@ -502,6 +530,14 @@ def _watch(observed: Observed, spec: TrainingRunSpec, now: datetime) -> Decision
     return Decision((), status, due)
 
 
+def _without_job(observed: Observed, spec: TrainingRunSpec, pod: PodFacts, now: datetime) -> Decision:
+    """The attempt goes on although its Job is gone: only who may delete pods can end it before its training does."""
+    decision = _watch(observed, spec, now)
+    message = f"Its Job was deleted, and its pod {pod.name} goes on without it: delete the pod for another attempt."
+    status = with_conditions(decision.status, observed, now, Complete=(False, "JobDeleted", message))
+    return replace(decision, status=status)
+
+
 def _with_progress(status: TrainingRunStatus, observed: Observed) -> TrainingRunStatus:
     """The status with what MLflow says, unless that was read before the newest attempt was opened."""
     is_old = observed.run is not None and observed.run.attempt < status.attempt
@@ -556,6 +592,7 @@ def _record(observed: Observed, outcome: Outcome, now: datetime) -> TrainingRunS
             "reason": str(outcome.reason),
             "message": outcome.message,
             "exit_code": outcome.exit_code,
+            "ending_time": now if ended is None else None,
             "end_time": ended,
             **place,
         }
@@ -571,6 +608,8 @@ def _record(observed: Observed, outcome: Outcome, now: datetime) -> TrainingRunS
 def _ending(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now: datetime) -> Decision:
     """The attempt must end: its Job is deleted, and its pods get their grace period."""
     message = f"Attempt {attempt.number} is being ended: {attempt.message}"
+    if (left := _left_pod(observed)) is not None:
+        message += f" Its Job was deleted before, and nothing ends its pod {left.name}: delete the pod."
     status = with_conditions(observed.status, observed, now, Complete=(False, "Ending", message))
     if observed.job is not None and not observed.job.deleting:
         return Decision(_read_and_delete(observed, [observed.job.name]), status)
@@ -610,7 +649,7 @@ def _after_attempt(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, 
         tries = f"{observed.status.failures} attempts failed (spec.retries.limit is {spec.retries.limit}). Last: "
         return _fail(observed, reason, tries + message, now)
     if spec.suspend:
-        return _stay_suspended(observed, now)
+        return _suspend(observed, attempt, now)
     return _retry(observed, spec, attempt, memory, now)
 
 
@@ -798,8 +837,12 @@ def _until_expiry(observed: Observed, now: datetime) -> float | None:
 # --- suspension and deletion -------------------------------------------------------------------------------------
 
 
-def _stay_suspended(observed: Observed, now: datetime) -> Decision:
+def _suspend(observed: Observed, attempt: Attempt, now: datetime) -> Decision:
     status = _suspended(observed, now)
+    if any(pod.alive for pod in observed.attempt_pods):
+        is_fenced = observed.run is not None and observed.run.attempt > attempt.number
+        # A pod that was given up may train on: by the number that comes next, its trainer hears that it is over.
+        return Decision(() if is_fenced or observed.refusal else (OpenAttempt(attempt.number + 1),), status)
     # Afterwards: MLflow away must not keep anybody waiting for the suspension.
     is_told = observed.status.phase == "Suspended"
     is_running = observed.run is not None and observed.run.status == "RUNNING"

@@ -183,6 +183,25 @@ def test_suspend_frees_the_gpu_and_resume_goes_on(release: Cluster, mlflow: Mlfl
     assert "steps 0 to" not in release.kubectl("logs", f"job/{name}-a2")
 
 
+def test_a_pod_whose_job_is_deleted_without_it_trains_to_its_end(release: Cluster, mlflow: Mlflow, name: str) -> None:
+    release.apply(contract_run(name, steps=40, stepSeconds=0.8))
+    release.wait_for_phase(name, "Running", timeout_s=LIFE_S)
+
+    release.kubectl("delete", "job", f"{name}-a1", "--cascade=orphan")
+    told = wait_for(
+        lambda: condition(status := release.status(name), "Complete").get("reason") == "JobDeleted" and status,
+        what="what became of its Job being told",
+        timeout_s=LIFE_S,
+        tell=lambda: release.explain(name),
+    )
+    done = release.wait_for_phase(name, "Succeeded", timeout_s=LIFE_S)
+    release.kubectl("delete", "pods", "-l", f"training.heimdall.dev/run={name}")  # nobody owns it
+
+    assert f"its pod {told['attempts'][0]['pod']} goes on without it" in condition(told, "Complete")["message"]
+    assert (told["phase"], done["attempt"], done["attempts"][0]["pod"]) == ("Running", 1, told["attempts"][0]["pod"])
+    assert mlflow.runs_of(release.training_run(name)["metadata"]["uid"])[0].info.status == "FINISHED"
+
+
 @dataclass(frozen=True)
 class Failure:
     """What goes wrong, and what a user is told."""

@@ -15,7 +15,7 @@ from heimdall_operator.decide import UNOWNED_LIMIT
 from heimdall_operator.observe import COMPLETION_INDEX
 from heimdall_operator.store import ENDED, JOB_NAME
 from tests.unit.operator.builders import NOW, UID
-from tests.unit.operator.fakes import World, is_living, owner_of
+from tests.unit.operator.fakes import World, is_living, is_owned, owner_of
 from tests.unit.operator.watches import History, Kind
 
 NODES: Final = ("node1", "node2")
@@ -236,12 +236,20 @@ class Cluster(World):
     def terminate(self, job: str, now: datetime) -> None:
         """What the deletion of a Job does to its pods."""
         for name, pod in list(self.pods.items()):
-            if pod["metadata"]["labels"][JOB_NAME] == job:
+            if pod["metadata"]["labels"][JOB_NAME] == job and is_owned(pod):
                 self.could_be[attempt_of(pod)].add("Preempted")
                 self.released.discard(name)  # no Job is left that would make another for it
                 self.delete_pod(name)
                 if pod["status"]["phase"] in ENDED:
                     del self.pods[name]
+
+    def orphan(self, job: str) -> None:
+        """A Job is deleted without its pods: what it alone would have told of them, nobody tells any more."""
+        for name, pod in self.pods.items():
+            if pod["metadata"]["labels"][JOB_NAME] == job:
+                self.could_be[attempt_of(pod)].add("Preempted")
+                self.released.discard(name)
+        super().orphan(job)
 
     def remove_pods_by_force(self) -> None:
         """What somebody does with `kubectl delete pod --force`; on a node that is not heard of, it may run on."""
@@ -254,7 +262,7 @@ class Cluster(World):
             self.unseen |= {number} & seen
             self.could_be[number].add("Preempted")
             del self.pods[name]
-            job = self.jobs.get(pod["metadata"]["labels"][JOB_NAME])
+            job = self.jobs.get(pod["metadata"]["labels"][JOB_NAME]) if is_owned(pod) else None
             if job is not None and not is_over(job):
                 self._fail(job)
                 self._count_released(job)
@@ -380,8 +388,8 @@ class Cluster(World):
 
     def pods_of(self, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Pods of a Job, by name."""
-        name = job["metadata"]["name"]
-        return {key: pod for key, pod in self.pods.items() if pod["metadata"]["labels"][JOB_NAME] == name}
+        owners = [owner_of(job)]
+        return {key: pod for key, pod in self.pods.items() if pod["metadata"].get("ownerReferences") == owners}
 
     def set_condition(self, pod: dict[str, Any], kind: str, status: str, **more: str) -> None:
         others = [item for item in pod["status"].get("conditions", ()) if item["type"] != kind]

@@ -134,15 +134,34 @@ class World:
     def collect_garbage(self) -> None:
         """What Kubernetes does to what a resource that is gone owned."""
         self.jobs.clear()
-        self.pods.clear()
+        for name in [name for name, pod in self.pods.items() if is_owned(pod)]:
+            del self.pods[name]
 
     def living(self, now: datetime) -> list[str]:
         """Pods that may be training; one that does not end in time is given up, and its attempt's number fences it."""
-        return [name for name, pod in self.pods.items() if is_living(pod) and not is_given_up(pod, now)]
+        living = [name for name, pod in self.pods.items() if is_living(pod) and not is_given_up(pod, now)]
+        return [name for name in living if not self._is_abandoned(self.pods[name], now)]
+
+    def _is_abandoned(self, pod: dict[str, Any], now: datetime) -> bool:
+        """Whether a pod that nobody owns has not ended in time after its attempt was to."""
+        if is_owned(pod) or "deletionTimestamp" in pod["metadata"] or self.run is None:
+            return False
+        number, status = int(pod["metadata"]["labels"][LABEL_ATTEMPT]), self.run.get("status") or {}
+        attempt = next((item for item in status.get("attempts", ()) if item["number"] == number), None)
+        if attempt is None:
+            return number < int(status.get("attempt", 0))
+        since = attempt.get("endingTime") or attempt.get("endTime")
+        return since is not None and (now - datetime.fromisoformat(since)).total_seconds() > LOST_POD_S
+
+    def orphan(self, job: str) -> None:
+        """What is left of a Job that is deleted without its pods."""
+        for name in [name for name in self.pods if self.pods[name]["metadata"]["labels"][JOB_NAME] == job]:
+            self.pods[name]["metadata"]["ownerReferences"] = []
+            self.stamp(self.pods[name])
 
     def terminate(self, job: str, now: datetime) -> None:
         """What the deletion of a Job does to its pods: those that train are told to end, and do when they do."""
-        for name in [name for name in self.pods if name.startswith(f"{job}-")]:
+        for name in [name for name in self.pods if name.startswith(f"{job}-") and is_owned(self.pods[name])]:
             if is_living(self.pods[name]) and self.pods[name]["status"]["phase"] == "Running":
                 self.pods[name]["metadata"].setdefault("deletionTimestamp", f"{now:%Y-%m-%dT%H:%M:%SZ}")
                 self.stamp(self.pods[name])
@@ -158,6 +177,11 @@ def owner_of(job: dict[str, Any]) -> dict[str, Any]:
 
 def is_living(pod: dict[str, Any]) -> bool:
     return pod["status"]["phase"] in ("Pending", "Running")
+
+
+def is_owned(pod: dict[str, Any]) -> bool:
+    """Whether a pod goes with its Job."""
+    return bool(pod["metadata"].get("ownerReferences"))
 
 
 def is_given_up(pod: dict[str, Any], now: datetime) -> bool:

@@ -74,12 +74,32 @@ ACTIONS = {
         (OpenAttempt(2),),
     ),
     "no second Job while a pod of an older attempt lives": (
-        observed(status=status(attempt(2)), run=run(attempt=2), pods=(pod(1),)),
+        observed(status=status(attempt(1, end_time=ago(1)), attempt(2)), run=run(attempt=2), pods=(pod(1),)),
         (),
     ),
     "a pod that its lost node never ended is given up": (
         observed(status=status(attempt(2)), run=run(attempt=2), pods=(pod(1, deleting=ago(LOST_POD_S + 1)),)),
         (CreateJob(2),),
+    ),
+    "a pod that lost its Job before its attempt was to end is waited for": (
+        observed(
+            status=status(attempt(reason="Suspended", ending_time=ago(LOST_POD_S))),
+            run=run(),
+            pods=(pod(),),
+        ),
+        (),
+    ),
+    "and given up": (
+        observed(
+            status=status(attempt(1, reason="Stalled", ending_time=ago(900), end_time=ago(LOST_POD_S + 1)), attempt(2)),
+            run=run(attempt=2),
+            pods=(pod(1),),
+        ),
+        (CreateJob(2),),
+    ),
+    "also when its attempt is listed no more": (
+        observed(status=status(attempt(12)), run=run(attempt=12), pods=(pod(1),)),
+        (CreateJob(12),),
     ),
     "training goes on": (observed(jobs=(job(),), pods=(pod(),)), ()),
     "success without registration ends the run": (observed(jobs=(job(),), pods=(ended_pod(0),)), (EndRun("FINISHED"),)),
@@ -948,6 +968,56 @@ def test_a_job_is_tried_once_even_if_the_operator_was_away_for_long() -> None:
     seen = observed(run=run(), spec=spec(pendingDeadlineSeconds=30), status=status(attempt(start_time=ago(9000))))
 
     assert decide(seen, NOW).actions == (CreateJob(1),)
+
+
+LEFT = "Its Job was deleted, and its pod run-a1-x goes on without it: delete the pod for another attempt."
+
+
+def test_a_pod_whose_job_was_deleted_without_it_is_followed() -> None:
+    decision = decide(observed(run=run(), pods=(pod(),)), NOW)
+
+    assert (decision.actions, decision.status.phase, decision.status.attempts[0].node) == ((), "Running", "node1")
+    (condition,) = decision.status.conditions
+    assert (condition.status, condition.reason, condition.message) == ("False", "JobDeleted", LEFT)
+    again = decide(observed(run=run(), pods=(pod(),), status=decision.status), NOW)
+    assert (again.actions, again.status) == ((), decision.status)
+    own = decide(observed(run=run(), pods=(pod(job_uid="j1"),)), NOW)
+    assert (own.status.phase, own.look_again_s) == ("Pending", POLL_S), "the garbage collector deletes it in a moment"
+
+
+def test_it_is_ended_for_what_ends_others() -> None:
+    hangs = {
+        "status": status(attempt(running_time=ago(5000))),
+        "pods": (pod(running_since=ago(5000)),),
+        "moved": ago(5000),
+    }
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("Stalled", {"stallTimeoutSeconds": 600}, hangs),
+        ("DeadlineExceeded", {"activeDeadlineSeconds": 30}, {}),
+        ("Suspended", {"suspend": True}, {}),
+        ("PodNotStarted", {"pendingDeadlineSeconds": 30}, {"pods": (pod(phase="Pending", running_since=None),)}),
+        ("Preempted", {"resources": {"workers": 2}}, {"status": status(attempt(running_time=ago(50)))}),
+    ]
+    for reason, wanted, seen in cases:
+        decision = decide(observed(**{"spec": spec(**wanted), "pods": (pod(),), **seen}), NOW)
+        attempt_ = decision.status.attempts[0]
+        assert (attempt_.reason, attempt_.ending_time, attempt_.end_time) == (reason, NOW, None)
+        waits = decide(observed(spec=spec(**wanted), pods=(pod(),), status=decision.status), NOW)
+        assert "Its Job was deleted before, and nothing ends its pod run-a1-x" in waits.status.conditions[0].message
+
+
+def test_a_suspension_tells_a_trainer_that_was_given_up_that_it_is_over() -> None:
+    seen = observed(
+        spec=spec(suspend=True),
+        status=status(attempt(reason="Suspended", message="Suspended.", ending_time=ago(LOST_POD_S + 1))),
+        pods=(pod(),),
+    )
+    decision = decide(seen, NOW)
+    assert (decision.actions, decision.status.phase) == ((OpenAttempt(2),), "Suspended")
+
+    for known in ({"run": run(attempt=2)}, {"refusal": "the run was deleted"}, {"pods": ()}):
+        after = decide(replace(seen, **known), NOW)
+        assert (after.actions, after.status.phase) == ((), "Suspended")
 
 
 def test_a_job_just_created_is_not_late_however_long_that_took() -> None:

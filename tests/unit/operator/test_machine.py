@@ -186,12 +186,16 @@ class Life(RuleBasedStateMachine):
         """By a queue, where the run has one; by somebody, where it has none."""
         self.world.suspend_jobs(suspend)
 
-    @rule()
-    def somebody_deletes_the_jobs(self) -> None:
+    @rule(pods_stay=SELDOM)
+    def somebody_deletes_the_jobs(self, pods_stay: bool = False) -> None:
+        """With `--cascade=orphan`, or by a call that asks for nothing else, their pods stay."""
         for name, job in self.world.jobs.items():
             if not is_over(job):
                 self.world.could_be[attempt_of(job)].add("Preempted")
-            self.world.terminate(name, self.world.now)
+            if pods_stay:
+                self.world.orphan(name)
+            else:
+                self.world.terminate(name, self.world.now)
         self.world.jobs.clear()
 
     @rule()
@@ -494,6 +498,43 @@ def test_a_job_that_is_deleted_under_its_pod_is_not_made_again_beside_it(life: L
 
     assert life.world.pods
     assert (life.world.jobs, life.world.overlaps) == ({}, [])
+
+
+def test_a_suspension_ends_a_pod_whose_job_was_deleted_without_it(life: Life) -> None:
+    life.somebody_deletes_the_jobs(pods_stay=True)
+    life.operator_looks(0)
+    assert (life._status()["phase"], life.world.jobs) == ("Running", {}), "it may train to its end"
+
+    life.suspend(True)
+    life.operator_looks(0)
+    life.operator_looks(400)
+    life.trainers_make_a_step()
+
+    assert (life._status()["phase"], life.world.published) == ("Suspended", [])
+    assert [pod["status"]["phase"] for pod in life.world.pods.values()] == ["Failed"], "it was told that it is over"
+
+    life.suspend(False)
+    life.operator_looks(0)
+    assert list(life.world.jobs) == ["run-a2"]
+
+
+@pytest.mark.parametrize("life", ["stalls"], indirect=True)
+def test_a_hang_of_a_pod_whose_job_was_deleted_without_it_is_noticed(life: Life) -> None:
+    life.somebody_deletes_the_jobs(pods_stay=True)
+    for after_s in (0, STALL_S, 400, 400):
+        life.operator_looks(after_s)
+
+    assert [attempt.get("reason") for attempt in life._status()["attempts"]] == ["Stalled", None]
+    assert list(life.world.jobs) == ["run-a2"]
+
+
+def test_a_pod_whose_job_was_deleted_without_it_may_train_to_its_end(life: Life) -> None:
+    life.somebody_deletes_the_jobs(pods_stay=True)
+    life.operator_looks(5000)
+    life.pods_end("success", only=None)
+    life.operator_looks(0)
+
+    assert (life._status()["phase"], life._status()["attempt"]) == ("Succeeded", 1)
 
 
 def test_a_job_that_is_gone_with_its_pods_is_not_made_again_under_the_same_number(life: Life) -> None:
