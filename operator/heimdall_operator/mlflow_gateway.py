@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from heimdall_api.contract import TAG_ATTEMPT, TAG_NAME, TAG_NAMESPACE
 from heimdall_operator import metrics
@@ -36,6 +36,8 @@ SILENT_AFTER_S: Final = 5.0
 """A failure that took this long is a server that hangs, rather than one that is away."""
 PAUSE_S: Final = 10.0
 """How long a server that hangs is left alone: every question would hold up a worker, and with it other runs."""
+EXPERIMENT_AGE_S: Final = 60.0
+"""How long an experiment's name is taken to mean what it did: somebody may rename it, and make another of its name."""
 FOREIGN: Final = ("pyspark", "IPython", "dbruntime")
 """What MLflow tries to import at every request, in case it runs in somebody's cloud."""
 
@@ -86,6 +88,14 @@ class _Way:
         return result
 
 
+class _Experiment(NamedTuple):
+    """What an experiment's name means."""
+
+    id: str
+    read: float
+    """When that was read (monotonic)."""
+
+
 class MlflowGateway:
     """What the operator asks of MLflow; every method may raise MlflowException while the server is away."""
 
@@ -93,7 +103,8 @@ class MlflowGateway:
         self._uri = tracking_uri
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow")
         self._client: MlflowClient | None = None
-        self._experiments: dict[str, str] = {}
+        self._experiments: dict[str, _Experiment] = {}
+        """By name."""
         self._elsewhere: dict[str, str | None] = {}
         """Experiments of active runs that were not found in those of their names, by run ID."""
         self._registering: dict[str, asyncio.Lock] = {}
@@ -112,11 +123,13 @@ class MlflowGateway:
         """Find or create the run of a TrainingRun."""
         spec = observed.spec
         assert spec is not None  # noqa: S101 - decide asks for no run without a spec
+        name = spec.tracking.experiment
+        known = self._known_experiment(name)
         facts = await self._do(
             runs.ensure_run,
             uid=observed.uid,
-            experiment=spec.tracking.experiment,
-            experiment_id=self._experiments.get(spec.tracking.experiment),
+            experiment=name,
+            experiment_id=known,
             is_fresh=observed.is_fresh,
             name=spec.tracking.run_name or f"{observed.namespace}/{observed.name}",
             tags={
@@ -126,8 +139,14 @@ class MlflowGateway:
                 TAG_ATTEMPT: str(observed.status.attempt + 1),
             },
         )
-        self._experiments[spec.tracking.experiment] = facts.experiment_id
+        if facts.experiment_id != known:
+            self._experiments[name] = _Experiment(facts.experiment_id, time.monotonic())
         return facts
+
+    def _known_experiment(self, name: str) -> str | None:
+        """ID of the experiment of a name, where it was read a moment ago."""
+        known = self._experiments.get(name)
+        return known.id if known is not None and time.monotonic() - known.read < EXPERIMENT_AGE_S else None
 
     async def open_attempt(self, run_id: str, attempt: int) -> RunFacts:
         """Make an attempt the run's newest."""
@@ -193,11 +212,13 @@ class MlflowGateway:
         Args:
             active: Names of the experiments that the runs were made in, by run ID.
         """
-        for name in set(active.values()) - self._experiments.keys():
+        names = set(active.values())
+        for name in [name for name in names if self._known_experiment(name) is None]:
             experiment = await self._do(_get_experiment, name)
+            self._experiments.pop(name, None)
             if experiment is not None:
-                self._experiments[name] = str(experiment.experiment_id)
-        ids = {self._experiments[name] for name in active.values() if name in self._experiments}
+                self._experiments[name] = _Experiment(str(experiment.experiment_id), time.monotonic())
+        ids = {self._experiments[name].id for name in names if name in self._experiments}
         self._elsewhere = {run_id: where for run_id, where in self._elsewhere.items() if run_id in active}
         ids |= {where for where in self._elsewhere.values() if where is not None}
         facts = await self._do(runs.read_active_facts, sorted(ids)) if ids else {}

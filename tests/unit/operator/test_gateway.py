@@ -224,13 +224,16 @@ class AskedMlflow:
         return SimpleNamespace(info=info, data=SimpleNamespace(tags={}, metrics={}))
 
 
-def test_the_progress_of_many_runs_is_read_in_one_query() -> None:
+def test_the_progress_of_many_runs_is_read_in_one_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(mlflow_gateway, "time", SimpleNamespace(monotonic=lambda: now))
     run_ids = [f"r{number}" for number in range(50)]
     server = AskedMlflow(run_ids)
     gateway = MlflowGateway("http://127.0.0.1:9")
     gateway._client = server  # type: ignore[assignment]
 
     async def scenario() -> list[list[str]]:
+        nonlocal now
         operator = controller(World())
         operator._mlflow = gateway
         for number, run_id in enumerate(run_ids):
@@ -238,7 +241,8 @@ def test_the_progress_of_many_runs_is_read_in_one_query() -> None:
             spec = {"tracking": {"experiment": f"lab{number % 3}"}}
             operator.store.put({"metadata": metadata, "spec": spec, "status": {"phase": "Running", "runID": run_id}})
         asked = []
-        for _ in range(2):
+        for after_s in (0, 10, mlflow_gateway.EXPERIMENT_AGE_S):
+            now += after_s
             server.asked = []
             await operator.read_progress()
             asked.append(sorted(server.asked))
@@ -246,12 +250,38 @@ def test_the_progress_of_many_runs_is_read_in_one_query() -> None:
         return asked
 
     try:
-        first, second = asyncio.run(scenario())
+        first, second, later = asyncio.run(scenario())
     finally:
         gateway.close()
 
     assert first == ["experiment lab0", "experiment lab1", "experiment lab2", "runs of lab0, lab1, lab2"]
     assert second == ["runs of lab0, lab1, lab2"]
+    assert later == first, "somebody may have renamed them"
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own use
+def test_new_runs_go_into_the_experiment_that_has_the_name_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(mlflow_gateway, "time", SimpleNamespace(monotonic=lambda: now))
+    gateway = MlflowGateway(f"sqlite:///{tmp_path}/mlflow.db")
+    made: list[str] = []
+
+    async def scenario() -> str:
+        nonlocal now
+        for after_s in (0, 40, 40):  # what is known gets no younger by being used
+            now += after_s
+            new = observed(uid=f"made at {now}", spec=spec(tracking={"experiment": "lab"}), is_fresh=True)
+            made.append((await gateway.ensure_run(new)).experiment_id)
+            if after_s == 0:
+                gateway._connect().rename_experiment(made[0], "lab, the old one")
+        return str(gateway._connect().get_experiment_by_name("lab").experiment_id)
+
+    try:
+        fresh = asyncio.run(scenario())
+    finally:
+        gateway.close()
+    assert made == [made[0], made[0], fresh]
+    assert fresh != made[0]
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own use
