@@ -222,7 +222,9 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
             return Decision((), status, POLL_S)
         return Decision(_read_and_delete(observed, [job.name]), status)
     if observed.run is None or observed.run.attempt < attempt.number or observed.run.status != "RUNNING":
-        return Decision((OpenAttempt(attempt.number),), status)
+        message = f"Waiting for MLflow to open attempt {attempt.number}."
+        unopened = waiting(status, observed, "TrackingUnavailable", message, now)
+        return Decision((OpenAttempt(attempt.number),), unopened)
     return Decision((CreateJob(attempt.number),), status, _until_deadline(observed, spec, now))
 
 

@@ -970,6 +970,14 @@ def test_a_job_is_tried_once_even_if_the_operator_was_away_for_long() -> None:
     assert decide(seen, NOW).actions == (CreateJob(1),)
 
 
+def test_mlflow_that_is_away_before_an_attempt_is_said_to_be_waited_for() -> None:
+    decision = decide(observed(status=status(attempt(2)), run=run(attempt=1)), NOW)
+
+    assert decision.actions == (OpenAttempt(2),)
+    (condition,) = decision.status.conditions
+    assert (condition.reason, condition.message) == ("TrackingUnavailable", "Waiting for MLflow to open attempt 2.")
+
+
 LEFT = "Its Job was deleted, and its pod run-a1-x goes on without it: delete the pod for another attempt."
 
 
