@@ -225,7 +225,19 @@ def _create_job(observed: Observed, spec: TrainingRunSpec, attempt: Attempt, now
         message = f"Waiting for MLflow to open attempt {attempt.number}."
         unopened = waiting(status, observed, "TrackingUnavailable", message, now)
         return Decision((OpenAttempt(attempt.number),), unopened)
-    return Decision((CreateJob(attempt.number),), status, _until_deadline(observed, spec, now))
+    actions: tuple[Action, ...] = (*map(DeleteJob, _done_with(observed)), CreateJob(attempt.number))
+    return Decision(actions, status, _until_deadline(observed, spec, now))
+
+
+def _done_with(observed: Observed) -> list[str]:
+    """Jobs of earlier attempts that nobody needs: a namespace's quota counts them, until there is no room for another.
+
+    That of the last one stays, for who wants to look at its pods, and those whose logs are not kept, as long as the
+    status lists their attempts.
+    """
+    newest, unkept = observed.status.attempt, {item.number for item in observed.status.attempts if item.logs is None}
+    older = (job for job in observed.jobs if job.attempt < newest - 1 and job.attempt not in unkept)
+    return [job.name for job in older if job.finished is not None and not job.deleting]
 
 
 def _held_by_others(observed: Observed) -> tuple[JobFacts, datetime | None] | None:

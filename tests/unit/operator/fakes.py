@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -60,6 +61,8 @@ class World:
         """Why the API server takes no pod of a Job's; empty where it does."""
         self.asked: list[str] = []
         """Jobs whose events were read."""
+        self.most_jobs = math.inf
+        """How many Jobs the namespace's quota has room for."""
         self.refusals = 0
         self.crash_after: int | None = None
         self.lost_answer: int | None = None
@@ -213,7 +216,7 @@ class FakeKube:
     async def create_job(self, namespace: str, job: dict[str, Any]) -> dict[str, Any]:
         name = job["metadata"]["name"]
         # Admission comes before the name is looked at.
-        if self.world.is_full:
+        if self.world.is_full or len(self.world.jobs) >= self.world.most_jobs:
             self.world.refused.setdefault(name, self._clock())
             raise ForbiddenError("exceeded quota.")
         if name in self.world.jobs:

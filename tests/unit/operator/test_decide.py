@@ -62,6 +62,8 @@ def ended(reason: Reason, number: int = 1, **more: Any) -> TrainingRunStatus:
     return status(attempt(number, reason=str(reason), end_time=ago(1), message="because"), **more)
 
 
+KEPT = {"end_time": ago(9), "logs": "runs:/r1/attempts/2"}
+
 ACTIONS = {
     "new: finalizer first": (observed(status=NEW, has_finalizer=False), (AddFinalizer(),)),
     "then the MLflow run": (observed(status=NEW), (EnsureRun(),)),
@@ -100,6 +102,14 @@ ACTIONS = {
     "also when its attempt is listed no more": (
         observed(status=status(attempt(12)), run=run(attempt=12), pods=(pod(1),)),
         (CreateJob(12),),
+    ),
+    "Jobs of earlier attempts go when their accounts are kept": (
+        observed(
+            status=status(attempt(2, **KEPT), attempt(3, end_time=ago(9)), attempt(4, **KEPT), attempt(5), attempt(6)),
+            run=run(attempt=6),
+            jobs=(*(job(number, finished=ago(9)) for number in (1, 2, 3, 5)), job(4)),
+        ),
+        (DeleteJob("run-a1"), DeleteJob("run-a2"), CreateJob(6)),
     ),
     "training goes on": (observed(jobs=(job(),), pods=(pod(),)), ()),
     "success without registration ends the run": (observed(jobs=(job(),), pods=(ended_pod(0),)), (EndRun("FINISHED"),)),

@@ -537,6 +537,22 @@ def test_a_pod_whose_job_was_deleted_without_it_may_train_to_its_end(life: Life)
     assert (life._status()["phase"], life._status()["attempt"]) == ("Succeeded", 1)
 
 
+def test_jobs_of_earlier_attempts_do_not_use_up_a_namespaces_quota(life: Life) -> None:
+    life.world.most_jobs = 3
+    for _ in range(6):
+        life.pods_are_taken_away("PreemptionByScheduler", only=None)
+        life.pods_end("sigterm", only=None)
+        life.operator_looks(0)
+        life.operator_looks(400)
+        life.pods_start(only=None)
+        life.operator_looks(0)
+
+    assert (life._status()["phase"], list(life.world.jobs)) == ("Running", ["run-a6", "run-a7"])
+    assert {attempt["logs"] for attempt in life._status()["attempts"][:6]} == {
+        f"runs:/r1/attempts/{number}" for number in range(1, 7)
+    }
+
+
 def test_a_job_that_is_gone_with_its_pods_is_not_made_again_under_the_same_number(life: Life) -> None:
     """A lost node may train on for it, and would publish beside the new one."""
     life.a_node_is("node1", "lost")
