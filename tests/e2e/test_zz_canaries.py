@@ -24,6 +24,8 @@ KINDS = "trainingruns,jobs,pods,configmaps,deployments,statefulsets,services,eve
 GREP_NOTHING = 1
 CONTROL_PLANE = "heimdall-control-plane"
 NODES = (CONTROL_PLANE, OTHER_NODE, GPU_NODE)
+TEXT_LIMIT = 2**20
+"""Bytes. What is larger is a checkpoint or a model, unless it is a log."""
 ETCD = "/var/lib/etcd"
 """Where the control plane keeps Secrets."""
 
@@ -132,13 +134,28 @@ def test_no_password_is_in_what_mlflow_keeps(mlflow: Mlflow, passwords: dict[str
     assert models
     assert versions
     said += [{**item.tags, "description": item.description} for item in (*models, *versions)]
+    logged = logged_models(client, experiments)
+    assert logged
+    said += [{**model.params, **model.tags, "name": model.name} for model in logged]
     assert found_in(json.dumps(said), passwords) == []
+
+
+def logged_models(client: Any, experiments: list[str]) -> list[Any]:
+    """All that there are; a page has a few."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_logged_models(experiments, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def test_no_password_is_in_any_artifact_that_is_text(
     release: Cluster, canaries: dict[str, str], passwords: dict[str, str]
 ) -> None:
-    """Logs and events of attempts, as they lie in the bucket."""
+    """Logs and events of attempts, what models are made of, and whatever else lies in the bucket and is small."""
     import boto3
 
     with port_forward(release, "svc/heimdall-object-store", 9000) as port:
@@ -150,8 +167,10 @@ def test_no_password_is_in_any_artifact_that_is_text(
             region_name="us-east-1",
         )
         pages = store.get_paginator("list_objects_v2").paginate(Bucket="mlflow")
-        keys = [item["Key"] for page in pages for item in page.get("Contents", ()) if "/attempts/" in item["Key"]]
-        assert any(key.endswith(".log") for key in keys)
+        there = [item for page in pages for item in page.get("Contents", ())]
+        keys = [item["Key"] for item in there if item["Size"] <= TEXT_LIMIT or item["Key"].endswith(".log")]
+        for name in (".log", "/MLmodel"):
+            assert any(key.endswith(name) for key in keys), name
         for key in keys:
             text = store.get_object(Bucket="mlflow", Key=key)["Body"].read().decode(errors="replace")
             assert found_in(text, passwords) == [], key
