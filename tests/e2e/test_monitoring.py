@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -30,12 +31,14 @@ def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
     for metric in (
         'heimdall_trainingruns{phase="Succeeded",reason="Completed"}',
         'heimdall_attempts_total{reason="Completed"}',
-        "heimdall_job_seconds_count",
         "heimdall_look_seconds_bucket",
         'heimdall_mlflow_seconds_count{call="register"}',
         "heimdall_queue_depth",
     ):
         assert metric in text
+    # Without labels they are there from the beginning.
+    for timed in ("heimdall_job_seconds_count", "heimdall_first_step_seconds_count"):
+        assert re.search(rf"^{timed} [1-9]", text, re.MULTILINE), timed
     said = [json.loads(line) for line in lines]
     assert [line for line in said if "trainingrun" in line and not (line.get("namespace") and line.get("uid"))] == []
     about = [line for line in said if name in json.dumps(line)]
