@@ -506,6 +506,7 @@ def kill_operator(release: Cluster) -> None:
     """`kill -9` of the operator's process, from its node."""
     pods = release.list("pods", "app.kubernetes.io/component=operator")
     running = [pod for pod in pods if pod["status"]["phase"] == "Running" and pod["status"].get("containerStatuses")]
+    assert running, "there is no operator to be killed"
     for pod in running:
         _signal(release, pod, "KILL")
 
