@@ -15,7 +15,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -512,9 +512,30 @@ def kill_operator(release: Cluster) -> None:
 
 
 def _signal(release: Cluster, pod: dict[str, Any], signal: str) -> None:
+    release.run("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", f"kill -{signal} {_inspected(pod, 'info.pid')}")
+
+
+def _inspected(pod: dict[str, Any], field: str) -> str:
+    """What the runtime of a pod's node knows of its container, for a shell on that node."""
     container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
-    script = f"kill -{signal} $(crictl inspect --output go-template --template '{{{{.info.pid}}}}' {container})"
-    release.run("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
+    return f"$(crictl inspect --output go-template --template '{{{{.{field}}}}}' {container})"
+
+
+@contextmanager
+def last_words(release: Cluster, job: str) -> Iterator[Callable[[float], str]]:
+    """What a Job's pod says until it ends, read on its node: later nobody has it any more.
+
+    Yields:
+        Waits so many seconds for the end, and gives what was said.
+    """
+    (pod,) = release.list("pods", f"batch.kubernetes.io/job-name={job}")
+    script = f"exec tail -n +1 -f --pid={_inspected(pod, 'info.pid')} {_inspected(pod, 'status.logPath')}"
+    command = ("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
+    with subprocess.Popen(command, env=release.env, stdout=subprocess.PIPE, text=True) as following:
+        try:
+            yield lambda timeout_s: following.communicate(timeout=timeout_s)[0]
+        finally:
+            following.kill()
 
 
 def wait_for_admission(release: Cluster, name: str, reason: str, timeout_s: float) -> dict[str, Any]:
