@@ -166,10 +166,20 @@ def test_a_lost_node_is_given_up_and_what_comes_back_publishes_nothing(
 
 @pytest.mark.beside
 def test_a_stopped_process_is_taken_for_hung(release: Cluster, mlflow: Mlflow, name: str) -> None:
-    release.apply(contract_run(name, spec={"stallTimeoutSeconds": 10}, steps=15, stepSeconds=0.8, checkpointEvery=1))
+    release.apply(contract_run(name, steps=15, stepSeconds=0.8, checkpointEvery=1))
     running_at(release, mlflow, name, 3)
 
     signal_container(release, f"{name}-a1", "STOP")
+    # For this attempt alone: how long a pod takes to its first steps depends on what else there is to do.
+    patch = ("patch", "trainingrun", name, "--type=merge", "-p")
+    release.kubectl(*patch, '{"spec": {"stallTimeoutSeconds": 10}}')
+    wait_for(
+        lambda: release.status(name)["attempts"][0].get("reason") == "Stalled",
+        what="the first attempt being taken for hung",
+        timeout_s=LIFE_S,
+        tell=lambda: release.explain(name),
+    )
+    release.kubectl(*patch, '{"spec": {"stallTimeoutSeconds": null}}')
 
     status = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=LIFE_S)
     assert reasons(status) == ["Stalled", "Completed"]
