@@ -82,6 +82,10 @@ argo: venv ## Argo CD's own package over the recorded resources; it takes minute
 	@$(PYTHON) hack/cluster parts argo-health
 	$(BIN)/pytest tests/unit/gitops
 
+.PHONY: spread
+spread: needs venv ## The workers of a group on two nodes, with the real trainer, whose image goes to both: 12 GB more
+	HEIMDALL_SPREAD=1 $(BIN)/pytest tests/e2e/test_localizer_deaths.py -k two_workers
+
 .PHONY: compose
 compose: needs venv ## compose.yaml started, trained with, stopped and started again
 	$(BIN)/pytest tests/e2e/test_compose.py

@@ -53,6 +53,8 @@ CANARY_KEYS = {
     "object-store": ("root-password", "mlflow-secret-key", "writer-secret-key", "reader-secret-key"),
     "tracking": ("admin-password", "operator-password", "trainer-password", "flask-secret-key"),
 }
+IS_SPREAD = "HEIMDALL_SPREAD" in os.environ
+"""Whether a group of the real trainer's is spread over both workers: its image is 6 GB, and a node has two copies."""
 MONITORING = "monitoring"
 """Where Prometheus would be: ends the name of its namespace."""
 
@@ -125,11 +127,12 @@ def left_behind(before: set[str]) -> list[str]:
 @pytest.fixture(scope="session")
 def trainer_loading(cluster: dict[str, str]) -> Iterator[Future[None]]:
     """The trainer's image on its way to the node with the GPUs, behind the cases that need none: it is 6 GB."""
+    nodes = () if IS_SPREAD else ("--gpu-node",)
 
     def load() -> None:
         if OF_SEVERAL_CALLS in ("", "begin"):
             hack("hack/images", "build", "trainer")
-            hack("hack/cluster", "load", "--gpu-node", "heimdall/trainer:dev")
+            hack("hack/cluster", "load", *nodes, "heimdall/trainer:dev")
 
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(load)

@@ -9,7 +9,7 @@ import pytest
 
 from heimdall_api.contract import parse_checkpoints
 from tests.e2e.cluster import Cluster, wait_for
-from tests.e2e.conftest import GPU_NODE, Mlflow, signal_container
+from tests.e2e.conftest import GPU_NODE, IS_SPREAD, OTHER_NODE, Mlflow, signal_container
 from tests.e2e.test_localizer import TRAINING_S, example
 
 pytestmark = pytest.mark.beside
@@ -23,6 +23,17 @@ def without_gpu(name: str, **training: Any) -> dict[str, Any]:
     run["spec"]["podTemplate"] = {"spec": {"nodeSelector": {"kubernetes.io/hostname": GPU_NODE}}}
     del run["spec"]["export"]
     return run
+
+
+def one_a_node(name: str) -> dict[str, Any]:
+    """A pod template that spreads workers, as docs/howto/several-nodes.md has it."""
+    constraint = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "DoNotSchedule",
+        "labelSelector": {"matchLabels": {"training.heimdall.dev/run": name}},
+    }
+    return {"spec": {"topologySpreadConstraints": [constraint]}}
 
 
 def going_on(log: str) -> int | None:
@@ -85,26 +96,30 @@ def test_two_workers_train_together_and_go_on_when_one_is_killed(
     del recordings
     run = without_gpu(name, checkpoints={"keep": 1, "everyMinutes": 0.05})
     run["spec"]["resources"] |= {"workers": 2, "memory": "3Gi"}
+    if IS_SPREAD:
+        run["spec"]["podTemplate"] = one_a_node(name)
     release.apply(run)
     status = release.wait_for_phase(name, "Running", "Failed", timeout_s=TRAINING_S)
     run_id = status["runID"]
     pods = release.list("pods", f"training.heimdall.dev/run={name}")
     assert sorted(pod["spec"]["hostname"] for pod in pods) == [f"{name}-a1-0", f"{name}-a1-1"]
+    assert {pod["spec"]["nodeName"] for pod in pods} == ({GPU_NODE, OTHER_NODE} if IS_SPREAD else {GPU_NODE})
 
     def checkpointed() -> int | None:
         listed = parse_checkpoints(mlflow.client.get_run(run_id).data.tags.get("heimdall.checkpoints"))
         return listed[-1].step if listed else None
 
     step = wait_for(checkpointed, what="a checkpoint", timeout_s=TRAINING_S, tell=lambda: release.explain(name))
-    second = next(pod["metadata"]["name"] for pod in pods if pod["spec"]["hostname"].endswith("-1"))
-    signal_container(release, f"{name}-a1", "KILL", pod=second)
+    second = next(pod for pod in pods if pod["spec"]["hostname"].endswith("-1"))
+    signal_container(release, f"{name}-a1", "KILL", pod=second["metadata"]["name"])
 
     done = release.wait_for_phase(name, "Succeeded", "Failed", timeout_s=TRAINING_S)
 
     assert done["phase"] == "Succeeded", release.explain(name)
     assert [item["number"] for item in done["attempts"]] == [1, 2]
     assert (done["attempts"][0]["reason"], done["attempts"][0]["exitCode"]) == ("Killed", 137)
-    assert (done["attempts"][0]["pod"], done["attempts"][0]["node"]) == (second, GPU_NODE), "where to look why"
+    where = (second["metadata"]["name"], second["spec"]["nodeName"])
+    assert (done["attempts"][0]["pod"], done["attempts"][0]["node"]) == where, "where to look why"
     parameters = mlflow.client.get_run(run_id).data.params
     assert (parameters["environment.devices"], parameters["resources.workers"]) == ("2", "2")
     first = next(
