@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Cluster, wait_for
-from tests.e2e.conftest import MONITORING, OTHER_NODE, namespace
+from tests.e2e.conftest import GPU_NODE, MONITORING, OTHER_NODE, namespace
 
 IMAGE = "heimdall/contract:dev"
 SERVE = "import http.server as s; s.ThreadingHTTPServer(('', 29400), s.SimpleHTTPRequestHandler).serve_forever()"
@@ -43,6 +43,8 @@ PROBES: dict[str, dict[str, str]] = {
 }
 ELSEWHERE: dict[str, dict[str, str]] = {"prometheus": {"app": "prometheus"}, "trainer elsewhere": TRAINING}
 """Probes of another namespace, whose pods no policy of the chart chooses."""
+ON_GPU_NODE = "trainer2"
+"""The workers of a group may be on several nodes."""
 CONTROL_PLANE = "heimdall-control-plane"
 """The node of the API server, which listens at its address too: one outside the network of the pods."""
 
@@ -60,7 +62,7 @@ def probe(name: str, labels: dict[str, str]) -> dict[str, Any]:
         "kind": "Pod",
         "metadata": {"name": pod_of(name), "labels": {**labels, "flow": pod_of(name)}},
         "spec": {
-            "nodeSelector": {"kubernetes.io/hostname": OTHER_NODE},
+            "nodeSelector": {"kubernetes.io/hostname": GPU_NODE if name == ON_GPU_NODE else OTHER_NODE},
             "terminationGracePeriodSeconds": 0,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
