@@ -8,6 +8,7 @@ import requests
 from tests.e2e.cluster import Cluster, wait_for
 from tests.e2e.conftest import PRIVILEGED, Mlflow, dry_run
 
+pytestmark = pytest.mark.beside
 FORBIDDEN = [
     ("get", "secrets"),
     ("list", "secrets"),

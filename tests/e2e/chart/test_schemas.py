@@ -14,6 +14,7 @@ from tests.e2e.cluster import ROOT, Cluster
 from tests.unit.chart.helm import flags
 from tests.unit.chart.variants import NOT_KUBERNETES, VARIANTS
 
+pytestmark = pytest.mark.beside
 OPTIONS = {
     "defaults": (),
     "everything": (
