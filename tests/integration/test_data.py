@@ -299,13 +299,23 @@ def test_wrong_keys_and_a_missing_bucket_name_their_variables(filled: DataSettin
         generate(nowhere, sessions=1, report=print, **{**SIZE, "seed": 99})
 
 
-def test_a_database_that_is_away_for_a_moment_is_waited_for(filled: DataSettings, postgres: Postgres) -> None:
+def test_a_database_that_is_away_for_a_moment_is_waited_for(
+    filled: DataSettings, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = SessionStore.open(filled)
     whole = store.transmissions(store.approved())
+    failed, judge = threading.Event(), store._raise_unless_away
+
+    def note(error: Any, what: str, *, tries_left: int) -> None:
+        failed.set()
+        judge(error, what, tries_left=tries_left)
+
+    monkeypatch.setattr(store, "_raise_unless_away", note)
     postgres.kill()
 
     with ThreadPoolExecutor(1) as pool:
         ids = pool.submit(store.approved)
+        wait_until(failed.is_set, what="it was asked in vain", timeout_s=TIMEOUT_S)
         postgres.start()
         assert ids.result(TIMEOUT_S) == [session_id(SEED, number) for number in range(SESSIONS)]
 
