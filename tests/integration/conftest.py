@@ -26,7 +26,7 @@ OWN_VARIABLES = {
     *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"),
 }
 
-LONGEST = ("test_undelivered.py", "test_tracking.py", "test_outages.py")
+LONGEST = ("test_export.py", "test_undelivered.py", "test_tracking.py", "test_outages.py")
 
 _numbers = itertools.count(1)
 
