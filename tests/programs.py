@@ -16,6 +16,15 @@ CACHE = Path(
     os.environ.get("HEIMDALL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heimdall"
 )
 
+LASTING_TEMP = "PYTEST_DEBUG_TEMPROOT"
+"""pytest's own variable: names the folder for temporary files that was there before the tests, and is afterwards."""
+
+
+def lasting_environment() -> dict[str, str]:
+    """The environment for what outlives the tests, which their folder for temporary files does not."""
+    lasting = os.environ.get(LASTING_TEMP)
+    return {**os.environ, **({"TMPDIR": lasting} if lasting else {})}
+
 
 def program(name: str, part: str = "") -> str:
     """Path of a program; the test is skipped where there is none, which is so before `make test` has built them.

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import urllib3
 import yaml
 
+from tests.programs import lasting_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 POLL_MIN_S, POLL_MAX_S = 0.2, 1.0
 POLL_SHARE = 0.1
@@ -38,7 +40,8 @@ T = TypeVar("T")
 
 def hack(*arguments: str, timeout_s: float = 5400) -> None:
     """Call one of the project's own tools; what it says goes to the terminal."""
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=timeout_s)
+    env = lasting_environment()  # an engine that it starts may be kept
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, check=True, timeout=timeout_s)
 
 
 def cluster_environment() -> dict[str, str]:
