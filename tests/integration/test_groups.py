@@ -62,7 +62,9 @@ def test_two_processes_make_one_run_and_one_version(stack: Stack, name: str, tmp
         f"spec: {{model: {{module: 'tests.unit.trainer.user_modules:Line'}}, training: {{epochs: 3}}, "
         f"tracking: {{experiment: {name}}}, registration: {{model: {name}}}}}\n"
     )
+    (tmp_path / "tmp").mkdir()
     own = {"MLFLOW_TRACKING_URI": stack.mlflow.url, "PYTHONPATH": str(ROOT), "PET_NPROC_PER_NODE": "2"}
+    own["TMPDIR"] = str(tmp_path / "tmp")
 
     done = subprocess.run(
         [HEIMDALL_TRAIN, "run", "-f", "run.yaml", "--output-dir", "out"],
@@ -75,6 +77,7 @@ def test_two_processes_make_one_run_and_one_version(stack: Stack, name: str, tmp
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "tmp").glob("torchelastic_*")) == []
     client = stack.client()
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None

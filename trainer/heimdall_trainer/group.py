@@ -71,6 +71,9 @@ def become_torchrun(arguments: Sequence[str]) -> None:
     grace_s = int(os.environ.get(ENV_GRACE_PERIOD) or DEFAULT_GRACE_PERIOD_S)
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(max(1, grace_s - SHUTDOWN_MARGIN_S)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not os.environ.keys() & {"PET_REDIRECTS", "PET_TEE"}:
+        # What processes print goes where this one's does: a folder for it would stay in /tmp, empty.
+        os.environ.setdefault("PET_LOG_DIR", os.devnull)
     sys.stdout.flush()
     command = [sys.executable, "-m", "heimdall_trainer.torchrun", "-m", "heimdall_trainer.cli", *arguments]
     os.execv(sys.executable, command)  # noqa: S606 - no shell wanted

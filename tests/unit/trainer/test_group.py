@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -27,6 +29,21 @@ def test_a_group_of_no_fixed_size_is_refused(name: str, told: str, monkeypatch: 
     monkeypatch.setenv(name, told)
     with pytest.raises(ConfigurationError, match=f"{name} is '{told}': give one number"):
         group.is_group()
+
+
+@pytest.mark.parametrize(
+    ("told", "folder"),
+    [({}, os.devnull), ({"PET_LOG_DIR": "logs"}, "logs"), ({"PET_TEE": "3"}, None), ({"PET_REDIRECTS": "3"}, None)],
+    ids=["nothing", "a folder", "to write it to files too", "to write it to files"],
+)
+def test_torchrun_makes_a_folder_for_what_processes_print_where_it_is_told_to(
+    told: dict[str, str], folder: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"PATH": os.environ["PATH"], **told}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "execv", lambda *_: None)
+    group.become_torchrun(["run"])
+    assert environment.get("PET_LOG_DIR") == folder
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
