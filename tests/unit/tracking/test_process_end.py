@@ -48,10 +48,13 @@ def only_run(client: MlflowClient, experiment: str) -> str:
     return str(run.info.run_id)
 
 
-def is_there(client: MlflowClient, run_id: str) -> bool:
+def check_whole(client: MlflowClient, run_id: str, status: str, said: str) -> None:
+    """All that a process logged is there, and its run has this status."""
     run = client.get_run(run_id)
     artifacts = [item.path for item in client.list_artifacts(run_id)]
-    return (run.data.metrics, run.data.tags.get("note"), artifacts) == ({"loss": 1.0}, "waits", ["file.txt"])
+    there = (run.data.metrics, run.data.tags.get("note"), artifacts)
+    assert there == ({"loss": 1.0}, "waits", ["file.txt"]), said
+    assert run.info.status == status
 
 
 @pytest.mark.slow
@@ -74,9 +77,7 @@ def test_what_waits_when_a_process_ends_is_delivered_and_the_run_ends(
     done = end(program, store_uri, name)
 
     assert done.returncode == code, done.stderr
-    run_id = only_run(client, experiment)
-    assert is_there(client, run_id)
-    assert client.get_run(run_id).info.status == status
+    check_whole(client, only_run(client, experiment), status, done.stdout)
     assert ("was not closed" in done.stdout) is not any(word in program for word in ("with", "end_run", "close"))
 
 
@@ -89,8 +90,7 @@ def test_a_run_of_somebody_else_keeps_its_status_when_the_process_ends(
     done = end("tracker.attach(sys.argv[3]); log()", store_uri, name, run_id)
 
     assert done.returncode == 0, done.stderr
-    assert is_there(client, run_id)
-    assert client.get_run(run_id).info.status == "RUNNING"
+    check_whole(client, run_id, "RUNNING", done.stdout)
 
 
 @pytest.mark.slow
@@ -111,8 +111,7 @@ log()
     left = "1 metric point, 1 call for tags and parameters, 1 artifact and the end (FAILED)"
     assert f"{left} of run {run_id} could not be delivered" in done.stdout
     deliver(Path(f"undelivered-{run_id}"), TrackingSettings(tracking_uri=store_uri))
-    assert is_there(client, run_id)
-    assert client.get_run(run_id).info.status == "FAILED"
+    check_whole(client, run_id, "FAILED", done.stdout)
 
 
 @pytest.mark.slow
@@ -143,9 +142,7 @@ tracker.flush = flushed
     done = end(program, store_uri, name)
 
     assert done.returncode == 0, done.stderr
-    run_id = only_run(client, experiment)
-    assert is_there(client, run_id), done.stdout
-    assert client.get_run(run_id).info.status == "FAILED"
+    check_whole(client, only_run(client, experiment), "FAILED", done.stdout)
 
 
 @pytest.mark.slow
@@ -187,9 +184,7 @@ threading._register_atexit(no_more)
 """
     done = end(program, store_uri, name)
 
-    run_id = only_run(client, experiment)
-    assert is_there(client, run_id), done.stdout
-    assert client.get_run(run_id).info.status == "FAILED"
+    check_whole(client, only_run(client, experiment), "FAILED", done.stdout)
     assert "could not be told" not in done.stdout
 
 
