@@ -22,7 +22,8 @@ from tests.integration.servers import free_port, wait_until
 
 # MLflow's own use of SQLAlchemy, not ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")]
-CLOSE_S = 30
+CLOSE_S = 120
+"""Only so that a test that hangs ends: on a busy machine processes take long to import torch."""
 CHILD = RuntimeError("a process has failed")
 
 
