@@ -585,6 +585,8 @@ def test_who_waits_for_a_batch_that_does_not_come_saves_the_step_before(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(user_modules.Away, "reads", 0)
+    # How long torch waits for a process that loads, before it ends it.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
     spec, run_id = user_spec("AwayFrom", epochs=2), bench.new_run()
     spec["model"]["args"] = {"num_workers": workers}
     with pytest.raises(TerminatedError, match=r"at step [0-2]; its checkpoint was delivered"):
