@@ -24,6 +24,8 @@ from tests.e2e.test_life_cycle import holding_gpus
 pytestmark = pytest.mark.beside
 
 TRAINING_S = 900.0
+FALL_NATS = 0.3
+"""What the loss falls by from the first epoch to the last: by twice that, with these recordings and this seed."""
 PREDICT = """
 import json, math, sys
 from pathlib import Path
@@ -116,7 +118,7 @@ def test_the_run_tells_what_was_trained(trained: Trained, mlflow: Mlflow) -> Non
 def test_the_validation_loss_fell(trained: Trained, mlflow: Mlflow) -> None:
     history = [item.value for item in mlflow.client.get_metric_history(trained.run.info.run_id, "val/loss")]
 
-    assert min(history[1:]) < history[0]
+    assert history[-1] < history[0] - FALL_NATS
 
 
 def test_bytes_of_the_checkpoints_lie_in_minio(release: Cluster, trained: Trained, canaries: dict[str, str]) -> None:
