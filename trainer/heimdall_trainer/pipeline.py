@@ -366,7 +366,10 @@ class TrainingPipeline:
         tags = self.tracker.client.get_run(self.tracker.run_id).data.tags
         self._progress.restore_best(tags.get(TAG_BEST))
         self._repeatable.follow(trainer)
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=self._resumed, weights_only=False)
+        try:
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=self._resumed, weights_only=False)
+        finally:
+            self._repeatable.leave()
         for stopper in trainer.early_stopping_callbacks if group.is_first() else ():
             if stopper.stopping_reason_message is not None:
                 why = stopper.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")

@@ -31,8 +31,8 @@ class Repeatable:
         self._seed = seed
         self._at_start = True
         """Whether this process has not trained a batch yet."""
-        self._loaders = 0
-        """How many data loaders have a number."""
+        self._followed: list[tuple[Any, Any]] = []
+        """The data loaders that go on where they were, each with the class that it had."""
 
     def follow(self, trainer: Any) -> None:
         """Have the training's data loaders go on where they were, once they are there.
@@ -50,6 +50,13 @@ class Repeatable:
 
         trainer.strategy.process_dataloader = processed
         _restore_by_count(trainer.fit_loop)
+
+    def leave(self) -> None:
+        """Have the data loaders be what they were: a module that keeps one is saved with it, and keeps no trainer."""
+        for loader, kind in self._followed:
+            loader.__class__ = kind
+            del loader.heimdall_places
+        self._followed.clear()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """What a module draws here, another attempt that begins with this epoch draws as well.
@@ -75,9 +82,10 @@ class Repeatable:
         self._at_start = False
 
     def _make_resumable(self, loader: Any, trainer: Any) -> None:
-        loader.heimdall_places = _Places(loader, trainer, self, number=self._loaders)
-        loader.__class__ = _resumable(type(loader))
-        self._loaders += 1
+        kind = type(loader)
+        loader.heimdall_places = _Places(loader, trainer, self, number=len(self._followed))
+        loader.__class__ = _resumable(kind)
+        self._followed.append((loader, kind))
 
     def seed_for(self, what: str, *place: int) -> None:
         """Seed what something at a place in training may be drawn from; all processes of a group draw the same."""
@@ -133,7 +141,7 @@ def _is_stateful(loader: Any) -> bool:
 def _resumable(kind: Any) -> Any:
     """What a DataLoader of the user's own becomes, beside what it is."""
 
-    class ResumableLoader(kind):  # type: ignore[misc]
+    class ReplayedLoader(kind):  # type: ignore[misc]
         heimdall_places: _Places
 
         @property
@@ -152,7 +160,7 @@ def _resumable(kind: Any) -> Any:
         def load_state_dict(self, state: dict[str, Any]) -> None:
             """There is nothing in it."""
 
-    return ResumableLoader
+    return ReplayedLoader
 
 
 class _Places:

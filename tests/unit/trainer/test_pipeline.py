@@ -30,6 +30,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
+from torch.utils.data import DataLoader
 
 from heimdall_api.contract import (
     ENV_ATTEMPT,
@@ -919,6 +920,16 @@ def test_any_lightning_module_with_its_own_data_is_trained_and_logged(bench: Ben
     model = load_model(model_of(bench, run_id).artifact_location)
     assert model.metadata.signature is not None
     assert model.predict(model.input_example).shape == (1, 1)
+
+
+def test_a_module_that_keeps_its_loader_is_logged_with_it_as_it_was(run_locally: Any, bench: Bench) -> None:
+    import mlflow.pytorch
+
+    code, message, run = run_locally(user_spec("Keeping", epochs=2, registration={"model": "keeping"}), "keeping")
+    assert (code, message, run.info.status) == (ExitCode.SUCCESS, None, "FINISHED")
+    kept = mlflow.pytorch.load_model(model_of(bench, run.info.run_id).artifact_location).loader
+    assert type(kept) is DataLoader
+    assert len(list(kept)) == 4
 
 
 def test_a_stream_that_two_optimizers_learn_from_by_hand_is_trained_and_logged(bench: Bench) -> None:

@@ -100,6 +100,7 @@ def train(module: Seen, folder: Path, *callbacks: Any, follow: bool = True, **mo
     if follow:
         repeatable.follow(trainer)
     trainer.fit(module, weights_only=False, **more)
+    repeatable.leave()
 
 
 def seen(loaders: Loaders, folder: Path, kind: type[Seen] = Seen) -> list[Any]:
@@ -164,6 +165,14 @@ def test_a_module_that_fetches_its_batches_goes_on_where_it_was(step: int, tmp_p
         return shuffled(LONG)
 
     assert seen_when_stopped(loader, tmp_path, step, Fetching) == seen(loader, tmp_path, Fetching)
+
+
+def test_a_loader_that_somebody_keeps_is_left_as_it_was(tmp_path: Path) -> None:
+    kept = shuffled(LONG)
+    before = dict(vars(kept))
+    first = seen(lambda: kept, tmp_path)
+    assert (type(kept), vars(kept)) == (DataLoader, before)
+    assert seen(lambda: kept, tmp_path) == first, "it can be followed again"
 
 
 class Stateful(DataLoader):  # type: ignore[type-arg]

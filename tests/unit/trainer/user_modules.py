@@ -251,6 +251,17 @@ class ByHandOnPoints(Line):
             self.optimizers().step()
 
 
+class Keeping(Line):
+    """Makes its loader when it is made, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loader = points(batch_size=2)
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+
 class TwoInputs(Line):
     """Batches of three, of which two go in."""
 
