@@ -289,7 +289,7 @@ class TrainingPipeline:
         return pl.Trainer(
             max_epochs=self.spec.training.epochs,
             precision=self._precision(),
-            logger=make_logger(pl, self.tracker),
+            logger=make_logger(pl, self.tracker, self.output_dir / "logged"),
             callbacks=self.setup_callbacks(pl),
             plugins=[make_checkpoint_io(pl)],
             enable_model_summary=False,

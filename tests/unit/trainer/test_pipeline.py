@@ -932,6 +932,14 @@ def test_a_module_that_keeps_its_loader_is_logged_with_it_as_it_was(run_locally:
     assert len(list(kept)) == 4
 
 
+def test_a_figure_that_a_module_logs_as_it_is_used_to_is_an_artifact_of_the_run(bench: Bench) -> None:
+    run_id = bench.new_run()
+    bench.train(user_spec("Drawing", epochs=2), run_id)
+    drawn = [item.path for item in bench.client.list_artifacts(run_id, "lines")]
+    assert drawn == ["lines/0.png", "lines/1.png"]
+    assert Path(bench.client.download_artifacts(run_id, drawn[1])).read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_stream_that_two_optimizers_learn_from_by_hand_is_trained_and_logged(bench: Bench) -> None:
     run_id, epochs = bench.new_run(), 10
     bench.train(user_spec("ByHand", epochs, registration={"model": "by-hand"}), run_id)

@@ -262,6 +262,17 @@ class Keeping(Line):
         return self.loader
 
 
+class Drawing(Line):
+    """Logs a figure after each epoch, as with Lightning's MLFlowLogger."""
+
+    def on_train_epoch_end(self) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.subplots().plot([0, 1], [0, self.layer.weight.item()])
+        self.logger.experiment.log_figure(self.logger.run_id, figure, f"lines/{self.current_epoch}.png")
+
+
 class TwoInputs(Line):
     """Batches of three, of which two go in."""
 
