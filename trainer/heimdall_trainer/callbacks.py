@@ -44,7 +44,8 @@ class Checkpointing:
         self._folder = folder
         self._attempt = attempt
         self._last_time = time.monotonic()
-        self._last_step = -1
+        self._last_batch = -1
+        """Batches that were trained on when the last checkpoint was made: not every optimizer counts its steps."""
         self._grace = grace
         self._seen: dict[int, float] = {}
         """Metrics of the epoch that ends, by the number of the scheduler that waits for one (`ReduceLROnPlateau`)."""
@@ -52,7 +53,7 @@ class Checkpointing:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning has registered its own handler by now: ours, which exits 143, comes after it."""
         del pl_module
-        self._last_step = trainer.global_step
+        self._last_batch = _batches(trainer)
         self._grace.enter_loop()
         for index, value in self._seen.items():
             trainer.lightning_module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, value)
@@ -143,7 +144,7 @@ class Checkpointing:
             self._stop(trainer)
 
     def _stop(self, trainer: Any) -> None:
-        if trainer.global_step != self._last_step:
+        if _batches(trainer) != self._last_batch:
             self._save(trainer, metric=None)
         self._grace.begin()  # in a group another process may have been told first
         delivered = self._publisher.flush(self._grace.left_s())
@@ -152,16 +153,22 @@ class Checkpointing:
         raise self._grace.error(f" at step {trainer.global_step}; its checkpoint {fate}.")
 
     def _save(self, trainer: Any, metric: float | None, suffix: str = "") -> None:
-        step = int(trainer.global_step)
+        step, batch = int(trainer.global_step), _batches(trainer)
         # A name of its own for an epoch's end: its last step has a checkpoint where its validation was broken off.
-        name = f"step-{step:08}-attempt-{self._attempt}-epoch-{trainer.current_epoch:04}{suffix}.ckpt"
-        file = self._folder / name
+        # And one for each batch: steps of an optimizer that Lightning knows nothing of are not counted.
+        place = f"epoch-{trainer.current_epoch:04}{suffix or f'-batch-{batch:08}'}"
+        file = self._folder / f"step-{step:08}-attempt-{self._attempt}-{place}.ckpt"
         self._publisher.wait_for_file()  # there is room for one copy of the state, not for one of each checkpoint
         snapshot = checkpoint_io.save(trainer, file)
-        self._last_time, self._last_step = time.monotonic(), step
+        self._last_time, self._last_batch = time.monotonic(), batch
         if trainer.is_global_zero:
             epoch = int(trainer.current_epoch)
             self._publisher.submit(file, step=step, epoch=epoch, metric=metric, snapshot=snapshot)
+
+
+def _batches(trainer: Any) -> int:
+    """How many batches were trained on, over all epochs and attempts."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
 def _has_stopped(stopper: Any) -> bool:

@@ -264,7 +264,9 @@ class CheckpointPublisher:
 
     def newest_file(self, folder: Path) -> Path | None:
         """The newest whole checkpoint, to go on from; None where there is none."""
-        for checkpoint in sorted(self.listed, key=lambda item: (item.last, item.step), reverse=True):
+        # Of equal steps the one that is listed last: not every optimizer counts its steps.
+        placed = sorted(enumerate(self.listed), key=lambda each: (each[1].last, each[1].step, each[0]), reverse=True)
+        for _, checkpoint in placed:
             file = self.local_file(checkpoint, folder)
             if file is not None:
                 log.info(

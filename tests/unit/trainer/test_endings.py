@@ -116,7 +116,9 @@ def test_all_waits_after_sigterm_together_leave_the_reserve(
         made.grace.enter_loop()
         made.grace._on_sigterm(signal.SIGTERM, None)
         clock.wait(callbacks.VALIDATION_SHARE * grace.grace_period_s() + 0.001)
-        trainer = SimpleNamespace(sanity_checking=False, global_step=checkpointing._last_step)
+        trained: Any = SimpleNamespace(total=SimpleNamespace(processed=checkpointing._last_batch))
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=trained))
+        trainer = SimpleNamespace(sanity_checking=False, global_step=0, fit_loop=loop)
         checkpointing.on_validation_batch_end(trainer)
         raise AssertionError("a validation with no end in sight is broken off")
 

@@ -58,6 +58,7 @@ from heimdall_tracking.outstanding import Outstanding
 from heimdall_tracking.runs import find_model, read_facts
 from heimdall_trainer import callbacks, cli, export, modelling, patience, pipeline
 from heimdall_trainer.checkpoint_io import Snapshot
+from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.commands.training import LOCAL_RUN_ID, _how_to_go_on
 from heimdall_trainer.config import parse
 from heimdall_trainer.data.generator import generate
@@ -595,6 +596,39 @@ def test_who_waits_for_a_batch_that_does_not_come_saves_the_step_before(
     monkeypatch.setattr(user_modules.Away, "reads", 6)  # of a process that loads, as it begins
     bench.train(spec, run_id, attempt=2)
     assert [step for step, _ in bench.history(run_id, "train/loss")] == list(range(8))
+
+
+def test_steps_that_lightning_does_not_count_are_saved_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, run_id, step = user_spec("ByHandUncounted", epochs=2), bench.new_run(), user_modules.Line.training_step
+
+    def told_to_end(module: user_modules.Line, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(user_modules.Line, "training_step", told_to_end)
+        with pytest.raises(TerminatedError, match="at step 0; its checkpoint was delivered"):
+            bench.train(spec, run_id)
+    assert len(parse_checkpoints(bench.client.get_run(run_id).data.tags[TAG_CHECKPOINTS])) == 1
+    bench.train(spec, run_id, attempt=2)
+    assert [step for step, _ in bench.history(run_id, "train/loss")] == list(range(8))
+
+
+def test_checkpoints_of_steps_that_are_not_counted_have_names_of_their_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, submit = list[str](), CheckpointPublisher.submit
+
+    def named(publisher: CheckpointPublisher, file: Path, **more: Any) -> None:
+        names.append(file.name)
+        submit(publisher, file, **more)
+
+    monkeypatch.setattr(CheckpointPublisher, "submit", named)
+    spec = user_spec("ByHandUncounted", epochs=2)
+    spec["training"]["checkpoints"] = {"everyMinutes": 1e-9}
+    bench.train(spec, bench.new_run())
+    assert len(names) == len(set(names)) == 8
 
 
 @pytest.mark.parametrize(("where", "validations"), [("step", 1), ("validation", 1)])
