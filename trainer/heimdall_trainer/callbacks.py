@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,22 @@ VALIDATION_SHARE: Final = 1 / 6
 """Share of the grace period that a validation may go on for. One that is broken off is not made up for later."""
 
 log = structlog.get_logger()
+
+
+class Beginning:
+    """Calls something when training begins.
+
+    A class that nobody else has: of Lightning's own, one that a module's `configure_callbacks` brings replaces ours.
+    """
+
+    def __init__(self, begin: Callable[[Any], None]) -> None:
+        """Args: begin: Is given Lightning's trainer."""
+        self._begin = begin
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing was trained yet, and the data is there."""
+        del pl_module
+        self._begin(trainer)
 
 
 class Checkpointing:
@@ -322,7 +339,7 @@ def as_callback(pl: Any, callback: Any) -> Any:
 
     Args:
         pl: `pytorch_lightning` or `lightning.pytorch`.
-        callback: Checkpointing, ProgressReport or Repeatable.
+        callback: Beginning, Checkpointing, ProgressReport or Repeatable.
 
     Returns:
         The same object, of a class that the package's Trainer takes.

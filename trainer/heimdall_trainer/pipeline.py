@@ -18,7 +18,7 @@ from heimdall_api.types import CHECKPOINTS_LIMIT, DEFAULT_BACKBONE, TrainingRun
 from heimdall_tracking.redact import redact
 from heimdall_tracking.waiting import in_time
 from heimdall_trainer import group
-from heimdall_trainer.callbacks import Checkpointing, ProgressReport, as_callback
+from heimdall_trainer.callbacks import Beginning, Checkpointing, ProgressReport, as_callback
 from heimdall_trainer.checkpoint_io import make_checkpoint_io
 from heimdall_trainer.checkpoints import CheckpointPublisher
 from heimdall_trainer.errors import ConfigurationError, DivergedError, FencedError, UndeliveredError
@@ -263,11 +263,11 @@ class TrainingPipeline:
         stopping = self.spec.training.early_stopping
         callbacks = [
             pl.callbacks.LearningRateMonitor("step"),
+            # Only then is the data there: in a group, one process of each node reads it first, for all of the node.
+            as_callback(pl, Beginning(self._begin)),
             as_callback(pl, self._repeatable),
             as_callback(pl, self._progress),
             as_callback(pl, self._checkpointing),
-            # Only then is the data there: in a group, one process of each node reads it first, for all of the node.
-            pl.callbacks.LambdaCallback(on_train_start=lambda trainer, _: self._begin(trainer)),
         ]
         if stopping.patience > 0 and self._has_validation():
             stopper = pl.callbacks.EarlyStopping(

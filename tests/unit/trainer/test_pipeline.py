@@ -338,10 +338,14 @@ def test_a_localizer_trains_in_half_precision(bench: Bench, localizer: dict[str,
         assert metrics[name] == pytest.approx(trained.metrics[name], abs=0.1)
 
 
-def test_processes_that_would_go_on_from_different_places_do_not(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", ["Line", "Calling"])
+def test_processes_that_would_go_on_from_different_places_do_not(
+    module: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever callbacks the module brings."""
     monkeypatch.setattr(pipeline.group, "from_first", lambda _: "step-00000004.ckpt")
     with pytest.raises(ConnectionError, match=r"goes on from the beginning, the first of its group from step-00000004"):
-        bench.train(user_spec("Line", epochs=1), bench.new_run())
+        bench.train(user_spec(module, epochs=1), bench.new_run())
 
 
 def test_processes_whose_gpus_have_chosen_unlike_precision_do_not_train(

@@ -272,6 +272,13 @@ class Keeping(Line):
         return self.loader
 
 
+class Calling(Line):
+    """Brings a callback of Lightning's own."""
+
+    def configure_callbacks(self) -> Any:
+        return [pl.callbacks.LambdaCallback(on_train_start=lambda *_: None)]
+
+
 class Drawing(Line):
     """Logs a figure after each epoch, as with Lightning's MLFlowLogger."""
 
