@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +221,38 @@ def test_the_export_is_written_and_says_how_near_it_is(call: Any, looked: Looked
     found = open_onnx(Path("model.onnx"))(dict(zip(("spectrograms", "receivers"), inputs, strict=True)))
     with torch.no_grad():
         assert torch.allclose(found["position"], looked.module(*inputs)[:, :2], atol=0.1)
+
+
+@pytest.fixture
+def changed(recorded: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sqlite3.Connection]:
+    """A copy of the database, to be changed; the variables name it."""
+    copy = tmp_path / "changed.db"
+    shutil.copy(recorded.database_url.get_secret_value().removeprefix("sqlite:///"), copy)
+    monkeypatch.setenv("HEIMDALL_DATABASE_URL", f"sqlite:///{copy}")
+    with closing(sqlite3.connect(copy, isolation_level=None)) as database:
+        yield database
+
+
+def test_sessions_that_were_withdrawn_since_are_warned_about_and_used(
+    call: Any, looked: Looked, changed: sqlite3.Connection
+) -> None:
+    before = evaluated(call, "--model", looked.checkpoint)
+    changed.execute("UPDATE recording_sessions SET status = 'rejected' WHERE id = ?", SESSIONS["test"])
+    arguments = cli._parser().parse_args(["plot", "--model", looked.checkpoint, "-o", "plots"])
+    with capture_logs() as lines:
+        arguments.call(arguments)
+    assert [line["sessions"] for line in lines if "approved no longer" in line["event"]] == [SESSIONS["test"]]
+    call("data", "inspect")  # what was printed until here
+    assert evaluated(call, "--model", looked.checkpoint) == before
+
+
+def test_sessions_that_are_gone_are_named_with_the_model(
+    call: Any, looked: Looked, changed: sqlite3.Connection
+) -> None:
+    changed.execute("DELETE FROM recording_sessions WHERE id = ?", SESSIONS["test"])
+    said = rf"^--model \S+ keeps .* no longer holds: {SESSIONS['test'][0]}; restore them"
+    with pytest.raises(ConfigurationError, match=said):
+        call("evaluate", "--model", looked.checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,16 @@ def test_the_dataset_of_some_sessions_holds_those_alone(recorded: DataSettings) 
     assert {sent.session_id for sent in dataset.transmissions} == {"generated-7-001"}
 
 
+def test_a_session_that_was_withdrawn_can_be_taken_all_the_same(mine: DataSettings) -> None:
+    database = SessionStore.open(mine)
+    database.set_status("generated-7-001", "rejected")
+    database.close()
+    with pytest.raises(ConfigurationError, match=r"generated-7-001 \(rejected\)"):
+        HeimdallDataset.open(mine, ["generated-7-001"])
+    dataset = HeimdallDataset.open(mine, ["generated-7-001"], withdrawn=True)
+    assert {sent.session_id for sent in dataset.transmissions} == {"generated-7-001"}
+
+
 def test_without_augmentation_a_sample_is_always_the_same() -> None:
     dataset = drawn()
     first = dataset[0]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from heimdall_trainer.evaluation import Predictions
+    from heimdall_trainer.settings import DataSettings
     from heimdall_trainer.trained import TrainedLocalizer
 
 
@@ -146,14 +147,44 @@ def _located(arguments: argparse.Namespace) -> _Evaluation:
         sessions = sessions_of(settings, spec.data, spec.training.seed, arguments.split)
     elif localizer.sessions:
         sessions = localizer.sessions[arguments.split]
+        _check_still_there(settings, sessions, arguments)
     else:
         raise ConfigurationError(
             f"--model {arguments.model} does not say which sessions it was trained with: name its TrainingRun with -f"
         )
     if not sessions:
         raise ConfigurationError(f"--split {arguments.split} holds no session: its TrainingRun keeps none for it")
-    predictions = predict(localizer.net, HeimdallDataset.open(settings, sessions, arrivals=localizer.arrivals))
-    return _Evaluation(localizer, sessions, predictions)
+    dataset = HeimdallDataset.open(settings, sessions, arrivals=localizer.arrivals, withdrawn=True)
+    return _Evaluation(localizer, sessions, predict(localizer.net, dataset))
+
+
+def _check_still_there(settings: DataSettings, sessions: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Make sure that the sessions of a model's training are there; those that were withdrawn since are warned about.
+
+    Raises:
+        ConfigurationError: Sessions were removed.
+    """
+    import structlog
+
+    from heimdall_trainer.data.sessions import NAMED_IDS, SessionStore
+    from heimdall_trainer.errors import ConfigurationError
+
+    database = SessionStore.open(settings)
+    try:
+        gone, withdrawn = database.changed(sessions)
+    finally:
+        database.close()
+    if gone:
+        raise ConfigurationError(
+            f"--model {arguments.model} keeps recording sessions for --split {arguments.split} that the database no "
+            f"longer holds: {', '.join(gone[:NAMED_IDS])}{' …' if len(gone) > NAMED_IDS else ''}; restore them, or "
+            "name others by a TrainingRun (-f)"
+        )
+    if withdrawn:
+        structlog.get_logger().warning(
+            "recording sessions of the model's training are approved no longer, and used all the same",
+            sessions=withdrawn,
+        )
 
 
 def _client() -> MlflowClient:

@@ -76,6 +76,7 @@ class HeimdallDataset(Dataset[Sample]):
         augmentation: Augmentation | None = None,
         arrivals: bool = False,
         seed: int = 0,
+        withdrawn: bool = False,
     ) -> HeimdallDataset:
         """The dataset of approved recording sessions.
 
@@ -85,6 +86,7 @@ class HeimdallDataset(Dataset[Sample]):
             augmentation: How samples are varied; not at all if None.
             arrivals: Whether samples hold times of arrival.
             seed: Seed of the variations.
+            withdrawn: Whether sessions are taken as they are named, approved or not.
 
         Raises:
             ConfigurationError: A session is missing or not approved.
@@ -93,7 +95,8 @@ class HeimdallDataset(Dataset[Sample]):
         """
         database = SessionStore.open(settings)
         try:
-            transmissions = database.transmissions(database.approved(session_ids))
+            ids = list(session_ids) if withdrawn else database.approved(session_ids)
+            transmissions = database.transmissions(ids)
         finally:
             database.close()
         store, caches = RecordingStore.open(settings), Caches.open(settings)

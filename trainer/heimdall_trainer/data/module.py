@@ -233,14 +233,12 @@ def _still_there(split: Split, database: SessionStore) -> Split:
     Raises:
         DataError: Sessions were removed.
     """
-    statuses = database.statuses()
-    gone = [name for name in split.ids if name not in statuses]
+    gone, withdrawn = database.changed(split.ids)
     if gone:
         raise DataError(
             f"the checkpoint to go on from was trained with recording sessions that the database no longer holds: "
             f"{', '.join(gone[:NAMED_IDS])}{' …' if len(gone) > NAMED_IDS else ''}; restore them, or begin a new run"
         )
-    withdrawn = [name for name in split.ids if statuses[name] != "approved"]
     if withdrawn:
         log.warning(
             "recording sessions are approved no longer; the training that has begun goes on", sessions=withdrawn

@@ -283,6 +283,17 @@ class SessionStore:
             )
         return wanted or found
 
+    def changed(self, ids: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Which of the sessions that were approved once are gone, and which are approved no longer.
+
+        Raises:
+            DataError: The database holds no recording sessions.
+            ConnectionError: The database does not answer.
+        """
+        status, known = self.statuses(), list(ids)
+        withdrawn = [name for name in known if status.get(name, "approved") != "approved"]
+        return [name for name in known if name not in status], withdrawn
+
     def transmissions(self, session_ids: Sequence[str]) -> list[Transmission]:
         """Transmissions of sessions with their recordings, in a fixed order: one query for thousands of sessions.
 
