@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 class FeatureSource:
     """Spectrograms of recordings: from a cache, or computed from what the store holds.
 
-    Entries are named after the data's checksum, its scale and the parameters, so that nothing stale is ever found.
+    Entries are named after the data's checksum, its scale and rate, and the parameters: nothing stale is ever found.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class FeatureSource:
         return None
 
     def _key(self, recording: Recording) -> str:
-        return key_of([recording.sha256, recording.full_scale_dbm, recording.sample_count, asdict(self._parameters)])
+        about = [recording.sha256, recording.full_scale_dbm, recording.sample_count, recording.sample_rate_hz]
+        return key_of([*about, asdict(self._parameters)])
 
 
 @dataclass(frozen=True)
