@@ -18,6 +18,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from heimdall_tracking.redact import redact
 
 _HOST_AND_PORT: Final = re.compile(r"[\w.-]+:\d+(/.*)?")
+_LOGIN: Final = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+_exported: Final[dict[str, str]] = {}
+"""What MLflow's client was given here, by variable."""
 
 
 class SettingsError(Exception):
@@ -117,7 +120,11 @@ class TrackingSettings(BaseSettings):
         return redact(self.tracking_uri)
 
     def export(self) -> None:
-        """Give MLflow's client what it reads from the environment alone; variables that are set stay as they are."""
+        """Give MLflow's client what it reads from the environment alone; variables that are set stay as they are.
+
+        Raises:
+            SettingsError: Another tracker of this process has given it another user or password.
+        """
         values = {
             "MLFLOW_TRACKING_USERNAME": self.username,
             "MLFLOW_TRACKING_PASSWORD": self.password.get_secret_value(),
@@ -128,8 +135,13 @@ class TrackingSettings(BaseSettings):
             "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path" if self.s3_endpoint_url and self.s3_path_style else "",
         }
         for name, value in values.items():
-            if value:
-                os.environ.setdefault(name, value)
+            if value and not os.environ.get(name):
+                os.environ[name] = _exported[name] = value
+            elif value and name in _LOGIN and value != os.environ[name] == _exported.get(name):
+                raise SettingsError(
+                    f"{name}: a tracker of this process has another one, and MLflow's client knows one for all of "
+                    "them: have a process for each, or remove the variable from os.environ before"
+                )
 
 
 def load_settings(**overrides: object) -> TrackingSettings:

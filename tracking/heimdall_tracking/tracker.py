@@ -116,7 +116,8 @@ class MLflowTracker:
         """Client of tracking server and registry, made at first use; MLflow's global state is left alone.
 
         Raises:
-            SettingsError: The server's certificate can't be trusted.
+            SettingsError: The server's certificate can't be trusted, or another tracker of this process has another
+                user or password.
         """
         if self._given_client is None:
             from mlflow import MlflowClient

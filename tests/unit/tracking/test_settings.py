@@ -211,6 +211,32 @@ def test_export_gives_mlflow_what_it_lacks_and_leaves_what_is_set(monkeypatch: p
     assert os.environ["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] == "path"
 
 
+def test_export_gives_mlflow_what_is_set_to_nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("MLFLOW_TRACKING_USERNAME=alice\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
+
+    load_settings().export()
+
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "alice"
+
+
+@pytest.mark.parametrize("field", ["username", "password"])
+def test_a_second_user_in_one_process_is_refused_and_not_taken_for_the_first(
+    field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLES[field], "")
+    first = load_settings(**{field: CANARY})
+    first.export()
+    first.export()
+    with pytest.raises(SettingsError, match=f"^{VARIABLES[field]}: a tracker of this process has another") as caught:
+        load_settings(**{field: f"{CANARY}-too"}).export()
+    assert CANARY not in str(caught.value)
+
+    monkeypatch.setenv(VARIABLES[field], "of the environment")
+    load_settings(**{field: "other"}).export()
+    assert os.environ[VARIABLES[field]] == "of the environment"
+
+
 @pytest.mark.parametrize(("insecure", "given"), [("true", ""), ("1", ""), ("false", "bundle")])
 def test_authorities_are_not_given_to_an_mlflow_that_looks_at_no_certificate(
     insecure: str, given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
