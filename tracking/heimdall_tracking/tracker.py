@@ -108,6 +108,9 @@ class MLflowTracker:
         self._left_checkpoints: list[LeftCheckpoint] = []
         self._made_folder: UndeliveredFolder | None = None
         self._made_spill: Spill | None = None
+        self._process: int | None = None
+        """The process that has the threads: one that is forked from it has none, and may find their locks held."""
+        self._told_of_fork = False
         self.undelivered: Kept | None = None
         """What the last close had to leave on disk, and the sentence that tells of it; None where all was delivered."""
 
@@ -185,10 +188,19 @@ class MLflowTracker:
         else:
             name = run_name or f"{self.settings.run_name_prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
             run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags or {}))
-        self._run_id, self._is_own = str(run.info.run_id), True
+        self._run_id, self._is_own, self._process = str(run.info.run_id), True, os.getpid()
         _open.add(self._end_with_process)
         log.info("run started", run_id=self._run_id, resumed=run_id is not None, uri=self.settings.display_uri)
         return self._run_id
+
+    def adopt(self, run_id: str) -> None:
+        """Own a run that could not be started, so that it can be ended; nothing is asked of the server.
+
+        Args:
+            run_id: ID of the run; one that was started stays as it is.
+        """
+        if self._run_id is None:
+            self._run_id, self._is_own, self._process = run_id, True, os.getpid()
 
     def attach(self, run_id: str) -> None:
         """Log to a run that somebody else owns: its status is left alone.
@@ -211,7 +223,7 @@ class MLflowTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Deliver what is left, or put it away; end the run if it was started here."""
-        if self._run_id is not None:
+        if self._run_id is not None and not self._is_elsewhere():
             failed = kind is not None
             self.close(EXIT_TIMEOUT_S if failed else FLUSH_TIMEOUT_S)
             if self._is_own:
@@ -246,6 +258,8 @@ class MLflowTracker:
             MlflowException: The server is away: the run is still RUNNING there, and may be ended by another call.
         """
         run_id = self.run_id
+        if self._is_elsewhere("the end of the run"):
+            return False
         delivered = self.close(timeout_s)
         try:
             self.client.set_terminated(run_id, status)
@@ -271,6 +285,8 @@ class MLflowTracker:
             Whether the run has ended there, and nothing is left on disk.
         """
         run_id = self.run_id
+        if self._is_elsewhere("the end of the run"):
+            return False
         try:
             in_time(lambda: self.client.set_terminated(run_id, status), timeout_s)
         except Exception as error:  # noqa: BLE001 - it is put away
@@ -287,6 +303,8 @@ class MLflowTracker:
 
     def flush_metrics(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Wait until the metrics logged so far are delivered; whether they were."""
+        if self._is_elsewhere():
+            return not self._told_of_fork
         return self._metrics.flush(timeout_s) if self._metrics else True
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
@@ -298,6 +316,8 @@ class MLflowTracker:
         Returns:
             Whether everything was delivered.
         """
+        if self._is_elsewhere():
+            return not self._told_of_fork
         deadline = time.monotonic() + timeout_s
         parts = (self._metrics, self._outbox, self._uploader)
         delivered = True
@@ -315,6 +335,8 @@ class MLflowTracker:
         Returns:
             Whether that is so. What came of it is said by `flush`.
         """
+        if self._is_elsewhere():
+            return True
         deadline = time.monotonic() + timeout_s
         waits = [part.flush for part in (self._metrics, self._outbox) if part is not None]
         waits += [self._uploader.settle] if self._uploader is not None else []
@@ -323,7 +345,7 @@ class MLflowTracker:
 
     def outstanding(self) -> Outstanding:
         """What is on its way to the server; nothing is asked of it."""
-        parts = (self._metrics, self._outbox, self._uploader)
+        parts = () if self._is_elsewhere() else (self._metrics, self._outbox, self._uploader)
         return sum((part.outstanding() for part in parts if part is not None), Outstanding())
 
     def close(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
@@ -337,6 +359,8 @@ class MLflowTracker:
         Returns:
             Whether everything was delivered.
         """
+        if self._is_elsewhere():
+            return not self._told_of_fork
         delivered = self.flush(timeout_s) and not self._incomplete
         for part in (self._metrics, self._outbox, self._uploader):
             if part is not None:
@@ -350,6 +374,8 @@ class MLflowTracker:
 
     def discard(self) -> None:
         """Stop the background threads and forget what waits, on disk too: somebody else writes to the run now."""
+        if self._is_elsewhere():
+            return
         for part in (self._metrics, self._outbox, self._uploader):
             if part is not None:
                 part.stop()
@@ -401,17 +427,37 @@ class MLflowTracker:
     def _spill(self) -> Spill:
         """Where points wait; asked for before anything else waits, so that the process's end sees to all of it."""
         _open.add(self._end_with_process)
+        self._process = os.getpid()
         if self._made_spill is None:
             if self._made_folder is not None and self._made_folder.kept is not None:
                 self._made_folder = None  # what is logged after a close has a folder of its own
             self._made_spill = Spill(self._folder().open)
         return self._made_spill
 
+    def _is_elsewhere(self, what: str = "") -> bool:
+        """Whether the threads are those of the process that this one was forked from.
+
+        Args:
+            what: What is dropped for that, which is said once.
+        """
+        if self._process is None or self._process == os.getpid():
+            return False
+        if what and not self._told_of_fork:
+            self._told_of_fork = True
+            log.warning(
+                "this process was forked from the one that tracks: what is logged here is dropped; log there, or "
+                "attach a tracker of its own",
+                what=what,
+                run_id=self._run_id,
+            )
+        return True
+
     def _forget_run(self) -> None:
         """The run has ended: nobody logs to it any more, and its end need not be told."""
         if self._made_folder is not None:
             self.undelivered = self._made_folder.keep_status(None)
         self._run_id, self._incomplete, self._made_folder, self._told = None, False, None, None
+        self._process = None
         self._names = Names()
         _open.discard(self._end_with_process)
 
@@ -425,6 +471,8 @@ class MLflowTracker:
         Args:
             params: The parameters; nested names are joined by dots, values become text of at most 6,000 characters.
         """
+        if self._is_elsewhere("parameters"):
+            return
         items = list(flatten(params).items())
         for start in range(0, len(items), PARAM_BATCH):
             self._params_put += 1
@@ -438,6 +486,8 @@ class MLflowTracker:
             metrics: Values by name; NaN and infinities are kept as such.
             step: Training step.
         """
+        if self._is_elsewhere("metrics"):
+            return
         stamp = now_ms()
         points = []
         try:
@@ -473,7 +523,8 @@ class MLflowTracker:
 
     def put_tag(self, name: str, value: object) -> None:
         """Set a tag of the run behind training; of values that wait, only the newest is sent."""
-        self._out().put(SetTag(name=name, value=clean_text(redact(value), TAG_LIMIT)))
+        if not self._is_elsewhere(f"the tag {name}"):
+            self._out().put(SetTag(name=name, value=clean_text(redact(value), TAG_LIMIT)))
 
     def log_artifact(self, file: str | Path, folder: str | None = None) -> Future[None]:
         """Upload a file behind training.
@@ -488,12 +539,11 @@ class MLflowTracker:
         Raises:
             TrackingError: The file is missing or can't be read.
         """
-        return self._uploads().put(Upload(path=Path(file), target=folder, attempt=self._attempt))
+        return self._upload(Upload(path=Path(file), target=folder, attempt=self._attempt))
 
     def log_artifacts_dir(self, source: str | Path, folder: str | None = None) -> Future[None]:
         """Upload a folder behind training; see log_artifact."""
-        upload = Upload(path=Path(source), target=folder, whole_folder=True, attempt=self._attempt)
-        return self._uploads().put(upload)
+        return self._upload(Upload(path=Path(source), target=folder, whole_folder=True, attempt=self._attempt))
 
     def log_model(self, folder: str | Path) -> Future[None]:
         """Have a saved model become the run's logged model, behind training; see log_artifact.
@@ -504,7 +554,14 @@ class MLflowTracker:
             folder: The model as MLflow's flavors save it (`save_model`, with `Model(run_id=…)`).
         """
         key = uuid.uuid4().hex
-        return self._uploads().put(Upload(path=Path(folder), whole_folder=True, model=key, attempt=self._attempt))
+        return self._upload(Upload(path=Path(folder), whole_folder=True, model=key, attempt=self._attempt))
+
+    def _upload(self, upload: Upload) -> Future[None]:
+        if not self._is_elsewhere(str(upload.path)):
+            return self._uploads().put(upload)
+        dropped: Future[None] = Future()
+        dropped.set_exception(TrackingError(f"{upload.path} was not uploaded: the process that tracks is another one"))
+        return dropped
 
     @property
     def refusal(self) -> Refusal | None:

@@ -206,6 +206,62 @@ tracker.end_run()
     assert client.get_run(only_run(client, experiment)).info.status == "FINISHED"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["in a block", "without one"])
+def test_what_a_forked_child_logs_is_dropped_with_one_warning_and_waits_for_nothing(
+    where: str, client: MlflowClient, store_uri: str, name: str, experiment: str
+) -> None:
+    """Its parent's threads are not there, and one of them may have held a lock."""
+    program = """
+import os, threading
+def child():
+    log()
+    log()
+    tracker.log_params({"of": "the child"})
+    print("not uploaded:", tracker.log_artifact("file.txt").exception(0))
+    print("flushed:", tracker.flush(), tracker.flush_metrics(), tracker.settle(), tracker.close())
+    print("outstanding:", tracker.outstanding().calls)
+    print("ended:", tracker.end_run(), tracker.end_run_in_time("FAILED"))
+    sys.exit(7)
+def track():
+    tracker.start_run()
+    log()
+    held, free = threading.Event(), threading.Event()
+    def hold():
+        with tracker._metrics._changed, tracker._outbox._changed, tracker._uploader._changed:
+            held.set()
+            free.wait()
+    threading.Thread(target=hold, daemon=True).start()
+    held.wait()
+    sys.stdout.flush()
+    forked = os.fork()
+    if forked == 0:
+        child()
+    free.set()
+    print("child:", os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]))
+    print("status:", tracker.get_run_info()["status"])
+    tracker.log_metrics({"later": 2.0}, step=2)
+"""
+    program += "with tracker: track()" if where == "in a block" else "track(); tracker.end_run()"
+    done = end(program, store_uri, name)
+
+    assert done.returncode == 0, done.stderr
+    assert "child: 7" in done.stdout, done.stdout
+    assert "status: RUNNING" in done.stdout
+    assert done.stdout.count("this process was forked") == 1
+    for line in (
+        "not uploaded: file.txt was not uploaded: the process that tracks is another one",
+        "flushed: False False True False",
+        "outstanding: 0",
+        "ended: False False",
+    ):
+        assert line in done.stdout
+    run = client.get_run(only_run(client, experiment))
+    assert (run.data.metrics, run.data.params) == ({"loss": 1.0, "later": 2.0}, {})
+    assert run.info.status == "FINISHED"
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 1
+
+
 def test_a_block_that_starts_no_run_ends_none(store_uri: str, name: str, new_run: NewRun, client: MlflowClient) -> None:
     settings, run_id = TrackingSettings(tracking_uri=store_uri, experiment_name=name), new_run(status="RUNNING")
     with MLflowTracker(settings, client) as nothing:
