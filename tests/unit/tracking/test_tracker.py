@@ -490,6 +490,29 @@ def test_what_is_discarded_is_neither_sent_nor_kept(
     assert not (tmp_path / "undelivered").exists()
 
 
+def test_a_run_that_could_not_be_started_can_be_ended(
+    tracker: MLflowTracker, client: MlflowClient, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is away")
+
+    first, second = new_run(status="RUNNING"), new_run(status="RUNNING")
+    for run_id in (first, second):
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "get_run", away)
+            with pytest.raises(ConnectionError):
+                tracker.start_run(run_id=run_id)
+        tracker.adopt(run_id)
+        tracker.adopt("another")
+        if run_id == first:
+            assert tracker.end_run_in_time("FAILED")
+            assert client.get_run(first).info.status == "FAILED"
+    monkeypatch.setattr(client, "set_terminated", away)
+    assert not tracker.end_run_in_time("KILLED")
+    assert tracker.undelivered is not None
+    assert f"the end (KILLED) of run {second} could not be delivered" in tracker.undelivered.sentence
+
+
 def test_closing_without_time_waits_for_no_thread(
     started: MLflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -450,6 +450,9 @@ class Ended:
     def start_run(self, run_id: str) -> None:
         """It is there."""
 
+    def adopt(self, run_id: str) -> None:
+        self.adopted = run_id
+
     def end_run_in_time(self, status: str, timeout_s: float | None = None) -> bool:
         self.ends.append((status, timeout_s))
         return self.told
@@ -505,3 +508,21 @@ def test_a_run_without_an_operator_ends_as_what_was_delivered_says(
     with nullcontext() if raised is None else pytest.raises(raised):
         training_command._train_locally(asked, tmp_path, time_left)  # type: ignore[arg-type]
     assert (tracker.ends, tracker.left) == ([end], left)
+
+
+@pytest.mark.parametrize(("error", "status"), [(AWAY, "FAILED"), (TerminatedError(), "KILLED")])
+def test_a_run_that_was_made_and_could_not_be_started_is_ended(
+    error: BaseException, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Ended(told=True)
+
+    def start_run(run_id: str) -> None:
+        raise error
+
+    monkeypatch.setattr(tracker, "start_run", start_run)
+    monkeypatch.setattr(heimdall_tracking, "initialize_mlflow", lambda _: tracker)
+    monkeypatch.setenv(training_command.LOCAL_RUN_ID, "made")
+    with pytest.raises(type(error)):
+        training_command._train_locally(parse({"metadata": {"name": "ends"}}), tmp_path, grace.Grace())
+    assert tracker.adopted == "made"
+    assert [end for end, _ in tracker.ends] == [status]

@@ -132,10 +132,10 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str
         tracker.attach(run_id)
         TrainingPipeline(run, tracker, output_dir=output_dir, grace=grace).train()
         return
-    tracker.start_run(run_id=run_id)
-    grace.hint = _how_to_go_on(run_id)
     training: TrainingPipeline | None = None
     try:
+        grace.hint = _how_to_go_on(run_id)
+        tracker.start_run(run_id=run_id)
         training = TrainingPipeline(run, tracker, output_dir=output_dir, grace=grace)
         metrics = training.train()
         registration = _register(run, tracker)
@@ -143,6 +143,7 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str
     except BaseException as error:
         grace.settle()
         is_whole = training is not None and training.is_whole
+        tracker.adopt(run_id)  # it was made for this training, which may not have come so far as to start it
         _end_without_success(run, tracker, error, is_whole=is_whole, left_s=grace.left_s())
         if training is not None and training.can_go_on and not is_whole:
             error.add_note(_how_to_go_on(run_id, tracker))
