@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from heimdall_trainer.commands import data, models, training
 
@@ -14,18 +15,36 @@ def main() -> None:
     """Do what the command line asks for, and end as the contract says."""
     arguments = _parser().parse_args()
     # Late: `--help` needs nothing of it.
-    from heimdall_trainer.termination import run_to_exit_code
+    from heimdall_trainer.termination import EXIT_BY_HAND, run_to_exit_code
 
     _configure_logging()
-    code = run_to_exit_code(lambda: arguments.call(arguments))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        code = run_to_exit_code(lambda: arguments.call(arguments))
+    except KeyboardInterrupt:  # of a command that has nothing to save
+        print("Ended by Ctrl-C.", file=sys.stderr)
+        code = EXIT_BY_HAND
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # a module may have closed it: that changes no exit code
+            stream.flush()
     # Background threads may hang in a call to a server that is away: they must not hold the end up.
     os._exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends as the contract says where an option can't be used: in another attempt it could not be used either."""
+
+    def error(self, message: str) -> NoReturn:
+        from heimdall_api.contract import ExitCode, Reason
+        from heimdall_tracking.redact import redact
+        from heimdall_trainer.termination import leave_last_words
+
+        self.print_usage(sys.stderr)
+        leave_last_words(Reason.INVALID_CONFIGURATION, f"{redact(message)}; see {self.prog} --help")
+        sys.exit(ExitCode.CONFIGURATION)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="heimdall-train", description="Train the model of a TrainingRun.")
+    parser = _Parser(prog="heimdall-train", description="Train the model of a TrainingRun.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for each in (training, models, data):
         each.add(commands)

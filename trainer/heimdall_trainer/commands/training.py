@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -149,12 +150,18 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str
             error.add_note(_how_to_go_on(run_id, tracker))
         raise
     ended = tracker.end_run_in_time("FINISHED")
-    for name, value in sorted(metrics.items()):
-        print(f"  {name:34}{value:12.4f}")
-    if registration is not None:
-        print(f"model:   {registration.uri}")
+    _tell(metrics, registration)
     if not ended and tracker.undelivered is not None:
         raise UndeliveredError(tracker.undelivered.sentence)
+
+
+def _tell(metrics: dict[str, float], registration: Registration | None) -> None:
+    """Print what came of a training, which is done whether that can be printed or not: a module may close stdout."""
+    with suppress(OSError, ValueError):
+        for name, value in sorted(metrics.items()):
+            print(f"  {name:34}{value:12.4f}")
+        if registration is not None:
+            print(f"model:   {registration.uri}")
 
 
 def _open_run(run: TrainingRun, tracker: MLflowTracker, resume: str | None, output_dir: Path) -> str:
