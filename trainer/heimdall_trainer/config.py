@@ -10,6 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from heimdall_api.base import explain
+from heimdall_api.contract import API_VERSION, KIND
 from heimdall_api.types import NAME_LIMIT, TrainingRun, TrainingRunSpec
 from heimdall_trainer.errors import ConfigurationError
 
@@ -26,9 +27,37 @@ def load_training_config(path: str | Path) -> TrainingRun:
     Raises:
         ConfigurationError: The file is missing, no YAML, or not valid; the message names each field.
     """
+    file = Path(path)
+    return parse(_read(file), name=_name_of(file))
+
+
+def check_file(path: str | Path) -> str:
+    """Check a TrainingRun as the API server does; a bare spec, or a part of one, is one for this trainer alone.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it is, for people.
+
+    Raises:
+        ConfigurationError: It is missing, no YAML, or not valid; the message names each field.
+    """
+    file = Path(path)
+    document = _read(file)
+    run = parse(document, name=_name_of(file))
+    if not RUN_FIELDS & set(document):
+        part = "spec" if set(document) & SPEC_FIELDS else "spec.training"
+        return f"a bare {part}, valid for heimdall-train; kubectl takes a whole TrainingRun alone"
+    missing = [f"{name}: {value}" for name, value in HEAD.items() if name not in document]
+    if missing:
+        raise ConfigurationError(f"{file} lacks {' and '.join(missing)}: the API server refuses a TrainingRun without")
+    return f"{run.metadata.name} is valid"
+
+
+def _read(file: Path) -> dict[str, Any]:
     import yaml
 
-    file = Path(path)
     try:
         document = _document(file.read_text())
     except OSError as error:
@@ -39,7 +68,7 @@ def load_training_config(path: str | Path) -> TrainingRun:
         raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from None
     if not isinstance(document, dict):
         raise ConfigurationError(f"{file} holds no TrainingRun")
-    return parse(document, name=_name_of(file))
+    return document
 
 
 def _name_of(file: Path) -> str:
@@ -67,7 +96,8 @@ def parse(document: dict[str, Any], name: str = "run") -> TrainingRun:
         raise ConfigurationError(explain(error)) from None
 
 
-RUN_FIELDS: Final = {"apiVersion", "kind", "metadata", "spec"}
+HEAD: Final = {"apiVersion": API_VERSION, "kind": KIND}
+RUN_FIELDS: Final = {*HEAD, "metadata", "spec"}
 SPEC_FIELDS: Final = {field.alias or name for name, field in TrainingRunSpec.model_fields.items()}
 
 

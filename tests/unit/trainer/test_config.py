@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from heimdall_api.contract import ENV_RUN_FILE
 from heimdall_api.types import TrainingRun
 from heimdall_trainer import cli
 from heimdall_trainer.commands import training
@@ -182,6 +183,35 @@ def test_the_validate_command_refuses_what_the_api_server_would() -> None:
         call("validate", "-f", str(file))
     with pytest.raises(ConfigurationError, match=r"^metadata\.name becomes the name of Jobs and Pods"):
         call("validate", "-f", str(written(yaml.safe_dump({**RUN, "metadata": {"name": "Locate!"}}))))
+
+
+@pytest.mark.parametrize(
+    ("document", "said"), [(SPEC, "a bare spec, valid for"), (TRAINING, "a bare spec.training, valid for")]
+)
+def test_the_validate_command_says_of_what_kubectl_does_not_take_that_it_does_not(
+    document: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("validate", "-f", str(written(yaml.safe_dump(document))))
+    assert capsys.readouterr().out == f"file.yaml: {said} heimdall-train; kubectl takes a whole TrainingRun alone\n"
+
+
+def test_the_validate_command_refuses_a_training_run_that_does_not_say_that_it_is_one() -> None:
+    for lacks, words in (
+        ({"kind"}, "kind: TrainingRun"),
+        ({"kind", "apiVersion"}, "apiVersion: training.heimdall.dev/v1alpha1 and kind: TrainingRun"),
+    ):
+        document = {name: value for name, value in RUN.items() if name not in lacks}
+        with pytest.raises(ConfigurationError, match=rf"^file\.yaml lacks {words}: the API server refuses"):
+            call("validate", "-f", str(written(yaml.safe_dump(document))))
+        assert load_training_config("file.yaml").metadata.name == "locate", "it can be trained all the same"
+
+
+def test_where_no_file_is_named_and_no_pod_has_one_the_option_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match=r"^name a TrainingRun with -f FILE: /etc/heimdall/trainingrun\.json"):
+        call("run")
+    monkeypatch.setenv(ENV_RUN_FILE, "nowhere.json")
+    with pytest.raises(ConfigurationError, match=r"^nowhere\.json can't be read"):
+        call("run")
 
 
 @pytest.mark.parametrize(("file", "name"), [("My_Config v2.yaml", "my-config-v2"), ("2026.yaml", "run")])

@@ -60,7 +60,10 @@ def _run(arguments: argparse.Namespace) -> None:
     from heimdall_trainer.errors import ConfigurationError
 
     grace = _watch()
-    run = load_training_config(arguments.file or os.environ.get(ENV_RUN_FILE, RUN_FILE))
+    file = arguments.file or os.environ.get(ENV_RUN_FILE)
+    if not file and not Path(RUN_FILE).exists():
+        raise ConfigurationError(f"name a TrainingRun with -f FILE: {RUN_FILE}, which a pod is given, is not here")
+    run = load_training_config(file or RUN_FILE)
     if ENV_MLFLOW_RUN_ID in os.environ:
         if arguments.resume is not None:
             raise ConfigurationError(f"{RESUME} and {ENV_MLFLOW_RUN_ID} both name a run to go on in: leave one out")
@@ -306,10 +309,9 @@ def _register(run: TrainingRun, tracker: MLflowTracker) -> Registration | None:
 
 
 def _validate(arguments: argparse.Namespace) -> None:
-    from heimdall_trainer.config import load_training_config
+    from heimdall_trainer.config import check_file
 
-    run = load_training_config(arguments.file)
-    print(f"{arguments.file}: {run.metadata.name} is valid")
+    print(f"{arguments.file}: {check_file(arguments.file)}")
 
 
 def _deliver(arguments: argparse.Namespace) -> None:
