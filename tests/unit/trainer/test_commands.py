@@ -269,6 +269,9 @@ def test_sessions_that_are_gone_are_named_with_the_model(
         ),
         ("evaluate --model plain.ckpt -f run.yaml", "--split test holds no session"),
         ("export --model plain.ckpt -o nowhere/model.onnx", "there is no folder nowhere"),
+        ("export --model nowhere.ckpt -o .", r"^--output \. is a folder: name a file in it"),
+        ("plot --model nowhere.ckpt -o run.yaml", r"^--output run\.yaml: .*/run\.yaml is no folder"),
+        ("plot --model nowhere.ckpt -o run.yaml/plots", r"^--output run\.yaml/plots: .*/run\.yaml is no folder"),
     ],
 )
 def test_what_can_not_be_looked_at_names_the_option(call: Any, looked: Looked, arguments: str, words: str) -> None:

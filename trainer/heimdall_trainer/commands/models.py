@@ -58,6 +58,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
     if not arguments.output.absolute().parent.is_dir():
         raise ConfigurationError(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
+    if arguments.output.is_dir():
+        raise ConfigurationError(f"--output {arguments.output} is a folder: name a file in it")
     localizer = find_localizer(arguments.model, _client())
     try:
         exported = export_localizer(localizer.net, arguments.output)
@@ -119,9 +121,14 @@ def _places(predictions: Predictions) -> list[dict[str, Any]]:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
+    from heimdall_trainer.errors import ConfigurationError
     from heimdall_trainer.plots import draw
     from heimdall_trainer.results import loss_history
 
+    folder = arguments.output.absolute()
+    standing = next(each for each in (folder, *folder.parents) if each.exists())
+    if not standing.is_dir():
+        raise ConfigurationError(f"--output {arguments.output}: {standing} is no folder")
     done = _located(arguments)
     run_id = done.localizer.run_id
     history = loss_history(_client(), run_id) if run_id else {}
