@@ -65,12 +65,62 @@ def test_where_no_gpu_is_there_or_wanted_training_is_on_the_cpu(given: Path, mon
     devices.check_gpu()
 
 
-def test_one_that_can_be_used_is_not_begun_with_before_it_is_needed(
-    given: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_with("begun", monkeypatch)
+BUILT_FOR = ["sm_75", "sm_80", "sm_90a", "compute_120"]
+
+
+def use(capability: tuple[int, int], built_for: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that the driver can use: the second one, as that of the second process of its node."""
+
+    def capability_of(number: int) -> tuple[int, int]:
+        return capability if number == 1 else (7, 5)
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1), (13, 0)])
+def test_a_gpu_that_torch_was_built_for_or_a_later_one_can_be_used(
+    capability: tuple[int, int], given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(capability, BUILT_FOR, monkeypatch)
     devices.check_gpu()
+    devices.check_architecture()
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for"),
+    [
+        ((6, 1), BUILT_FOR),
+        ((7, 0), BUILT_FOR),
+        ((10, 0), BUILT_FOR),
+        ((9, 1), BUILT_FOR),
+        ((8, 0), ["sm_86"]),
+        ((12, 1), ["compute_120a"]),
+        ((12, 0), ["sm_100f", "compute_100f"]),
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for_is_named_with_what_it_was_built_for(
+    capability: tuple[int, int], built_for: list[str], given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(capability, built_for, monkeypatch)
+    dotted = r"\.".join(map(str, capability))
+    said = rf"not built for .*GPU 1 \(compute capability {dotted}\), but for {', '.join(built_for)}: "
+    with pytest.raises(devices.ConfigurationError, match=f"{said}use an image"):
+        devices.check_gpu()
+    with pytest.raises(devices.ConfigurationError, match=f"{said}set CUDA_VISIBLE_DEVICES= to train on the CPU"):
+        training._train_locally(parse({"metadata": {"name": "local"}}), given, Grace())
+
+
+@pytest.mark.parametrize("built_for", [[], ["gfx90a", "gfx942"]])
+def test_where_nobody_knows_what_torch_was_built_for_it_is_tried(
+    built_for: list[str], given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use((6, 1), built_for, monkeypatch)
+    devices.check_gpu()
+    devices.check_architecture()
 
 
 @pytest.mark.parametrize("gpus", [0, 1])

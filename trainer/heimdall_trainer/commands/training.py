@@ -123,10 +123,12 @@ def _train_locally(run: TrainingRun, output_dir: Path, grace: Grace, resume: str
     """Without an operator this process owns the run, with the operator's own code."""
     from heimdall_tracking import initialize_mlflow, load_settings
     from heimdall_trainer import group
+    from heimdall_trainer.devices import check_architecture
     from heimdall_trainer.errors import UndeliveredError
     from heimdall_trainer.pipeline import TrainingPipeline
 
     _check_start()
+    check_architecture()
     asked = run.spec.tracking
     # A file that names no experiment leaves it to the environment.
     named = {"experiment_name": asked.experiment} if "experiment" in asked.model_fields_set else {}
