@@ -27,7 +27,11 @@ class ServerClock:
     """
 
     def __init__(self, clock: Callable[[], datetime] = local) -> None:
-        """Args: clock: The node's."""
+        """No answer was heard yet: the node's clock is taken for right.
+
+        Args:
+            clock: The node's.
+        """
         self._clock = clock
         self._ahead = timedelta()
         """By how much the API server's clock is ahead of the node's."""

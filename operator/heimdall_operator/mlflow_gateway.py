@@ -51,7 +51,8 @@ class RunGoneError(Exception):
 def bound_http() -> None:
     """Bound MLflow's HTTP calls: its own default of 7 tries of 120 s is right for a trainer, not for the operator.
 
-    MLflow reads these at import. It also prints links for people at a terminal, which have no place in a JSON log.
+    It reads them at each request, how much it logs when it is imported. It also prints links for people at a terminal,
+    which have no place in a JSON log.
     """
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

@@ -430,7 +430,13 @@ class Stalls:
 
     @classmethod
     def of(cls, intervals_s: Sequence[float], saves: Sequence[int], step_s: float) -> Stalls:
-        """Args: intervals_s: Of each step. saves: Which of them made a checkpoint. step_s: Of a step without."""
+        """Take what was measured.
+
+        Args:
+            intervals_s: Of each step.
+            saves: Which of them made a checkpoint.
+            step_s: Of a step without.
+        """
         since = intervals_s[min(saves) :]
         return cls(
             in_step=[intervals_s[index] - step_s for index in saves],

@@ -211,7 +211,13 @@ class ProgressReport:
     """Tells the run how far training is, behind training; and people, in plain lines, where there is no terminal."""
 
     def __init__(self, tracker: MLflowTracker, training: TrainingSpec, *, monitored: bool = True) -> None:
-        """Args: tracker: The run. training: What is monitored. monitored: Whether it is to be."""
+        """Nothing is told yet.
+
+        Args:
+            tracker: The run.
+            training: What is monitored.
+            monitored: Whether it is to be.
+        """
         self.diverged: tuple[int, float] | None = None
         """Since which epoch the monitored metric is no number, and what it was then."""
         self._to_be_logged = monitored

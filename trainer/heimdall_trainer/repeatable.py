@@ -27,7 +27,11 @@ class Repeatable:
     """A callback: seeds what a training draws from, and has the user's own data loaders go on where they were."""
 
     def __init__(self, seed: int) -> None:
-        """Args: seed: Of the training."""
+        """Nothing is seeded yet.
+
+        Args:
+            seed: Of the training.
+        """
         self._seed = seed
         self._at_start = True
         """Whether this process has not trained a batch yet."""

@@ -18,7 +18,8 @@ class Localizer(PythonModel):
 
         Args:
             context: MLflow's; not used.
-            model_input: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2) in metres, as arrays.
+            model_input: `spectrograms` (B, R, 3, 128, 32) and `receivers` (B, R, 2 or, with arrivals, 4) in metres, as
+                arrays.
             params: Not used.
 
         Returns:

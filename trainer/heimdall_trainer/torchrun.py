@@ -62,7 +62,11 @@ class Interrupts:
     """Takes Ctrl-C while processes train."""
 
     def __init__(self, pids: Callable[[], Mapping[int, int]]) -> None:
-        """Args: pids: Tells the processes by their local rank; each leads a process group."""
+        """Nobody has asked yet.
+
+        Args:
+            pids: Tells the processes by their local rank; each leads a process group.
+        """
         self._pids = pids
         self._is_told = False
 
@@ -93,7 +97,7 @@ def _end_run(*, told: bool) -> None:
     run_id = os.environ.get(LOCAL_RUN_ID)
     if run_id is None:
         return
-    os.environ.update(HURRIED)  # MLflow reads them when it is imported
+    os.environ.update(HURRIED)
     from heimdall_tracking import initialize_mlflow, runs
     from heimdall_tracking.redact import redact
 

@@ -35,7 +35,12 @@ class ArrivalSource:
     """
 
     def __init__(self, store: RecordingStore, caches: Caches) -> None:
-        """Args: store: Where recordings lie. caches: Where arrivals are kept."""
+        """Nothing is read yet.
+
+        Args:
+            store: Where recordings lie.
+            caches: Where arrivals are kept.
+        """
         self._store = store
         self._caches = caches
 

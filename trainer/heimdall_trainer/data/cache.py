@@ -68,7 +68,11 @@ class Caches:
     """Several caches as one."""
 
     def __init__(self, caches: Sequence[FeatureCache]) -> None:
-        """Args: caches: The nearest first."""
+        """Make one of several.
+
+        Args:
+            caches: The nearest first.
+        """
         self._caches = tuple(caches)
 
     @classmethod
@@ -139,7 +143,13 @@ class FolderCache:
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int, unused_s: float = UNUSED_S) -> None:
-        """Args: folder: Made when needed. limit_bytes: Its size. unused_s: What was not used for so long may go."""
+        """Nothing is looked at yet.
+
+        Args:
+            folder: Made when needed.
+            limit_bytes: Its size.
+            unused_s: What was not used for so long may go.
+        """
         self._folder = folder
         self._limit = limit_bytes
         self._unused_s = unused_s
@@ -269,7 +279,13 @@ class RedisCache:
     """Entries in a Redis. One that is away or slow is told once, and left alone for a while."""
 
     def __init__(self, url: str, *, timeout_s: float = REDIS_TIMEOUT_S, pause_s: float = PAUSE_S) -> None:
-        """Args: url: `redis://…`. timeout_s: Of each call. pause_s: How long one that failed is left alone."""
+        """Nothing is asked of the server yet.
+
+        Args:
+            url: `redis://…`.
+            timeout_s: Of each call.
+            pause_s: How long one that failed is left alone.
+        """
         self._url = url
         self._timeout_s = timeout_s
         self._pause_s = pause_s

@@ -39,7 +39,13 @@ class FeatureSource:
         caches: Caches,
         parameters: SpectrogramParameters = DEFAULT_PARAMETERS,
     ) -> None:
-        """Args: store: Where recordings lie. caches: Where features are kept. parameters: How they are computed."""
+        """Nothing is read yet.
+
+        Args:
+            store: Where recordings lie.
+            caches: Where features are kept.
+            parameters: How they are computed.
+        """
         self._store = store
         self._caches = caches
         self._parameters = parameters

@@ -324,7 +324,11 @@ class RecordingStore:
     """Writes and reads recordings."""
 
     def __init__(self, objects: ObjectStore) -> None:
-        """Args: objects: Where they lie."""
+        """Nothing is asked of the store yet.
+
+        Args:
+            objects: Where recordings lie.
+        """
         self._objects = objects
 
     @classmethod

@@ -159,7 +159,11 @@ class SessionStore:
     """Reads and writes recording sessions."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        """Args: engine: PostgreSQL (psycopg) or SQLite; nothing is asked of it yet."""
+        """Nothing is asked of the database yet.
+
+        Args:
+            engine: PostgreSQL (psycopg) or SQLite.
+        """
         self._engine = engine
 
     @classmethod

@@ -228,7 +228,13 @@ class ReceiverAttention(nn.Module):
     """A transformer layer between receivers (Vaswani et al. 2017, normalised before: Xiong et al. 2020)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
-        """Args: width: Features. heads: Heads; a divisor of width. dropout: Share that is dropped in training."""
+        """Make the layer.
+
+        Args:
+            width: Features.
+            heads: Heads; a divisor of width.
+            dropout: Share that is dropped in training.
+        """
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
