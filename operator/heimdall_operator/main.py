@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from heimdall_operator.mlflow_gateway import bound_http
 from heimdall_operator.settings import OperatorSettings
 from heimdall_tracking.redact import redact
+from heimdall_tracking.settings import problems_of
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict
@@ -48,10 +49,7 @@ def _read_settings() -> OperatorSettings:
     try:
         return OperatorSettings()
     except ValidationError as error:
-        lines = [
-            f"  HEIMDALL_OPERATOR_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False)
-        ]
+        lines = [f"  {problem}" for problem in problems_of(error, OperatorSettings)]
         sys.exit("The operator's settings can't be used; correct these environment variables:\n" + "\n".join(lines))
 
 

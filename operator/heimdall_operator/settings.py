@@ -6,15 +6,16 @@ from functools import cached_property
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from heimdall_operator.manifests import CABundle
+from heimdall_tracking.settings import MaskedSettings
 
 
-class OperatorSettings(BaseSettings):
+class OperatorSettings(MaskedSettings):
     """Settings of the operator; each field's environment variable is its name in capitals with the prefix."""
 
-    model_config = SettingsConfigDict(env_prefix="HEIMDALL_OPERATOR_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="HEIMDALL_OPERATOR_")
 
     tracking_uri: str = Field(min_length=1)
     """The MLflow server, as the operator and the training pods reach it."""

@@ -12,22 +12,49 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_serializer, field_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SecretStr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_tracking.redact import redact
 
+ESCAPED: Final = "/ : @ ? # in a password as %2F %3A %40 %3F %23"
+"""How a URL takes such characters: told where one may have been cut in the middle of a password."""
 _HOST_AND_PORT: Final = re.compile(r"[\w.-]+:\d+(/.*)?")
 _LOGIN: Final = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _exported: Final[dict[str, str]] = {}
 """What MLflow's client was given here, by variable."""
+_OWN: Final = "Value error, "
+"""What pydantic puts before the words of our own checks."""
 
 
 class SettingsError(Exception):
     """Settings are missing or wrong; the message names each variable."""
 
 
-class TrackingSettings(BaseSettings):
+class MaskedSettings(BaseSettings):
+    """Settings that show no password: neither in errors nor where they are printed or dumped."""
+
+    model_config = SettingsConfigDict(frozen=True, hide_input_in_errors=True)
+
+    @field_serializer("*", mode="wrap")
+    def _masked(self, value: Any, dump: SerializerFunctionWrapHandler) -> Any:
+        # What is dumped is printed and logged, too.
+        return redact(value) if isinstance(value, str) else dump(value)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redact(value) if isinstance(value, str) else value
+
+
+class TrackingSettings(MaskedSettings):
     """Where runs are tracked. The defaults are for a laptop: SQLite and local files."""
 
     model_config = SettingsConfigDict(
@@ -36,9 +63,7 @@ class TrackingSettings(BaseSettings):
         env_file=".env",
         env_ignore_empty=True,
         extra="ignore",
-        frozen=True,
         populate_by_name=True,
-        hide_input_in_errors=True,
     )
 
     tracking_uri: str = Field(
@@ -91,9 +116,7 @@ class TrackingSettings(BaseSettings):
                 address = urlsplit(value)
                 host, _ = address.hostname, address.port
             except ValueError:
-                raise ValueError(
-                    "has no number for a port; write / : @ ? # in a password as %2F %3A %40 %3F %23"
-                ) from None
+                raise ValueError(f"has no number for a port; write {ESCAPED}") from None
             if not host:
                 raise ValueError("names no host")
         return value
@@ -104,15 +127,6 @@ class TrackingSettings(BaseSettings):
         if value is not None and not value.exists():
             raise ValueError(f"names {value}, which does not exist")
         return value
-
-    @field_serializer("tracking_uri", "registry_uri", "s3_endpoint_url")
-    def _masked(self, value: str) -> str:
-        # What is dumped is printed and logged, too.
-        return redact(value)
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        for name, value in super().__repr_args__():
-            yield name, redact(value) if isinstance(value, str) else value
 
     @property
     def display_uri(self) -> str:
@@ -159,8 +173,25 @@ def load_settings(**overrides: object) -> TrackingSettings:
     try:
         return TrackingSettings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
-        named = "; ".join(f"{_where(item['loc'])}: {item['msg']}" for item in error.errors(include_input=False))
-        raise SettingsError(f"the tracking settings can't be used: {named}") from None
+        problems = problems_of(error, TrackingSettings)
+        raise SettingsError(f"the tracking settings can't be used: {'; '.join(problems)}") from None
+
+
+def problems_of(error: ValidationError, settings: type[BaseSettings]) -> list[str]:
+    """What is wrong with settings, each problem with its variable and never with a value.
+
+    Args:
+        error: What reading them raised.
+        settings: Their class.
+    """
+    problems = []
+    for item in error.errors(include_input=False, include_url=False):
+        name = _variable(str(item["loc"][0]), settings) if item["loc"] else ""
+        message = item["msg"].removeprefix(_OWN)
+        # Our own words go on from the name; an error of several settings names them itself.
+        separator = " " if message != item["msg"] else ": "
+        problems.append(f"{name}{separator}{message}" if name else message)
+    return problems
 
 
 def trusts_anybody() -> bool:
@@ -168,9 +199,12 @@ def trusts_anybody() -> bool:
     return os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
 
 
-def _where(location: tuple[int | str, ...]) -> str:
-    """The variable of a setting that pydantic names by its field."""
-    name = str(location[0]) if location else "settings"
-    field = TrackingSettings.model_fields.get(name)
-    alias = field.validation_alias if field is not None else None
-    return str(alias.choices[0] if isinstance(alias, AliasChoices) else alias or name)
+def _variable(name: str, settings: type[BaseSettings]) -> str:
+    """The variable of a setting that pydantic names by its field, or by the variable already."""
+    field = settings.model_fields.get(name)
+    if field is None:
+        return name
+    alias = field.validation_alias
+    if alias is None:
+        return f"{settings.model_config.get('env_prefix', '')}{name.upper()}"
+    return str(alias.choices[0] if isinstance(alias, AliasChoices) else alias)

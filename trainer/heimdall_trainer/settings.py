@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
 
-from heimdall_tracking.redact import redact
+from heimdall_tracking.settings import ESCAPED, MaskedSettings, problems_of
 from heimdall_trainer.errors import ConfigurationError
 
 PREFIX: Final = "HEIMDALL_"
@@ -18,7 +17,7 @@ KEYS: Final = f"{PREFIX}S3_ACCESS_KEY and {PREFIX}S3_SECRET_KEY"
 _POSTGRES: Final = "postgresql+psycopg://"
 
 
-class DataSettings(BaseSettings):
+class DataSettings(MaskedSettings):
     """Settings of data access; each one's variable is `HEIMDALL_` and its name in capitals.
 
     The defaults are for a laptop: an SQLite file and a folder. `load_data_settings` gives errors that people can read.
@@ -29,8 +28,6 @@ class DataSettings(BaseSettings):
         env_file=".env",
         env_ignore_empty=True,
         extra="ignore",
-        frozen=True,
-        hide_input_in_errors=True,
     )
 
     database_url: SecretStr = SecretStr("sqlite:///heimdall.db")
@@ -89,9 +86,7 @@ class DataSettings(BaseSettings):
             _ = urlsplit(url).port
         except ValueError:
             # Its own words may show a part of the password.
-            raise ValueError(
-                "has no number for a port: write / : @ ? # in the password as %2F %3A %40 %3F %23"
-            ) from None
+            raise ValueError(f"has no number for a port: write {ESCAPED}") from None
         return value
 
     @field_validator("recordings_url", "weights_url")
@@ -109,15 +104,6 @@ class DataSettings(BaseSettings):
         if value and not value.startswith(("http://", "https://")):
             raise ValueError(f"must begin with http:// or https://, as in http://{value}")
         return value
-
-    @field_serializer("recordings_url", "weights_url", "s3_endpoint_url")
-    def _masked(self, value: str | None) -> str | None:
-        # What is dumped is printed and logged, too.
-        return redact(value) if value else value
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        for name, value in super().__repr_args__():
-            yield name, redact(value) if isinstance(value, str) else value
 
     @field_validator("cache_dir")
     @classmethod
@@ -160,8 +146,5 @@ def load_data_settings(**overrides: object) -> DataSettings:
     try:
         return DataSettings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
-        problems = []
-        for item in error.errors(include_input=False, include_url=False):
-            name = f"{PREFIX}{str(item['loc'][0]).upper()} " if item["loc"] else ""
-            problems.append(name + item["msg"].removeprefix("Value error, "))
+        problems = problems_of(error, DataSettings)
         raise ConfigurationError(f"the data settings can't be used: {'; '.join(problems)}") from None

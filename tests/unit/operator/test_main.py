@@ -17,7 +17,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from mlflow.exceptions import MlflowException
 
 from heimdall_operator.act import NameTakenError
-from heimdall_operator.main import _configure_logging
+from heimdall_operator.main import _configure_logging, _read_settings
 from heimdall_operator.mlflow_gateway import MlflowSilentError
 from tests.unit.operator.builders import UID
 from tests.unit.operator.fakes import KEY, World, controller
@@ -135,3 +135,21 @@ def test_a_resource_of_as_many_levels_as_the_api_server_takes_keeps_no_other_fro
 
     lines = [f"{levels} other" for levels in (2_000, 9_000, 10_000)]
     assert (done.returncode, done.stdout.splitlines()) == (0, lines * 2), done.stderr[-2000:]
+
+
+def test_wrong_settings_are_named_by_their_variables_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEIMDALL_OPERATOR_TRAINER_IMAGE", raising=False)
+    monkeypatch.setenv("HEIMDALL_OPERATOR_TRACKING_URI", f"http://user:{PASSWORD}@mlflow")
+    monkeypatch.setenv("HEIMDALL_OPERATOR_WORKERS", "0")
+
+    with pytest.raises(SystemExit) as ended:
+        _read_settings()
+
+    _, *problems = str(ended.value).splitlines()
+    assert [problem.split()[0] for problem in problems] == [
+        "HEIMDALL_OPERATOR_TRACKING_URI",
+        "HEIMDALL_OPERATOR_TRAINER_IMAGE:",
+        "HEIMDALL_OPERATOR_WORKERS:",
+    ]
+    assert "must hold no user and no password" in problems[0]
+    assert PASSWORD not in str(ended.value)

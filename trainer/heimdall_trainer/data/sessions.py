@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 import sqlalchemy as sa
 
 from heimdall_tracking.redact import redact
+from heimdall_tracking.settings import ESCAPED
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
 
@@ -385,8 +386,7 @@ def _parse(text: str) -> sa.URL:
     if cut:
         # Words of others may show a part of the password.
         raise ConfigurationError(
-            "HEIMDALL_DATABASE_URL can't be read: its port must be a number; write / : @ ? # in a password as "
-            "%2F %3A %40 %3F %23"
+            f"HEIMDALL_DATABASE_URL can't be read: its port must be a number; write {ESCAPED}"
         ) from None
     return url
 
