@@ -1,4 +1,4 @@
-"""Tracking settings. Of several sources the first wins: arguments, environment, `.env`, defaults.
+"""Tracking settings. Of several sources the first wins: arguments, environment, `.env`, settings file, defaults.
 
 The variables are MLflow's own where it has one, so that what works with `mlflow` works here.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -21,10 +22,20 @@ from pydantic import (
     field_serializer,
     field_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from heimdall_tracking.redact import redact
 
+FILE_VARIABLE: Final = "HEIMDALL_SETTINGS"
+FILE: Final = "heimdall.toml"
+"""The settings file, in the working directory, where that variable names none."""
+TABLES: Final = ("tracking", "data")
+"""Its tables: it is one file for all, of which each class reads its own."""
 ESCAPED: Final = "/ : @ ? # in a password as %2F %3A %40 %3F %23"
 """How a URL takes such characters: told where one may have been cut in the middle of a password."""
 _HOST_AND_PORT: Final = re.compile(r"[\w.-]+:\d+(/.*)?")
@@ -54,8 +65,11 @@ class MaskedSettings(BaseSettings):
             yield name, redact(value) if isinstance(value, str) else value
 
 
-class TrackingSettings(MaskedSettings):
-    """Where runs are tracked. The defaults are for a laptop: SQLite and local files."""
+class LocalSettings(MaskedSettings):
+    """Settings of what people start: from arguments, environment, `.env` and settings file, of which the first wins."""
+
+    table: ClassVar[str]
+    """Their table of the settings file, whose keys are the names of the fields."""
 
     model_config = SettingsConfigDict(
         # Fields may be given by name. Without a prefix, USERNAME, which many systems set, would be one of the names.
@@ -65,6 +79,30 @@ class TrackingSettings(MaskedSettings):
         extra="ignore",
         populate_by_name=True,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources, the first of which wins.
+
+        Raises:
+            SettingsError: There is a settings file that can't be read, or that sets what is no setting.
+        """
+        file = _file() if _of_file(cls) else None
+        in_file = TomlConfigSettingsSource(settings_cls, file, (cls.table,))
+        return init_settings, env_settings, dotenv_settings, in_file, file_secret_settings
+
+
+class TrackingSettings(LocalSettings):
+    """Where runs are tracked. The defaults are for a laptop: SQLite and local files."""
+
+    table: ClassVar[str] = "tracking"
 
     tracking_uri: str = Field(
         default="sqlite:///mlflow.db",
@@ -178,7 +216,7 @@ def load_settings(**overrides: object) -> TrackingSettings:
 
 
 def problems_of(error: ValidationError, settings: type[BaseSettings]) -> list[str]:
-    """What is wrong with settings, each problem with its variable and never with a value.
+    """What is wrong with settings, each problem with its variable, perhaps its key in a file, and never with a value.
 
     Args:
         error: What reading them raised.
@@ -186,7 +224,7 @@ def problems_of(error: ValidationError, settings: type[BaseSettings]) -> list[st
     """
     problems = []
     for item in error.errors(include_input=False, include_url=False):
-        name = _variable(str(item["loc"][0]), settings) if item["loc"] else ""
+        name = _name(str(item["loc"][0]), settings) if item["loc"] else ""
         message = item["msg"].removeprefix(_OWN)
         # Our own words go on from the name; an error of several settings names them itself.
         separator = " " if message != item["msg"] else ": "
@@ -197,6 +235,58 @@ def problems_of(error: ValidationError, settings: type[BaseSettings]) -> list[st
 def trusts_anybody() -> bool:
     """Whether MLflow's client is told to look at no certificate."""
     return os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+
+
+def _file() -> Path | None:
+    """The settings file; None where none is named and none is there."""
+    named = os.environ.get(FILE_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    return Path(FILE) if Path(FILE).is_file() else None
+
+
+def _of_file(settings: type[LocalSettings]) -> dict[str, Any]:
+    """What the settings file says of some settings, by the names of their fields.
+
+    Raises:
+        SettingsError: It can't be read, or sets what is no setting.
+    """
+    file = _file()
+    if file is None:
+        return {}
+    tables = _read(file)
+    flat = [repr(name) for name in TABLES if not isinstance(tables.get(name, {}), dict)]
+    if flat:
+        raise SettingsError(f"the settings file {file} can't be used: {' and '.join(flat)} must be a table")
+    mine: dict[str, Any] = tables.get(settings.table, {})
+    unknown = [repr(name) for name in tables if name not in TABLES]
+    unknown += [f"{name!r} in [{settings.table}]" for name in mine if name not in settings.model_fields]
+    if unknown:
+        raise SettingsError(
+            f"the settings file {file} sets what is no setting: {', '.join(unknown)}; its tables are "
+            f"{' and '.join(f'[{name}]' for name in TABLES)}, and [{settings.table}] takes "
+            f"{', '.join(settings.model_fields)}"
+        )
+    return mine
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise SettingsError(f"the settings file {file} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingsError(f"the settings file {file} is no TOML: {error}") from None
+
+
+def _name(name: str, settings: type[BaseSettings]) -> str:
+    """A setting as people know it: its variable, and its key where the settings file has one."""
+    variable = _variable(name, settings)
+    if not issubclass(settings, LocalSettings):
+        return variable
+    key = next((each for each in _of_file(settings) if _variable(each, settings) == variable), None)
+    return variable if key is None else f"{variable} (or {key} in {_file()})"
 
 
 def _variable(name: str, settings: type[BaseSettings]) -> str:

@@ -728,7 +728,7 @@ _register_early()
 
 
 def initialize_mlflow(settings: TrackingSettings | None = None) -> MLflowTracker:
-    """A tracker for the given settings, or those of environment and `.env`.
+    """A tracker for the given settings, or those that load_settings finds.
 
     Raises:
         SettingsError: A setting is wrong.

@@ -1,15 +1,17 @@
-"""Where recordings and features lie. Of several sources the first wins: arguments, environment, `.env`, defaults."""
+"""Where recordings and features lie.
+
+Of several sources the first wins: arguments, environment, `.env`, settings file, defaults.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import SettingsConfigDict
 
-from heimdall_tracking.settings import ESCAPED, MaskedSettings, problems_of
+from heimdall_tracking.settings import ESCAPED, LocalSettings, SettingsError, problems_of
 from heimdall_trainer.errors import ConfigurationError
 
 PREFIX: Final = "HEIMDALL_"
@@ -17,18 +19,13 @@ KEYS: Final = f"{PREFIX}S3_ACCESS_KEY and {PREFIX}S3_SECRET_KEY"
 _POSTGRES: Final = "postgresql+psycopg://"
 
 
-class DataSettings(MaskedSettings):
+class DataSettings(LocalSettings):
     """Settings of data access; each one's variable is `HEIMDALL_` and its name in capitals.
 
     The defaults are for a laptop: an SQLite file and a folder. `load_data_settings` gives errors that people can read.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_file=".env",
-        env_ignore_empty=True,
-        extra="ignore",
-    )
+    table: ClassVar[str] = "data"
 
     database_url: SecretStr = SecretStr("sqlite:///heimdall.db")
     """Database of recording sessions: `postgresql://…` or `sqlite:///FILE`. A password may be left to PGPASSWORD."""
@@ -145,6 +142,8 @@ def load_data_settings(**overrides: object) -> DataSettings:
     """
     try:
         return DataSettings(**overrides)  # type: ignore[arg-type]
+    except SettingsError as error:
+        raise ConfigurationError(str(error)) from None
     except ValidationError as error:
         problems = problems_of(error, DataSettings)
         raise ConfigurationError(f"the data settings can't be used: {'; '.join(problems)}") from None

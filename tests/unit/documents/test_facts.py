@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import AliasChoices
 
 from heimdall_api.contract import ExitCode, Reason
 from heimdall_api.types import Phase
 from heimdall_operator.failures import FINAL, FREE
 from heimdall_operator.manifests import CA_VARIABLES
 from heimdall_operator.settings import OperatorSettings
+from heimdall_tracking.settings import TrackingSettings, load_settings
 from heimdall_trainer.cli import _parser
+from heimdall_trainer.settings import load_data_settings
 from tests.unit.documents.documents import ROOT, blocks
 
 QUICK = (ROOT / "docs/quick-reference.md").read_text()
@@ -117,6 +122,29 @@ def test_every_setting_of_the_operator_is_told_with_its_default() -> None:
         for name, field in settings
     }
     assert told == wanted
+
+
+def test_every_setting_of_tracking_is_told_with_its_key() -> None:
+    told: dict[str, str] = {}
+    for row in section((ROOT / "docs/settings.md").read_text(), "Tracking").splitlines():
+        variables, keys, *_ = [re.findall(r"`([^`]+)`", cell) for cell in row.strip("| ").split("|")] + [[], []]
+        told |= dict(zip(keys, variables, strict=False))
+
+    aliases = {name: field.validation_alias for name, field in TrackingSettings.model_fields.items()}
+    assert told == {
+        name: alias.choices[0] if isinstance(alias, AliasChoices) else alias for name, alias in aliases.items()
+    }
+
+
+def test_the_settings_file_that_is_shown_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith(("HEIMDALL_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    (shown,) = blocks("toml")
+    Path("heimdall.toml").write_text(shown.text)
+
+    assert load_settings().experiment_name == "campus"
+    assert load_data_settings().cache_limit_gib == 200
 
 
 def test_phases_are_the_resources() -> None:

@@ -53,20 +53,26 @@ def test_the_defaults_are_for_a_laptop() -> None:
     assert settings.password.get_secret_value() == ""
 
 
-VALUES = {"s3_path_style": ("False", "True", "False")}
-"""Of settings that are no text: what file, environment and argument say."""
+VALUES = {"s3_path_style": ("False", "True", "False", "True")}
+"""Of settings that are no text: what settings file, `.env`, environment and argument say."""
 
 
 @pytest.mark.parametrize("field", VARIABLES)
-def test_arguments_beat_the_environment_which_beats_the_env_file(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_file, in_environment, argument = VALUES.get(field, ("from-file", "from-environment", "from-argument"))
-    for file in (in_file, in_environment, argument):
+def test_arguments_beat_the_environment_which_beats_the_env_file_which_beats_the_settings_file(
+    field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = ("from-file", "from-env-file", "from-environment", "from-argument")
+    in_file, in_env_file, in_environment, argument = VALUES.get(field, usual)
+    for file in (in_file, in_env_file, in_environment, argument):
         Path(file).touch()  # some name files that must be there
     default = value_of(load_settings(), field)
     assert default != in_file
 
-    Path(".env").write_text(f"{VARIABLES[field]}={in_file}\n")
+    Path("heimdall.toml").write_text(f"[tracking]\n{field} = '{in_file}'\n")
     assert value_of(load_settings(), field) == in_file
+
+    Path(".env").write_text(f"{VARIABLES[field]}={in_env_file}\n")
+    assert value_of(load_settings(), field) == in_env_file
 
     monkeypatch.setenv(VARIABLES[field], in_environment)
     assert value_of(load_settings(), field) == in_environment
@@ -87,6 +93,90 @@ def test_requests_own_variables_name_the_authorities_too(variable: str, monkeypa
     assert load_settings().ca_bundle == Path("ca.pem")
 
 
+def test_a_variable_names_another_settings_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Path("heimdall.toml").write_text("[tracking]\nexperiment_name = 'here'\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/my.toml").write_text("[tracking]\nrun_name_prefix = 'there'\n")
+    monkeypatch.setenv("HEIMDALL_SETTINGS", "elsewhere/my.toml")
+
+    settings = load_settings()
+
+    assert (settings.experiment_name, settings.run_name_prefix) == ("heimdall-localization", "there")
+    monkeypatch.setenv("HEIMDALL_SETTINGS", "")
+    assert load_settings().experiment_name == "here"
+
+
+def test_values_of_a_settings_file_have_types_of_their_own() -> None:
+    Path("heimdall.toml").write_text("[tracking]\ns3_path_style = false\nundelivered_dir = '/left'\n")
+
+    assert load_settings().s3_path_style is False
+    assert load_settings().undelivered_dir == Path("/left")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[tracking]\nuri = 'x'", r"'uri' in \[tracking\]; .* takes tracking_uri, "),
+        ("[tracking]\nMLFLOW_TRACKING_URI = 'x'", r"'MLFLOW_TRACKING_URI' in \[tracking\]"),
+        ("[tracking]\nTracking_URI = 'x'", r"'Tracking_URI' in \[tracking\]"),
+        ("tracking_uri = 'x'", r"'tracking_uri'; its tables are \[tracking\] and \[data\]"),
+        ("[traking]\ntracking_uri = 'x'\n[tracking.more]", r"'traking', 'more' in \[tracking\]"),
+    ],
+)
+def test_a_key_that_is_no_setting_is_named_with_its_file(text: str, named: str) -> None:
+    Path("heimdall.toml").write_text(text)
+
+    with pytest.raises(SettingsError, match=f"heimdall.toml sets what is no setting: {named}"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[tracking]\npassword = canary2f7c", "my.toml is no TOML: .*line 2"),
+        (b"[tracking]\npassword = '\xff'", "my.toml is no TOML"),
+        (b"tracking = 'canary2f7c'\ndata = 1", "my.toml can't be used: 'tracking' and 'data' must be a table"),
+        (None, "my.toml can't be read: No such file"),
+    ],
+)
+def test_a_settings_file_that_can_not_be_used_is_named(
+    content: bytes | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        Path("my.toml").write_bytes(content)
+    monkeypatch.setenv("HEIMDALL_SETTINGS", "my.toml")
+
+    with pytest.raises(SettingsError, match=words) as caught:
+        load_settings()
+    assert CANARY not in str(caught.value)
+
+
+def test_a_wrong_value_of_a_settings_file_is_named_by_its_key_too() -> None:
+    Path("heimdall.toml").write_text(f"[tracking]\nexperiment_name = ''\ntracking_uri = 'http://a:{CANARY}/b@mlflow'\n")
+
+    with pytest.raises(SettingsError) as caught:
+        load_settings(registry_uri="http://")
+
+    assert "MLFLOW_EXPERIMENT_NAME (or experiment_name in heimdall.toml): " in str(caught.value)
+    assert "MLFLOW_TRACKING_URI (or tracking_uri in heimdall.toml) has no number" in str(caught.value)
+    assert "MLFLOW_REGISTRY_URI names no host" in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+def test_secrets_of_a_settings_file_show_in_no_representation() -> None:
+    Path("heimdall.toml").write_text(f"[tracking]\npassword = '{CANARY}'\n")
+    settings = load_settings()
+
+    assert settings.password.get_secret_value() == CANARY
+    assert CANARY not in f"{settings!r} {settings.model_dump_json()} {settings.model_dump()}"
+
+
+def test_the_tables_of_others_are_left_to_them() -> None:
+    Path("heimdall.toml").write_text("[data]\nwhatever = 1\n")
+
+    assert load_settings().tracking_uri == "sqlite:///mlflow.db"
+
+
 def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
 
@@ -103,8 +193,15 @@ def test_the_s3_endpoint_of_recordings_serves_artifacts_where_mlflow_has_no_own(
     assert load_settings().s3_endpoint_url == "http://artifacts"
 
 
-def test_either_name_in_the_environment_beats_the_env_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path(".env").write_text("MLFLOW_S3_ENDPOINT_URL=http://file\n")
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (".env", "MLFLOW_S3_ENDPOINT_URL=http://file\n"),
+        ("heimdall.toml", "[tracking]\ns3_endpoint_url = 'http://file'\n"),
+    ],
+)
+def test_either_name_in_the_environment_beats_the_files(file: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(file).write_text(text)
     monkeypatch.setenv("HEIMDALL_S3_ENDPOINT_URL", "http://environment")
 
     assert load_settings().s3_endpoint_url == "http://environment"

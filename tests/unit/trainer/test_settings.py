@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,23 @@ from heimdall_trainer.settings import DataSettings, load_data_settings
 SECRET = "hunter2"
 
 
-SOURCES: dict[str, tuple[object, object, object]] = {
-    "database_url": (*(f"postgresql+psycopg://{name}/db" for name in ("file", "environment", "argument")),),
-    "recordings_url": ("file:a", "file:b", "file:c"),
-    "s3_endpoint_url": ("http://a", "http://b", "http://c"),
-    "s3_region": ("a", "b", "c"),
-    "s3_ca_bundle": (Path("a.pem"), Path("b.pem"), Path("c.pem")),
-    "s3_path_style": (False, True, False),
-    "cache_dir": (Path("a"), Path("b"), Path("c")),
-    "cache_limit_gib": (1.0, 2.0, 3.0),
-    "redis_url": ("redis://a", "redis://b", "redis://c"),
-    "weights_url": ("a", "b", "c"),
-    "skip_limit": (0.1, 0.2, 0.3),
-    "read_threads": (1, 2, 3),
+SOURCES: dict[str, tuple[object, object, object, object]] = {
+    "database_url": tuple(f"postgresql+psycopg://{name}/db" for name in "abcd"),  # type: ignore[dict-item]
+    "recordings_url": ("file:a", "file:b", "file:c", "file:d"),
+    "s3_endpoint_url": ("http://a", "http://b", "http://c", "http://d"),
+    "s3_region": ("a", "b", "c", "d"),
+    "s3_ca_bundle": (Path("a.pem"), Path("b.pem"), Path("c.pem"), Path("d.pem")),
+    "s3_path_style": (False, True, False, True),
+    "cache_dir": (Path("a"), Path("b"), Path("c"), Path("d")),
+    "cache_limit_gib": (1.0, 2.0, 3.0, 4.0),
+    "redis_url": ("redis://a", "redis://b", "redis://c", "redis://d"),
+    "weights_url": ("a", "b", "c", "d"),
+    "skip_limit": (0.1, 0.2, 0.3, 0.4),
+    "read_threads": (1, 2, 3, 4),
 }
-"""What file, environment and argument say. The two keys of S3 go together, and have a test of their own."""
+"""What settings file, `.env`, environment and argument say.
+
+The two keys of S3 go together, and have a test of their own."""
 
 
 def test_every_setting_s_sources_are_tested() -> None:
@@ -40,14 +43,17 @@ def test_of_each_setting_the_first_source_wins(field: str, monkeypatch: pytest.M
         found = getattr(load_data_settings(), field)
         return found.get_secret_value() if isinstance(found, SecretStr) else found
 
-    in_file, in_environment, argument = SOURCES[field]
+    in_file, in_env_file, in_environment, argument = SOURCES[field]
     for each in SOURCES[field]:
         if isinstance(each, Path):
             each.touch()
     variable = f"HEIMDALL_{field.upper()}"
     assert value() != in_file
-    Path(".env").write_text(f"{variable}={in_file}\n")
+    as_toml = json.dumps(str(in_file) if isinstance(in_file, Path) else in_file)
+    Path("heimdall.toml").write_text(f"[data]\n{field} = {as_toml}\n")
     assert value() == in_file
+    Path(".env").write_text(f"{variable}={in_env_file}\n")
+    assert value() == in_env_file
     monkeypatch.setenv(variable, str(in_environment))
     assert value() == in_environment
     found = getattr(load_data_settings(**{field: argument}), field)
@@ -60,8 +66,10 @@ def test_the_two_keys_of_s3_come_from_the_first_source_that_has_them(monkeypatch
         return [key.get_secret_value() for key in (settings.s3_access_key, settings.s3_secret_key) if key]
 
     assert keys() == []
-    Path(".env").write_text("HEIMDALL_S3_ACCESS_KEY=file\nHEIMDALL_S3_SECRET_KEY=file\n")
+    Path("heimdall.toml").write_text("[data]\ns3_access_key = 'file'\ns3_secret_key = 'file'\n")
     assert keys() == ["file"] * 2
+    Path(".env").write_text("HEIMDALL_S3_ACCESS_KEY=env-file\nHEIMDALL_S3_SECRET_KEY=env-file\n")
+    assert keys() == ["env-file"] * 2
     monkeypatch.setenv("HEIMDALL_S3_ACCESS_KEY", "environment")
     monkeypatch.setenv("HEIMDALL_S3_SECRET_KEY", "environment")
     assert keys() == ["environment"] * 2
@@ -78,6 +86,30 @@ def test_arguments_beat_the_environment_which_beats_the_file_which_beats_the_def
     assert load_data_settings().s3_region == "from-environment"
     assert load_data_settings(s3_region="from-argument").s3_region == "from-argument"
     assert load_data_settings(s3_region="from-argument").read_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[data]\nskip = 0.1", r"heimdall.toml sets what is no setting: 'skip' in \[data\]"),
+        ("[data]\nskip_limit = 2", r"HEIMDALL_SKIP_LIMIT \(or skip_limit in heimdall.toml\): Input should be less"),
+        ("[data", "heimdall.toml is no TOML"),
+        (f"[data]\ns3_access_key = '{SECRET}'", "HEIMDALL_S3_SECRET_KEY is missing"),
+    ],
+)
+def test_what_is_wrong_in_a_settings_file_is_told(text: str, words: str) -> None:
+    Path("heimdall.toml").write_text(text)
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        load_data_settings()
+    assert SECRET not in str(caught.value)
+
+
+def test_secrets_of_a_settings_file_do_not_show() -> None:
+    Path("heimdall.toml").write_text(f"[data]\nredis_url = 'redis://:{SECRET}@host'\n[tracking]\nusername = 'a'\n")
+    settings = load_data_settings()
+    assert settings.redis_url is not None
+    assert settings.redis_url.get_secret_value() == f"redis://:{SECRET}@host"
+    assert SECRET not in f"{settings!r} {settings.model_dump_json()}"
 
 
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
