@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from heimdall_api.contract import MODEL_NAME
-from heimdall_tracking.runs import check_attempt
+from heimdall_tracking.runs import check_attempt, logged_models
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,9 +50,7 @@ def publish(client: MlflowClient, run_id: str, folder: Path, key: str, *, attemp
 
 
 def _find(client: MlflowClient, run: Run, key: str) -> LoggedModel | None:
-    models = client.search_logged_models(
-        [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}' AND name = '{MODEL_NAME}'"
-    )
+    models = logged_models(client, run.info.run_id, experiment_id=run.info.experiment_id)
     return next((model for model in models if model.tags.get(TAG_KEY) == key), None)
 
 

@@ -67,7 +67,7 @@ def register(client: MlflowClient, facts: RunFacts, spec: RegistrationSpec) -> R
     known = _versions(client, spec.model, facts.run_id)
     found = str(known[0].version) if known else None
     _drop_repeats(client, spec.model, known)
-    version = found or _create_version(client, facts, spec.model)
+    version = found or _register_model(client, facts, spec.model)
     # The alias of a promotion has to be won, whoever names it here too.
     aliases = [alias for alias in spec.aliases if spec.promotion is None or alias != spec.promotion.alias]
     if found is not None:
@@ -190,23 +190,40 @@ def wait_until_ready(client: MlflowClient, name: str, version: str, timeout_s: f
         time.sleep(min(READY_POLL_S, left_s))
 
 
-def _create_version(client: MlflowClient, facts: RunFacts, name: str) -> str:
+def _register_model(client: MlflowClient, facts: RunFacts, name: str) -> str:
     model_id = find_model(client, facts)
     if model_id is None:
         raise ModelMissingError(
             "training succeeded, but its MLflow run holds no logged model named 'model': "
             "have the trainer log one, or remove spec.registration"
         )
+    source = source_of(client, model_id)
+    return create_version(client, name, source, run_id=facts.run_id, model_id=model_id, timeout_s=READY_TIMEOUT_S)
+
+
+def create_version(
+    client: MlflowClient, name: str, source: str, *, run_id: str, model_id: str | None, timeout_s: int
+) -> str:
+    """Make a version of a registered model, and the model where it is missing.
+
+    Args:
+        client: Client of the registry.
+        name: The registered model.
+        source: Where its files lie.
+        run_id: The run that it comes from.
+        model_id: ID of the logged model that it is, if it is one.
+        timeout_s: How long to wait until it is ready; 0 not to wait.
+
+    Returns:
+        Its number; of two versions of the run, the first one's.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
     _ensure_registered_model(client, name)
-    version = client.create_model_version(
-        name,
-        source=source_of(client, model_id),
-        run_id=facts.run_id,
-        model_id=model_id,
-        await_creation_for=READY_TIMEOUT_S,
-    )
+    version = client.create_model_version(name, source, run_id, model_id=model_id, await_creation_for=timeout_s)
     # A client that repeats what it got no answer to may have made two: the first is the one that is found from now on.
-    return find_version(client, name, facts.run_id) or str(version.version)
+    return find_version(client, name, run_id) or str(version.version)
 
 
 def source_of(client: MlflowClient, model_id: str) -> str:

@@ -32,7 +32,7 @@ from heimdall_tracking.experiments import ensure_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
 
 FinalStatus = Literal["FINISHED", "FAILED", "KILLED"]
 FINAL_STATUSES: Final = frozenset({"FINISHED", "FAILED", "KILLED"})
@@ -160,6 +160,11 @@ def read_facts(client: MlflowClient, run_id: str) -> RunFacts | None:
     Raises:
         MlflowException: The server is away or refuses.
     """
+    run = _read_run(client, run_id)
+    return None if run is None else facts_of(run)
+
+
+def _read_run(client: MlflowClient, run_id: str) -> Run | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -168,7 +173,7 @@ def read_facts(client: MlflowClient, run_id: str) -> RunFacts | None:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-    return None if run.info.lifecycle_stage == "deleted" else facts_of(run)
+    return None if run.info.lifecycle_stage == "deleted" else run
 
 
 def read_active_facts(client: MlflowClient, experiment_ids: Iterable[str]) -> dict[str, RunFacts]:
@@ -298,15 +303,8 @@ def end_run(client: MlflowClient, run_id: str, status: FinalStatus, past: int | 
     Raises:
         MlflowException: The server is away or refuses.
     """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return
-        raise
-    if run.info.lifecycle_stage == "deleted":
+    run = _read_run(client, run_id)
+    if run is None:
         return
     if past is not None and _number(run.data.tags.get(TAG_ATTEMPT)) <= past:
         client.set_tag(run_id, TAG_ATTEMPT, str(past + 1), synchronous=True)
@@ -330,13 +328,27 @@ def find_model(client: MlflowClient, facts: RunFacts) -> str | None:
     Raises:
         MlflowException: The server is away or refuses.
     """
-    models = client.search_logged_models(
-        [facts.experiment_id],
-        filter_string=f"source_run_id = '{facts.run_id}' AND name = '{MODEL_NAME}'",
-        order_by=[{"field_name": "creation_timestamp", "ascending": False}],
-    )
-    ready = [model for model in models if str(model.status) == "READY"]
+    ready = [
+        model
+        for model in logged_models(client, facts.run_id, experiment_id=facts.experiment_id)
+        if str(model.status) == "READY"
+    ]
     return str(ready[0].model_id) if ready else None
+
+
+def logged_models(client: MlflowClient, run_id: str, *, experiment_id: str) -> list[LoggedModel]:
+    """The models that a run has logged under the contract's name, the newest first, those that are not whole too.
+
+    Raises:
+        MlflowException: The server is away or refuses.
+    """
+    return list(
+        client.search_logged_models(
+            [experiment_id],
+            filter_string=f"source_run_id = '{run_id}' AND name = '{MODEL_NAME}'",
+            order_by=[{"field_name": "creation_timestamp", "ascending": False}],
+        )
+    )
 
 
 def _number(tag: str | None) -> int:

@@ -33,7 +33,7 @@ from heimdall_tracking.params import Names, clean_name, clean_text, flatten
 from heimdall_tracking.points import Point, is_number, is_step, storable
 from heimdall_tracking.queue import DISK_WAIT_S, MetricQueue, now_ms
 from heimdall_tracking.redact import redact
-from heimdall_tracking.registry import find_version, source_of, wait_until_ready
+from heimdall_tracking.registry import create_version, find_version, source_of, wait_until_ready
 from heimdall_tracking.runs import Fence, FinalStatus
 from heimdall_tracking.settings import TrackingSettings, load_settings
 from heimdall_tracking.spill import Spill
@@ -609,27 +609,20 @@ class MLflowTracker:
             TrackingError: The version is not ready in time, or never will be.
             MlflowException: The server is away or refuses.
         """
-        version = find_version(self.client, name, self.run_id) or self._create_version(name, model_uri)
+        version = find_version(self.client, name, self.run_id) or self._register_uri(name, model_uri)
         wait_until_ready(self.client, name, version, timeout_s)
         return version
 
-    def _create_version(self, name: str, model_uri: str) -> str:
-        from mlflow.exceptions import MlflowException
+    def _register_uri(self, name: str, model_uri: str) -> str:
         from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         source, model_id = model_uri, None
         if model_uri.startswith("runs:/"):
             source = RunsArtifactRepository.get_underlying_uri(model_uri, self.settings.tracking_uri)
         elif model_uri.startswith("models:/m-"):
             model_id = model_uri.removeprefix("models:/")
             source = source_of(self.client, model_id)
-        version = self.client.create_model_version(name, source, self.run_id, model_id=model_id, await_creation_for=0)
-        return find_version(self.client, name, self.run_id) or str(version.version)
+        return create_version(self.client, name, source, run_id=self.run_id, model_id=model_id, timeout_s=0)
 
     def transition_model_stage(
         self, name: str, version: str, stage: Literal["Staging", "Production", "Archived", "None"]
