@@ -27,7 +27,7 @@ from heimdall_tracking.errors import (
     refusal_of,
 )
 from heimdall_tracking.points import Point, from_line, is_step
-from heimdall_tracking.queue import BATCH, log_refused
+from heimdall_tracking.queue import BATCH, halves, log_refused
 from heimdall_tracking.redact import MASK, redact
 from heimdall_tracking.registry import ModelMissingError, register
 from heimdall_tracking.runs import check_attempt, read_facts
@@ -168,12 +168,11 @@ class _Delivery:
         except Exception as error:
             if not is_refusal(error):
                 raise
-            if len(points) == 1:
+            parts = halves(points, error)
+            for part in parts:
+                self._send(part)
+            if not parts:
                 log_refused(points, error)
-                return
-            middle = len(points) // 2
-            self._send(points[:middle])
-            self._send(points[middle:])
         else:
             self._points += len(points)
 

@@ -291,10 +291,9 @@ class MetricQueue:
         return False
 
     def _deliver_apart(self, batch: Sequence[Point], error: Exception) -> bool:
-        """Find the points that the server refuses, so that one bad point doesn't take its batch along."""
-        if len(batch) > 1 and is_refusal(error):
-            middle = len(batch) // 2
-            return self._deliver(batch[:middle]) and self._deliver(batch[middle:])
+        parts = halves(batch, error)
+        if parts:
+            return all(self._deliver(part) for part in parts)
         log_refused(batch, error)
         with self._changed:
             self._dropped += len(batch)
@@ -414,6 +413,22 @@ class MetricQueue:
         self._dropped += count
         self._settled += count
         self._changed.notify_all()
+
+
+def halves(batch: Sequence[Point], error: Exception) -> tuple[Sequence[Point], ...]:
+    """What to send apart after an error, so that one point that MLflow refuses doesn't take its batch along.
+
+    Args:
+        batch: What could not be sent.
+        error: Why.
+
+    Returns:
+        Its two halves; nothing where it is one point, or where no point is to blame.
+    """
+    if len(batch) == 1 or not is_refusal(error):
+        return ()
+    middle = len(batch) // 2
+    return batch[:middle], batch[middle:]
 
 
 def log_refused(batch: Sequence[Point], error: Exception) -> None:
