@@ -29,10 +29,10 @@ from heimdall_operator.kube import HTTP_NOT_FOUND, LOG_BYTES, ForbiddenError, Ku
 from heimdall_operator.mistakes import about
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import CONTAINER, Observed, PodFacts
-from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import age_s
 from heimdall_operator.store import Key, without_managers
 from heimdall_tracking.errors import is_permanent
+from heimdall_tracking.pauses import doubled_s
 from heimdall_tracking.redact import redact
 
 LOGS_BYTES: Final = 32 * 2**20

@@ -42,8 +42,8 @@ from heimdall_operator.actions import (
 )
 from heimdall_operator.failures import FINAL, FREE, Outcome, is_image_gone, judge_group, shorten, with_last_words
 from heimdall_operator.observe import JobFacts, Observed, PodFacts
-from heimdall_operator.pauses import doubled_s
 from heimdall_operator.statuses import ConditionValue, age_s, waiting, with_conditions, with_facts
+from heimdall_tracking.pauses import doubled_s
 from heimdall_tracking.runs import FINAL_STATUSES
 
 ATTEMPTS_KEPT: Final = 10

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -24,9 +23,9 @@ from heimdall_operator.controller import Controller
 from heimdall_operator.kube import OURS, PAGE, SELECTOR, Kube
 from heimdall_operator.manifests import TrainerDefaults
 from heimdall_operator.mlflow_gateway import MlflowGateway
-from heimdall_operator.pauses import doubled_s
 from heimdall_operator.settings import OperatorSettings
 from heimdall_operator.store import ChildKind, Key, Store
+from heimdall_tracking.pauses import doubling_s
 
 SERVER_TIMEOUT_S: Final = 300
 CLIENT_TIMEOUT_S: Final = 310
@@ -62,7 +61,7 @@ class Backoffs:
 
     def __iter__(self) -> Iterator[float]:
         """Seconds before each further try."""
-        return (doubled_s(WATCH_RETRY_S, times, WATCH_RETRY_LIMIT_S) for times in itertools.count())
+        return doubling_s(WATCH_RETRY_S, WATCH_RETRY_LIMIT_S)
 
 
 class Handlers:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
-from heimdall_operator.pauses import doubled_s
+from heimdall_tracking.pauses import doubled_s
 
 BACKOFF_S: Final = 1.0
 BACKOFF_LIMIT_S: Final = 60.0

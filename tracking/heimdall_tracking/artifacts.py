@@ -26,6 +26,7 @@ from heimdall_tracking.errors import (
     refusal_of,
 )
 from heimdall_tracking.outstanding import Outstanding, Tries, size_of
+from heimdall_tracking.pauses import doubling_s
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import check_attempt
 
@@ -218,15 +219,14 @@ class Uploader:
 
     def _until_done(self, upload: Upload) -> bool:
         """Upload until it succeeds; whether it did before the end."""
-        path, delay = upload.path, self._retry_s
+        path, pauses = upload.path, doubling_s(self._retry_s, RETRY_LIMIT_S)
         while True:
             try:
                 with self._tries.one(size_of(path)):
                     self._make(upload)
             except Exception as error:  # noqa: BLE001 - what no other try helps against is raised again
-                if self._closed.wait(self._judge(path, error, delay)):
+                if self._closed.wait(self._judge(path, error, next(pauses))):
                     return False
-                delay = min(2 * delay, RETRY_LIMIT_S)
             else:
                 if not self._too_large:
                     self.refusal = None

@@ -16,6 +16,7 @@ import structlog
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent
 from heimdall_tracking.outstanding import Outstanding
+from heimdall_tracking.pauses import doubling_s
 from heimdall_tracking.redact import redact
 
 RETRY_S: Final = 0.5
@@ -92,7 +93,7 @@ class Outbox(Generic[CallT]):
             return Outstanding(settled=self._settled, calls=len(self.left()))
 
     def _work(self) -> None:
-        delay = self._retry_s
+        pauses = doubling_s(self._retry_s, RETRY_LIMIT_S)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._closed)
@@ -107,8 +108,9 @@ class Outbox(Generic[CallT]):
                     newest = self._calls.pop(call.key, call)
                     self._under_way = newest
                     self._calls = {call.key: newest, **self._calls}
-                    self._changed.wait_for(lambda: self._closed, delay)
-                delay = self._retry_s if done else min(2 * delay, RETRY_LIMIT_S)
+                    self._changed.wait_for(lambda: self._closed, next(pauses))
+                else:
+                    pauses = doubling_s(self._retry_s, RETRY_LIMIT_S)
                 self._settled += done
                 self._under_way = None
                 self._changed.notify_all()

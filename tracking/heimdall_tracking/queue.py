@@ -25,6 +25,7 @@ import structlog
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import is_permanent, is_refusal
 from heimdall_tracking.outstanding import Outstanding
+from heimdall_tracking.pauses import doubling_s
 from heimdall_tracking.points import Point, to_lines
 from heimdall_tracking.redact import redact
 from heimdall_tracking.spill import Spill, read, write
@@ -274,7 +275,7 @@ class MetricQueue:
 
     def _deliver(self, batch: Sequence[Point]) -> bool:
         """Send a batch until it is settled: delivered, or refused for good; whether it is."""
-        delay = self._retry_s
+        pauses = doubling_s(self._retry_s, RETRY_LIMIT_S)
         while not self._closed:
             try:
                 self._send(batch)
@@ -282,10 +283,10 @@ class MetricQueue:
                 if is_permanent(error):
                     return self._deliver_apart(batch, error)
                 forget_connections()
+                delay = next(pauses)
                 log.warning("metrics could not be delivered; trying again", error=redact(error), again_in_s=delay)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, delay)
-                delay = min(2 * delay, RETRY_LIMIT_S)
             else:
                 return True
         return False

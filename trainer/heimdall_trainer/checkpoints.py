@@ -25,6 +25,7 @@ from heimdall_tracking.checkpoints import Mode, publish, ranked, remove, sha256_
 from heimdall_tracking.connections import forget_connections
 from heimdall_tracking.errors import REFUSED_RETRY_S, OvertakenError, Refusal, refusal_of
 from heimdall_tracking.outstanding import Outstanding, Tries
+from heimdall_tracking.pauses import doubling_s
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import check_attempt
 from heimdall_tracking.undelivered import LeftCheckpoint
@@ -318,7 +319,7 @@ class CheckpointPublisher:
 
     def _try_until_done(self, file: Path, checkpoint: Checkpoint) -> bool:
         """Publish until that succeeds or must not be; whether it was settled before the end."""
-        delay = RETRY_S
+        pauses = doubling_s(RETRY_S, RETRY_LIMIT_S)
         while not self._closed:
             try:
                 with self._tries.one(checkpoint.size):
@@ -330,6 +331,7 @@ class CheckpointPublisher:
                 if not file.exists():
                     log.warning("a checkpoint was removed from disk before it was uploaded", file=str(file))
                     return True
+                delay = next(pauses)
                 before, self.refusal = self.refusal, refusal_of(error)
                 refusal = self.refusal
                 if refusal is None:
@@ -345,7 +347,6 @@ class CheckpointPublisher:
                 forget_connections()
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, delay if refusal is None else REFUSED_RETRY_S)
-                delay = min(2 * delay, RETRY_LIMIT_S)
             else:
                 self.refusal = None
                 with self._changed:

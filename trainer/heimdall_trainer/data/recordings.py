@@ -25,6 +25,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from heimdall_tracking.pauses import doubling_s
 from heimdall_tracking.redact import redact
 from heimdall_trainer.data.sessions import Receiver, Recording
 from heimdall_trainer.errors import ConfigurationError
@@ -163,7 +164,7 @@ class Bucket:
 
     def _patiently(self, call: Callable[[], Answer]) -> Answer:
         """What a call gives, tried again while the server is away, however many threads wait for it."""
-        began, wait_s = time.monotonic(), FIRST_WAIT_S
+        began, pauses = time.monotonic(), doubling_s(FIRST_WAIT_S, LONGEST_WAIT_S)
         while True:
             try:
                 answer = call()
@@ -176,9 +177,8 @@ class Bucket:
                 self._away_since = None
                 self._given_up.clear()
                 return answer
-            if self._given_up.wait(min(wait_s, left_s)):
+            if self._given_up.wait(min(next(pauses), left_s)):
                 raise failure
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     def _since(self, error: ConnectionError) -> float:
         """Since when the server is away; who finds out says so."""
