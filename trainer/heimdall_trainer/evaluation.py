@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -15,7 +16,7 @@ from heimdall_api.types import DataSpec
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.geo import to_geographic
 from heimdall_trainer.data.sessions import SessionStore
-from heimdall_trainer.data.split import split_sessions
+from heimdall_trainer.data.split import divide
 from heimdall_trainer.model.metrics import PositionMetrics
 from heimdall_trainer.settings import DataSettings
 
@@ -113,12 +114,5 @@ def sessions_of(settings: DataSettings, data: DataSpec, seed: int, side: Side) -
         DataError: There is no approved session.
         ConnectionError: The database does not answer.
     """
-    database = SessionStore.open(settings)
-    try:
-        ids = database.approved(data.sessions.ids)
-    finally:
-        database.close()
-    split = split_sessions(
-        ids, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction, seed=seed
-    )
-    return tuple(getattr(split, side))
+    with closing(SessionStore.open(settings)) as database:
+        return tuple(getattr(divide(database, data, seed), side))

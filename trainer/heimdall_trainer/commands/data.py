@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from typing import Any
 
 
@@ -40,11 +41,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from heimdall_trainer.settings import load_data_settings
 
     del arguments
-    store = SessionStore.open(load_data_settings())
-    try:
+    with closing(SessionStore.open(load_data_settings())) as store:
         found = store.transmissions(store.approved())
-    finally:
-        store.close()
     for session in sorted({item.session_id for item in found}):
         sent = [item for item in found if item.session_id == session]
         print(f"{session}: {len(sent)} transmissions, {sum(len(item.recordings) for item in sent)} recordings")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -93,18 +94,12 @@ class HeimdallDataset(Dataset[Sample]):
             DataError: There is no approved session, or too many recordings can't be read.
             ConnectionError: Database or store do not answer.
         """
-        database = SessionStore.open(settings)
-        try:
+        with closing(SessionStore.open(settings)) as database:
             ids = list(session_ids) if withdrawn else database.approved(session_ids)
             transmissions = database.transmissions(ids)
-        finally:
-            database.close()
         store, caches = RecordingStore.open(settings), Caches.open(settings)
-        source = FeatureSource(store, caches)
-        kept = keep_readable(transmissions, source, skip_limit=settings.skip_limit, threads=settings.read_threads)
-        times = ArrivalSource(store, caches) if arrivals else None
-        if times is not None:
-            kept = leave_out(kept, times.prepare(kept, settings.read_threads), skip_limit=settings.skip_limit)
+        source, times = FeatureSource(store, caches), ArrivalSource(store, caches) if arrivals else None
+        kept = readable(transmissions, source, times, settings)
         return cls(kept, source, augmentation=augmentation, arrivals=times, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
@@ -139,6 +134,36 @@ class HeimdallDataset(Dataset[Sample]):
             "position": torch.from_numpy(truth),
             "origin": torch.tensor(transmission.origin, dtype=torch.float64),
         }
+
+
+def readable(
+    transmissions: Sequence[Transmission],
+    source: FeatureSource,
+    arrivals: ArrivalSource | None,
+    settings: DataSettings,
+    beat: Callable[[], None] = lambda: None,
+) -> list[Transmission]:
+    """Compute what samples hold of transmissions, and leave out recordings that can't be read; see `keep_readable`.
+
+    Args:
+        transmissions: What is to be trained on.
+        source: Computes and keeps features.
+        arrivals: The same for times of arrival; None where samples are without them.
+        settings: How many may be left out, and how many are read side by side.
+        beat: Is called after each recording that was looked at.
+
+    Returns:
+        The transmissions with the recordings that can be read; those with none are left out.
+
+    Raises:
+        DataError: Too many recordings can't be read.
+        ConnectionError: The store does not answer.
+    """
+    limit, threads = settings.skip_limit, settings.read_threads
+    kept = keep_readable(transmissions, source, skip_limit=limit, threads=threads, beat=beat)
+    if arrivals is None:
+        return kept
+    return leave_out(kept, arrivals.prepare(kept, threads, beat), skip_limit=limit)
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -113,17 +114,13 @@ def generate(
         samples=samples,
     )
     tell = report or _print_line
-    database, store = SessionStore.open(settings), RecordingStore.open(settings)
-    try:
+    store, added = RecordingStore.open(settings), 0
+    with closing(SessionStore.open(settings)) as database, ThreadPoolExecutor(settings.read_threads) as pool:
         database.create_schema()
-        with ThreadPoolExecutor(settings.read_threads) as pool:
-            added = 0
-            for number in range(sessions):
-                new = _add_session(database, store, plan, number, pool)
-                added += new
-                tell(f"session {number + 1} of {sessions}: {session_id(seed, number)} {'made' if new else 'is there'}")
-    finally:
-        database.close()
+        for number in range(sessions):
+            new = _add_session(database, store, plan, number, pool)
+            added += new
+            tell(f"session {number + 1} of {sessions}: {session_id(seed, number)} {'made' if new else 'is there'}")
     return added
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from typing import Any
 
 import pytorch_lightning as L  # noqa: N812 - the name its users know
@@ -16,12 +17,12 @@ from heimdall_trainer import group
 from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation
 from heimdall_trainer.data.cache import Caches
-from heimdall_trainer.data.dataset import HeimdallDataset
-from heimdall_trainer.data.features import FeatureSource, keep_readable, leave_out
+from heimdall_trainer.data.dataset import HeimdallDataset, readable
+from heimdall_trainer.data.features import FeatureSource
 from heimdall_trainer.data.loader import ResumableLoader
 from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import NAMED_IDS, SessionStore, Transmission
-from heimdall_trainer.data.split import SESSIONS, Split, split_sessions
+from heimdall_trainer.data.split import SESSIONS, Split, divide
 from heimdall_trainer.errors import DataError
 from heimdall_trainer.settings import DataSettings
 
@@ -169,31 +170,14 @@ class HeimdallDataModule(L.LightningDataModule):
         return self._found
 
     def _find(self) -> tuple[Split, list[Transmission]]:
-        database = SessionStore.open(self._settings)
-        try:
-            split = self._divide(database) if self._kept is None else _still_there(self._kept, database)
+        with closing(SessionStore.open(self._settings)) as database:
+            split = self._kept
+            split = divide(database, self._data, self._seed) if split is None else _still_there(split, database)
             transmissions = database.transmissions(split.ids)
-        finally:
-            database.close()
-        settings = self._settings
-        threads = settings.read_threads
-        kept = keep_readable(
-            transmissions, self._source, skip_limit=settings.skip_limit, threads=threads, beat=self._beat
-        )
-        if self._arrivals is not None:
-            problems = self._arrivals.prepare(kept, threads, self._beat)
-            kept = leave_out(kept, problems, skip_limit=settings.skip_limit)
+        kept = readable(transmissions, self._source, self._arrivals, self._settings, self._beat)
         _check_sides(split, {item.session_id for item in kept})
         log.info("data ready", train=len(split.train), validation=len(split.validation), test=len(split.test))
         return split, kept
-
-    def _divide(self, database: SessionStore) -> Split:
-        return split_sessions(
-            database.approved(self._data.sessions.ids),
-            validation_fraction=self._data.validation_fraction,
-            test_fraction=self._data.test_fraction,
-            seed=self._seed,
-        )
 
     def _loader(self, session_ids: tuple[str, ...], *, training: bool = False) -> ResumableLoader:
         trainer = self.trainer

@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from heimdall_trainer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from heimdall_api.types import DataSpec
+    from heimdall_trainer.data.sessions import SessionStore
 
 SESSIONS: Final = "sessions"
 """Under this name, checkpoints and logged models hold the sessions of their training by side."""
@@ -39,6 +43,27 @@ class Split:
     def ids(self) -> list[str]:
         """All sessions, sorted."""
         return sorted([*self.train, *self.validation, *self.test])
+
+
+def divide(database: SessionStore, data: DataSpec, seed: int) -> Split:
+    """Divide the sessions that a training has; see `split_sessions`.
+
+    Args:
+        database: Knows which are approved.
+        data: Which are wanted, and the shares.
+        seed: The training's.
+
+    Raises:
+        ConfigurationError: Sessions are missing, not approved, or too few.
+        DataError: There is no approved session.
+        ConnectionError: The database does not answer.
+    """
+    return split_sessions(
+        database.approved(data.sessions.ids),
+        validation_fraction=data.validation_fraction,
+        test_fraction=data.test_fraction,
+        seed=seed,
+    )
 
 
 def split_sessions(ids: Iterable[str], *, validation_fraction: float, test_fraction: float, seed: int) -> Split:
