@@ -97,7 +97,6 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Figure]:
             sessions=arguments.sessions,
             transmissions_per_session=arguments.transmissions,
             scene=scene,
-            report=lambda _: None,
         )
     with workers() as pool:
         with clock.part("trained"):

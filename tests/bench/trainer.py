@@ -318,7 +318,7 @@ def seconds(call: Callable[[], object], repeat: int) -> float:
 def loader(started: Servers, folder: Path, size: Size) -> list[Figure]:
     """Samples a second out of PostgreSQL and MinIO, next to what models consume."""
     settings = data_settings(started, folder / "cache")
-    generate(settings, sessions=size.sessions, samples=SAMPLES, report=lambda _: None)
+    generate(settings, sessions=size.sessions, samples=SAMPLES)
     batch_size, workers = TrainingSpec().batch_size, TrainingSpec().data_loader_workers
     data = HeimdallDataModule(settings, DataSpec(validation_fraction=0, test_fraction=0))
     data.setup()

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from heimdall_trainer.data.cache import ENTRY_BYTES, REDIS_PREFIX, FolderCache, RedisCache
+from heimdall_trainer.data.cache import REDIS_PREFIX, Caches, FolderCache, RedisCache, pack
 from heimdall_trainer.data.features import FeatureSource
 from heimdall_trainer.data.generator import generate
+from heimdall_trainer.data.recordings import RecordingStore
 from heimdall_trainer.data.sessions import Recording, SessionStore
+from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.settings import DataSettings, load_data_settings
 from tests.integration.certificates import make_certificate
 from tests.integration.servers import ROOT, Redis, free_port
@@ -25,6 +27,7 @@ from tests.integration.servers import ROOT, Redis, free_port
 PROCESSES = 3
 TIMEOUT_S = 600
 """Only so that a test that hangs ends: importing torch takes long on a busy machine."""
+ENTRY_BYTES = len(pack(np.zeros(SHAPE, np.float32)))
 SLOW_S = 0.2
 ENDLESS_S = 3600.0
 SHARING = """
@@ -77,7 +80,7 @@ def recorded(tmp_path: Path) -> DataSettings:
         recordings_url=f"file:{tmp_path}/recordings",
         cache_dir=tmp_path / "cache",
     )
-    generate(settings, sessions=1, transmissions_per_session=1, receivers=1, samples=1024, report=lambda _: None)
+    generate(settings, sessions=1, transmissions_per_session=1, receivers=1, samples=1024)
     return settings
 
 
@@ -89,6 +92,10 @@ def recording_of(settings: DataSettings) -> Recording:
         store.close()
 
 
+def features_of(settings: DataSettings) -> FeatureSource:
+    return FeatureSource(RecordingStore.open(settings), Caches.open(settings))
+
+
 def with_redis(settings: DataSettings, url: str, folder: str) -> DataSettings:
     """Another machine: the same recordings, a cache folder of its own."""
     return load_data_settings(**{**dict(settings), "redis_url": url, "cache_dir": settings.cache_dir / folder})
@@ -96,15 +103,15 @@ def with_redis(settings: DataSettings, url: str, folder: str) -> DataSettings:
 
 def test_what_one_machine_computed_another_takes_from_redis(recorded: DataSettings, redis: Redis) -> None:
     recording = recording_of(recorded)
-    first = FeatureSource.open(with_redis(recorded, redis.url, "one")).get(recording)
+    first = features_of(with_redis(recorded, redis.url, "one")).get(recording)
     for file in Path(recorded.recordings_url.removeprefix("file:")).rglob("*.sigmf-*"):
         file.unlink()
 
     second = with_redis(recorded, redis.url, "two")
-    assert np.array_equal(FeatureSource.open(second).get(recording), first)
+    assert np.array_equal(features_of(second).get(recording), first)
     assert len(list(second.cache_dir.rglob("*.features"))) == 1, "it is in the folder now"
     redis.stop()
-    assert np.array_equal(FeatureSource.open(second).get(recording), first)
+    assert np.array_equal(features_of(second).get(recording), first)
 
 
 def test_a_redis_that_is_asked_by_tls_is_trusted_by_its_authority_alone(recorded: DataSettings, tmp_path: Path) -> None:
@@ -115,12 +122,12 @@ def test_a_redis_that_is_asked_by_tls_is_trusted_by_its_authority_alone(recorded
     redis = Redis(tmp_path / "redis", certificate)
     redis.start()
     try:
-        FeatureSource.open(with_redis(recorded, redis.url, "one")).get(recording)
+        features_of(with_redis(recorded, redis.url, "one")).get(recording)
         with redis.client() as client:
             assert len(list(client.scan_iter(f"{REDIS_PREFIX}*"))) == 1
         with capture_logs() as lines:
             wrong = redis.url.replace(str(certificate.authority), str(stranger))
-            FeatureSource.open(with_redis(recorded, wrong, "two")).get(recording)
+            features_of(with_redis(recorded, wrong, "two")).get(recording)
     finally:
         redis.stop()
     (told,) = [line for line in lines if "HEIMDALL_REDIS_URL" in line["event"]]
@@ -129,19 +136,19 @@ def test_a_redis_that_is_asked_by_tls_is_trusted_by_its_authority_alone(recorded
 
 def test_a_broken_entry_in_redis_is_computed_again(recorded: DataSettings, redis: Redis) -> None:
     recording = recording_of(recorded)
-    first = FeatureSource.open(with_redis(recorded, redis.url, "one")).get(recording)
+    first = features_of(with_redis(recorded, redis.url, "one")).get(recording)
     with redis.client() as client:
         (key,) = client.scan_iter(f"{REDIS_PREFIX}*")
         client.set(key, client.get(key)[:-7] + b"garbage")
 
-        assert np.array_equal(FeatureSource.open(with_redis(recorded, redis.url, "two")).get(recording), first)
+        assert np.array_equal(features_of(with_redis(recorded, redis.url, "two")).get(recording), first)
         assert client.ttl(key) > 0, "it was written anew"
 
 
 def test_a_redis_that_is_away_is_told_once_without_its_password(recorded: DataSettings) -> None:
     settings = with_redis(recorded, f"redis://:canary@127.0.0.1:{free_port()}", "one")
     with capture_logs() as lines:
-        source = FeatureSource.open(settings)
+        source = features_of(settings)
         for _ in range(3):
             source.get(recording_of(recorded))
             for file in settings.cache_dir.rglob("*.features"):
@@ -154,9 +161,7 @@ def test_a_redis_that_is_away_is_told_once_without_its_password(recorded: DataSe
 
 def test_a_wrong_password_costs_no_training(recorded: DataSettings, redis: Redis) -> None:
     with capture_logs() as lines:
-        FeatureSource.open(with_redis(recorded, redis.url.replace(redis.password, "wrong"), "one")).get(
-            recording_of(recorded)
-        )
+        features_of(with_redis(recorded, redis.url.replace(redis.password, "wrong"), "one")).get(recording_of(recorded))
     assert any("HEIMDALL_REDIS_URL" in line["event"] for line in lines)
 
 

@@ -54,7 +54,7 @@ def settings(postgres: Postgres, minio: Minio, name: str, tmp_path: Path) -> Dat
 
 @pytest.fixture
 def filled(settings: DataSettings) -> DataSettings:
-    assert generate(settings, sessions=SESSIONS, report=print, **SIZE) == SESSIONS
+    assert generate(settings, sessions=SESSIONS, **SIZE) == SESSIONS
     return settings
 
 
@@ -86,7 +86,7 @@ def test_what_was_generated_is_read_back(filled: DataSettings, minio: Minio, tmp
         recordings_url=f"file:{tmp_path}/iq",
         cache_dir=tmp_path / "local-cache",
     )
-    generate(local, sessions=SESSIONS, report=print, **SIZE)
+    generate(local, sessions=SESSIONS, **SIZE)
 
     found = recordings(filled)
 
@@ -122,9 +122,9 @@ def test_the_dataset_holds_every_approved_session_or_those_asked_for(filled: Dat
 def test_generating_again_adds_nothing_and_other_parameters_are_refused(filled: DataSettings, minio: Minio) -> None:
     before = objects(filled, minio)
 
-    assert generate(filled, sessions=SESSIONS, report=print, **SIZE) == 0
+    assert generate(filled, sessions=SESSIONS, **SIZE) == 0
     with pytest.raises(ConfigurationError, match="made with other parameters"):
-        generate(filled, sessions=SESSIONS, report=print, **{**SIZE, "samples": 2048})
+        generate(filled, sessions=SESSIONS, **{**SIZE, "samples": 2048})
 
     assert objects(filled, minio) == before
 
@@ -134,7 +134,7 @@ def test_recordings_that_were_lost_are_made_again(filled: DataSettings, minio: M
     for key in before:
         minio.s3.delete_object(Bucket=bucket_of(filled), Key=key)
 
-    assert generate(filled, sessions=SESSIONS, report=print, **SIZE) == 0
+    assert generate(filled, sessions=SESSIONS, **SIZE) == 0
 
     assert objects(filled, minio) == before
 
@@ -144,7 +144,7 @@ def test_generators_at_once_make_one_set(settings: DataSettings, minio: Minio) -
 
     def run() -> int:
         barrier.wait(TIMEOUT_S)
-        return generate(settings, sessions=SESSIONS, report=print, **SIZE)
+        return generate(settings, sessions=SESSIONS, **SIZE)
 
     with ThreadPoolExecutor(3) as pool:
         added = [future.result(TIMEOUT_S) for future in [pool.submit(run) for _ in range(3)]]
@@ -296,7 +296,7 @@ def test_wrong_keys_and_a_missing_bucket_name_their_variables(filled: DataSettin
 
     nowhere = filled.model_copy(update={"recordings_url": "s3://there-is-none"})
     with pytest.raises(ConfigurationError, match=r"HEIMDALL_RECORDINGS_URL.*does not exist"):
-        generate(nowhere, sessions=1, report=print, **{**SIZE, "seed": 99})
+        generate(nowhere, sessions=1, **{**SIZE, "seed": 99})
 
 
 def test_a_database_that_is_away_for_a_moment_is_waited_for(

@@ -177,7 +177,7 @@ def test_the_command_ends_at_once_with_a_configuration_error(private: Private, t
 def test_recordings_come_from_private_database_and_bucket(private: Private, tmp_path: Path) -> None:
     """The bucket is addressed by path: there is no host name for it."""
     settings = private.data(tmp_path, authority=private.certificate.authority)
-    generate(settings, sessions=2, transmissions_per_session=1, receivers=2, samples=1024, report=lambda _: None)
+    generate(settings, sessions=2, transmissions_per_session=1, receivers=2, samples=1024)
 
     assert len(HeimdallDataset.open(settings)) == 2
 

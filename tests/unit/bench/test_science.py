@@ -15,7 +15,7 @@ from tests.unit.trainer.builders import data_settings
 
 def test_every_estimator_locates_the_same_recordings_of_a_session(tmp_path: Path) -> None:
     settings, scene = data_settings(tmp_path), Scene()
-    generate(settings, sessions=1, transmissions_per_session=6, scene=scene, report=lambda _: None)
+    generate(settings, sessions=1, transmissions_per_session=6, scene=scene)
     database = SessionStore.open(settings)
     try:
         sent = database.transmissions(database.approved())

@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from heimdall_trainer.data.cache import Features
+from heimdall_trainer.data.arrival_source import ArrivalSource
+from heimdall_trainer.data.cache import Caches, Features, pack
 from heimdall_trainer.data.features import FeatureSource
 from heimdall_trainer.data.recordings import Folder, RecordingStore
 from heimdall_trainer.data.sessions import Receiver, Recording, Session, Status, Transmission
+from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.settings import DataSettings, load_data_settings
 
 SESSIONS: Final[dict[str, Any]] = {
@@ -23,6 +25,8 @@ SESSIONS: Final[dict[str, Any]] = {
     "seed": 7,
 }
 """What the shared recordings are generated with."""
+ENTRY_BYTES: Final = len(pack(np.zeros(SHAPE, np.float32)))
+"""Size of a cache's entry that holds the spectrograms of a recording."""
 ORIGIN: Final = (52.0, 10.0)
 FREQUENCY_HZ = 433.92e6
 STARTED_AT: Final = datetime(2026, 1, 1, tzinfo=UTC)
@@ -37,6 +41,16 @@ def data_settings(folder: Path, **more: object) -> DataSettings:
         "read_threads": 2,
     }
     return load_data_settings(**(values | more))
+
+
+def features_of(settings: DataSettings) -> FeatureSource:
+    """Features of the settings' recordings, kept in their cache."""
+    return FeatureSource(RecordingStore.open(settings), Caches.open(settings))
+
+
+def arrivals_of(settings: DataSettings) -> ArrivalSource:
+    """Times of arrival of the settings' recordings, kept in their cache."""
+    return ArrivalSource(RecordingStore.open(settings), Caches.open(settings))
 
 
 def receiver(index: int) -> Receiver:

@@ -46,7 +46,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
     from heimdall_trainer.data.generator import generate
 
     settings = data_settings(tmp_path_factory.mktemp("recorded"))
-    generate(settings, **SESSIONS, report=lambda _: None)
+    generate(settings, **SESSIONS)
     return settings
 
 

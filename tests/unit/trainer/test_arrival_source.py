@@ -12,14 +12,14 @@ import torch
 
 from heimdall_api.types import DataSpec
 from heimdall_trainer.data.arrival_source import VALUES, ArrivalSource
-from heimdall_trainer.data.cache import CHECKSUM_BYTES, ENTRY_BYTES, TYPE, pack
+from heimdall_trainer.data.cache import CHECKSUM_BYTES, TYPE, pack
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.geo import to_local
 from heimdall_trainer.data.module import HeimdallDataModule
 from heimdall_trainer.data.recordings import UnreadableError
 from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.settings import DataSettings
-from tests.unit.trainer.builders import SESSIONS
+from tests.unit.trainer.builders import ENTRY_BYTES, SESSIONS, arrivals_of
 
 ARRIVAL_BYTES = SESSIONS["receivers"] * VALUES * TYPE.itemsize + CHECKSUM_BYTES
 
@@ -36,7 +36,7 @@ def sent(recorded: DataSettings) -> list[Transmission]:
 @pytest.fixture
 def source(recorded: DataSettings, tmp_path: Path) -> ArrivalSource:
     """A source with a cache of its own."""
-    return ArrivalSource.open(recorded.model_copy(update={"cache_dir": tmp_path}))
+    return arrivals_of(recorded.model_copy(update={"cache_dir": tmp_path}))
 
 
 def truly_later_m(transmission: Transmission) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_arrivals_are_estimated_once(
     first = source.get(sent[0])
     (file,) = cached(tmp_path)
     file.write_bytes(pack(first + 1))
-    other = ArrivalSource.open(recorded.model_copy(update={"cache_dir": tmp_path}))
+    other = arrivals_of(recorded.model_copy(update={"cache_dir": tmp_path}))
     for each in (source, other):
         assert np.array_equal(each.get(sent[0]), first + 1)
 
@@ -82,7 +82,7 @@ def test_a_cache_entry_that_is_broken_is_estimated_again(
 ) -> None:
     first = source.get(sent[0])
     cached(tmp_path)[0].write_bytes(content)
-    assert np.array_equal(ArrivalSource.open(recorded.model_copy(update={"cache_dir": tmp_path})).get(sent[0]), first)
+    assert np.array_equal(arrivals_of(recorded.model_copy(update={"cache_dir": tmp_path})).get(sent[0]), first)
 
 
 def test_other_receivers_or_another_carrier_are_not_taken_for_the_same(
@@ -103,14 +103,14 @@ def test_a_recording_that_is_missing_is_told(recorded: DataSettings, sent: list[
         update={"recordings_url": f"file:{tmp_path}/recordings", "cache_dir": tmp_path / "cache"}
     )
     with pytest.raises(UnreadableError, match="missing"):
-        ArrivalSource.open(settings).get(sent[0])
+        arrivals_of(settings).get(sent[0])
 
 
 def test_samples_hold_arrivals_beside_places_where_they_are_asked_for(recorded: DataSettings) -> None:
     without = HeimdallDataset.open(recorded)[0]["receivers"]
     dataset = HeimdallDataset.open(recorded, arrivals=True)
     assert torch.equal(dataset[0]["receivers"][:, :2], without)
-    expected = ArrivalSource.open(recorded).get(dataset.transmissions[0])
+    expected = arrivals_of(recorded).get(dataset.transmissions[0])
     assert np.array_equal(dataset[0]["receivers"][:, 2:].numpy(), expected)
     batch = collate([dataset[0], dataset[1]])
     assert tuple(batch["receivers"].shape) == (2, SESSIONS["receivers"], 4)

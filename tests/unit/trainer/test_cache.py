@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from heimdall_trainer.data import cache as module
-from heimdall_trainer.data.cache import ENTRY_BYTES, UNUSED_S, FolderCache, pack, unpack
+from heimdall_trainer.data.cache import UNUSED_S, FolderCache, pack, unpack
+from tests.unit.trainer.builders import ENTRY_BYTES
 
 
 def features(value: float) -> Any:

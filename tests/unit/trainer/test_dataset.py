@@ -7,7 +7,7 @@ import shutil
 import signal
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from heimdall_api.types import DataSpec
 from heimdall_trainer import group
 from heimdall_trainer.data import recordings
 from heimdall_trainer.data.arrival_source import ArrivalSource
 from heimdall_trainer.data.augment import Augmentation
-from heimdall_trainer.data.cache import ENTRY_BYTES, Caches, Features
+from heimdall_trainer.data.cache import Caches, Features
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
-from heimdall_trainer.data.features import FeatureSource, Problem, keep_readable
+from heimdall_trainer.data.features import FeatureSource, keep_readable
 from heimdall_trainer.data.geo import to_geographic
 from heimdall_trainer.data.module import HeimdallDataModule, digest_of
 from heimdall_trainer.data.recordings import Bucket, RecordingStore
@@ -33,7 +34,14 @@ from heimdall_trainer.data.split import Split
 from heimdall_trainer.errors import ConfigurationError, DataError
 from heimdall_trainer.settings import DataSettings
 from heimdall_trainer.termination import TerminatedError
-from tests.unit.trainer.builders import SESSIONS, DrawnFeatures, data_settings, transmission
+from tests.unit.trainer.builders import (
+    ENTRY_BYTES,
+    SESSIONS,
+    DrawnFeatures,
+    data_settings,
+    features_of,
+    transmission,
+)
 
 TRANSMISSIONS = SESSIONS["sessions"] * SESSIONS["transmissions_per_session"]
 PATIENCE_S = 30
@@ -58,6 +66,11 @@ def sent_of(settings: DataSettings) -> list[Transmission]:
         return database.transmissions(database.approved())
     finally:
         database.close()
+
+
+def left_out(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the log says of recordings that are left out."""
+    return [line for line in lines if line["event"] == "recording left out"]
 
 
 def data_file(settings: DataSettings, sent: Transmission, index: int) -> Path:
@@ -141,14 +154,14 @@ def test_a_batch_is_padded_to_its_largest_sample_and_says_so() -> None:
 
 
 def test_features_are_computed_once(mine: DataSettings) -> None:
-    source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
+    source, recording = features_of(mine), sent_of(mine)[0].recordings[0]
     first = source.get(recording)
     shutil.rmtree(Path(mine.recordings_url.removeprefix("file:")))
-    assert np.array_equal(FeatureSource.open(mine).get(recording), first)
+    assert np.array_equal(features_of(mine).get(recording), first)
 
 
 def test_features_of_other_content_scale_or_parameters_are_not_taken_for_the_same(mine: DataSettings) -> None:
-    source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
+    source, recording = features_of(mine), sent_of(mine)[0].recordings[0]
     first = source.get(recording)
     for other in (replace(recording, sha256="0" * 64), replace(recording, full_scale_dbm=-1.0)):
         assert source.check(other) is not None
@@ -159,7 +172,7 @@ def test_features_of_other_content_scale_or_parameters_are_not_taken_for_the_sam
 
 @pytest.mark.parametrize("content", [b"", b"cut short", bytes(ENTRY_BYTES), bytes(2 * ENTRY_BYTES)])
 def test_a_cache_entry_that_is_broken_is_computed_again(mine: DataSettings, content: bytes) -> None:
-    source, recording = FeatureSource.open(mine), sent_of(mine)[0].recordings[0]
+    source, recording = features_of(mine), sent_of(mine)[0].recordings[0]
     first = source.get(recording)
     (entry,) = mine.cache_dir.rglob("*.features")
     entry.write_bytes(content)
@@ -168,18 +181,19 @@ def test_a_cache_entry_that_is_broken_is_computed_again(mine: DataSettings, cont
 
 
 def test_recordings_that_can_not_be_read_are_reported_and_left_out(mine: DataSettings) -> None:
-    sent, problems = sent_of(mine), list[Problem]()
+    sent = sent_of(mine)
     data_file(mine, sent[0], 1).unlink()
     for index in range(SESSIONS["receivers"]):
         data_file(mine, sent[1], index).write_bytes(b"")
-    kept = keep_readable(sent, FeatureSource.open(mine), skip_limit=0.1, threads=2, report=problems.append)
+    with capture_logs() as lines:
+        kept = keep_readable(sent, features_of(mine), skip_limit=0.1, threads=2)
     assert [each.receiver.receiver_id for each in kept[0].recordings] == ["rx0", "rx2"]
     assert [item.id for item in kept] == [item.id for item in sent if item.id != sent[1].id]
-    assert [str(problem).split(":")[0] for problem in problems] == [
-        "session generated-7-000, transmission generated-7-000-0000, receiver rx1",
-        "session generated-7-000, transmission generated-7-000-0001, receiver rx0",
-        "session generated-7-000, transmission generated-7-000-0001, receiver rx1",
-        "session generated-7-000, transmission generated-7-000-0001, receiver rx2",
+    assert [(line["session"], line["transmission"], line["receiver"]) for line in left_out(lines)] == [
+        ("generated-7-000", "generated-7-000-0000", "rx1"),
+        ("generated-7-000", "generated-7-000-0001", "rx0"),
+        ("generated-7-000", "generated-7-000-0001", "rx1"),
+        ("generated-7-000", "generated-7-000-0001", "rx2"),
     ]
 
 
@@ -187,10 +201,10 @@ def test_a_recording_of_a_receiver_nobody_knows_the_place_of_is_reported_and_lef
     with sqlite3.connect(mine.database_url.get_secret_value().removeprefix("sqlite:///")) as database:
         database.execute("DELETE FROM receivers WHERE session_id = 'generated-7-000' AND receiver_id = 'rx1'")
     database.close()
-    problems = list[Problem]()
-    kept = keep_readable(sent_of(mine), FeatureSource.open(mine), skip_limit=0.1, threads=2, report=problems.append)
-    assert len(problems) == SESSIONS["transmissions_per_session"]
-    assert all("no row for this receiver" in problem.reason for problem in problems)
+    with capture_logs() as lines:
+        kept = keep_readable(sent_of(mine), features_of(mine), skip_limit=0.1, threads=2)
+    assert len(left_out(lines)) == SESSIONS["transmissions_per_session"]
+    assert all("no row for this receiver" in line["reason"] for line in left_out(lines))
     assert [each.receiver.receiver_id for each in kept[0].recordings] == ["rx0", "rx2"]
 
 
@@ -202,10 +216,10 @@ def test_a_recording_of_a_receiver_nobody_knows_the_place_of_is_reported_and_lef
 def test_a_transmission_that_came_from_nobody_knows_where_is_reported_and_left_out(lost: dict[str, Any]) -> None:
     sent = [transmission(number) for number in range(4)]
     sent[1] = replace(sent[1], **lost)
-    problems = list[Problem]()
-    kept = keep_readable(sent, DrawnFeatures(), skip_limit=0.25, threads=2, report=problems.append)
+    with capture_logs() as lines:
+        kept = keep_readable(sent, DrawnFeatures(), skip_limit=0.25, threads=2)
     assert [item.id for item in kept] == [item.id for item in sent if item is not sent[1]]
-    assert {str(problem).partition(", receiver")[0] for problem in problems} == {"session s1, transmission s1-0001"}
+    assert {(line["session"], line["transmission"]) for line in left_out(lines)} == {("s1", "s1-0001")}
     with pytest.raises(DataError, match="3 of 12 recordings can't be read"):
         keep_readable(sent, DrawnFeatures(), skip_limit=0.2, threads=2)
 
@@ -302,9 +316,9 @@ def test_a_recording_too_short_for_a_spectrogram_is_reported_as_such(recorded: D
     from heimdall_trainer.data.generator import generate
 
     settings = data_settings(tmp_path)
-    generate(settings, sessions=1, transmissions_per_session=1, receivers=1, samples=100, report=lambda _: None)
+    generate(settings, sessions=1, transmissions_per_session=1, receivers=1, samples=100)
     (recording,) = sent_of(settings)[0].recordings
-    assert FeatureSource.open(settings).check(recording) == "100 samples are too few: 543 are the least"
+    assert features_of(settings).check(recording) == "100 samples are too few: 543 are the least"
 
 
 def test_the_data_module_divides_by_session(recorded: DataSettings) -> None:

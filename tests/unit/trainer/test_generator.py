@@ -56,7 +56,7 @@ def stored(settings: DataSettings) -> list[Transmission]:
 
 
 def run(settings: DataSettings, **more: Any) -> int:
-    return generate(settings, **{**SMALL, **more}, report=lambda _: None)
+    return generate(settings, **{**SMALL, **more})
 
 
 def test_a_transmission_leaves_with_the_power_that_its_scene_allows() -> None:
@@ -210,11 +210,11 @@ def test_numbers_below_one_are_refused(tmp_path: Path, name: str) -> None:
         run(data_settings(tmp_path), **{name: 0})
 
 
-def test_progress_is_told_session_by_session(tmp_path: Path) -> None:
-    settings, lines = data_settings(tmp_path), list[str]()
-    generate(settings, **{**SMALL, "sessions": 1}, report=lines.append)
-    generate(settings, **SMALL, report=lines.append)
-    assert lines == [
+def test_progress_is_told_session_by_session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = data_settings(tmp_path)
+    run(settings, sessions=1)
+    run(settings)
+    assert capsys.readouterr().err.splitlines() == [
         "session 1 of 1: generated-7-000 made",
         "session 1 of 2: generated-7-000 is there",
         "session 2 of 2: generated-7-001 made",

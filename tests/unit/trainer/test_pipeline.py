@@ -768,7 +768,7 @@ def test_sessions_that_were_approved_or_withdrawn_meanwhile_change_nothing_in_a_
 ) -> None:
     run_id = bench.new_run()
     stop_in_mid_epoch(bench, localizer, run_id, monkeypatch)
-    generate(mine, **{**SESSIONS, "sessions": 10, "seed": 8}, report=lambda _: None)
+    generate(mine, **{**SESSIONS, "sessions": 10, "seed": 8})
     database = SessionStore.open(mine)
     database.set_status("generated-7-000", "rejected")
     database.close()
@@ -790,7 +790,7 @@ def test_a_run_whose_sessions_are_gone_does_not_go_on_without_them(
     run_id = bench.new_run()
     stop_in_mid_epoch(bench, localizer, run_id, monkeypatch)
     Path(mine.database_url.get_secret_value().removeprefix("sqlite:///")).unlink()
-    generate(mine, **{**SESSIONS, "seed": 8}, report=lambda _: None)
+    generate(mine, **{**SESSIONS, "seed": 8})
     with pytest.raises(DataError, match=r"no longer holds: generated-7-000, .*restore them, or begin a new run"):
         bench.train(localizer, run_id, attempt=2)
 

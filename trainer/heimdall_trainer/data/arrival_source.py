@@ -15,7 +15,6 @@ from heimdall_trainer.data.features import Problem, without
 from heimdall_trainer.data.geo import to_local
 from heimdall_trainer.data.recordings import RecordingStore, UnreadableError
 from heimdall_trainer.data.sessions import Receiver, Recording, Transmission
-from heimdall_trainer.settings import DataSettings
 
 KIND: Final = "arrivals"
 VERSION: Final = 1
@@ -43,11 +42,6 @@ class ArrivalSource:
         """
         self._store = store
         self._caches = caches
-
-    @classmethod
-    def open(cls, settings: DataSettings) -> ArrivalSource:
-        """The source that the settings name."""
-        return cls(RecordingStore.open(settings), Caches.open(settings))
 
     def prepare(
         self, transmissions: Sequence[Transmission], threads: int, beat: Callable[[], None] = lambda: None

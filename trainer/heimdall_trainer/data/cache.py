@@ -30,8 +30,6 @@ from heimdall_trainer.settings import DataSettings
 SUFFIX: Final = ".features"
 TYPE: Final = np.dtype("<f4")
 CHECKSUM_BYTES: Final = 32
-ENTRY_BYTES: Final = math.prod(SHAPE) * TYPE.itemsize + CHECKSUM_BYTES
-"""Size of an entry that holds the spectrograms of a recording."""
 TOUCH_AFTER_S: Final = 3600
 """How old a time of last use may be before a use renews it."""
 UNUSED_S: Final = 2 * TOUCH_AFTER_S

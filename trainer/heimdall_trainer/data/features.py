@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,6 @@ from heimdall_trainer.data.recordings import RecordingStore, UnreadableError
 from heimdall_trainer.data.sessions import Recording, Transmission
 from heimdall_trainer.data.spectrogram import DEFAULT_PARAMETERS, SHAPE, SpectrogramParameters, mel_spectrogram
 from heimdall_trainer.errors import DataError
-from heimdall_trainer.settings import DataSettings
 
 NAMED_PROBLEMS: Final = 10
 """How many unreadable recordings an error names; the log names all."""
@@ -49,11 +48,6 @@ class FeatureSource:
         self._store = store
         self._caches = caches
         self._parameters = parameters
-
-    @classmethod
-    def open(cls, settings: DataSettings) -> FeatureSource:
-        """The source that the settings name."""
-        return cls(RecordingStore.open(settings), Caches.open(settings))
 
     def get(self, recording: Recording) -> Features:
         """Spectrograms of a recording, shape (3, 128, 32), see mel_spectrogram.
@@ -111,9 +105,8 @@ def keep_readable(
     skip_limit: float,
     threads: int,
     beat: Callable[[], None] = lambda: None,
-    report: Callable[[Problem], None] | None = None,
 ) -> list[Transmission]:
-    """Compute the features of all recordings, and leave out those that can't be read.
+    """Compute the features of all recordings, and leave out those that can't be read, each of which the log names.
 
     Args:
         transmissions: What is to be trained on.
@@ -121,7 +114,6 @@ def keep_readable(
         skip_limit: Share of recordings that may be left out.
         threads: Recordings that are read side by side.
         beat: Is called after each recording, so that somebody hears that it goes on.
-        report: Is told of each recording that is left out; the log by default.
 
     Returns:
         The transmissions with the recordings that can be read; those with none are left out.
@@ -134,20 +126,16 @@ def keep_readable(
     unplaced = {problem.recording.object_key for problem in problems}
     others = [each for sent in transmissions for each in sent.recordings if each.object_key not in unplaced]
     problems += _find_problems(others, source, threads, beat)
-    return leave_out(transmissions, problems, skip_limit=skip_limit, report=report)
+    return leave_out(transmissions, problems, skip_limit=skip_limit)
 
 
 def leave_out(
-    transmissions: Sequence[Transmission],
-    problems: Sequence[Problem],
-    *,
-    skip_limit: float,
-    report: Callable[[Problem], None] | None = None,
+    transmissions: Sequence[Transmission], problems: Sequence[Problem], *, skip_limit: float
 ) -> list[Transmission]:
     """Leave out recordings that can't be used; see `keep_readable`, whose errors are raised."""
     every = [recording for transmission in transmissions for recording in transmission.recordings]
     for problem in problems:
-        (report or _warn)(problem)
+        _warn(problem)
     if len(problems) > skip_limit * len(every):
         named = "; ".join(str(problem) for problem in problems[:NAMED_PROBLEMS])
         raise DataError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -84,9 +83,8 @@ def generate(
     samples: int = 4096,
     seed: int = 7,
     scene: Scene | None = None,
-    report: Callable[[str], None] | None = None,
 ) -> int:
-    """Make approved sessions; those that are there already are left as they are.
+    """Make approved sessions, and tell of each on standard error; those that are there already are left as they are.
 
     Args:
         settings: Database and store to write to.
@@ -96,7 +94,6 @@ def generate(
         samples: Samples of a recording.
         seed: The same seed makes the same sessions.
         scene: The world they are made in.
-        report: Takes a line of progress; standard error by default.
 
     Returns:
         How many sessions were added.
@@ -113,24 +110,20 @@ def generate(
         receivers=receivers,
         samples=samples,
     )
-    tell = report or _print_line
     store, added = RecordingStore.open(settings), 0
     with closing(SessionStore.open(settings)) as database, ThreadPoolExecutor(settings.read_threads) as pool:
         database.create_schema()
         for number in range(sessions):
             new = _add_session(database, store, plan, number, pool)
             added += new
-            tell(f"session {number + 1} of {sessions}: {session_id(seed, number)} {'made' if new else 'is there'}")
+            found = f"{session_id(seed, number)} {'made' if new else 'is there'}"
+            print(f"session {number + 1} of {sessions}: {found}", file=sys.stderr, flush=True)
     return added
 
 
 def session_id(seed: int, number: int) -> str:
     """ID of a generated session."""
     return f"generated-{seed}-{number:03}"
-
-
-def _print_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _add_session(
