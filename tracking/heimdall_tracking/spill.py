@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from heimdall_tracking.files import whole
 from heimdall_tracking.points import Point, from_line
 
 FILE_BYTES: Final = 4 * 2**20
@@ -197,9 +198,8 @@ class Spill:
                 with file.path.open("rb") as stream:
                     stream.seek(file.read_bytes)
                     rest = stream.read(file.size - file.read_bytes)
-                fresh = file.path.with_suffix(".new")
-                fresh.write_bytes(rest)
-                fresh.replace(file.path)
+                with whole(file.path) as part:
+                    part.write_bytes(rest)
             except OSError:
                 pass  # Points that were delivered are delivered again: the server takes equal ones once.
         return self.waiting

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +27,7 @@ from heimdall_tracking.artifacts import Upload
 from heimdall_tracking.calls import Call
 from heimdall_tracking.checkpoints import Mode
 from heimdall_tracking.errors import TrackingError
+from heimdall_tracking.files import whole
 from heimdall_tracking.points import Point, to_lines
 from heimdall_tracking.redact import redact
 from heimdall_tracking.runs import FinalStatus
@@ -96,14 +96,8 @@ class Manifest(BaseModel):
         Raises:
             OSError: The disk takes nothing more.
         """
-        fresh = folder / f"{MANIFEST}.new"
-        try:
-            fresh.write_text(self.model_dump_json(indent=1, exclude_none=True))
-            fresh.replace(folder / MANIFEST)
-        except OSError:
-            with suppress(OSError):
-                fresh.unlink(missing_ok=True)
-            raise
+        with whole(folder / MANIFEST) as part:
+            part.write_text(self.model_dump_json(indent=1, exclude_none=True))
 
 
 @dataclass(frozen=True, kw_only=True)

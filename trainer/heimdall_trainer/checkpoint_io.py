@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, Final
 
 import structlog
 
+from heimdall_tracking.files import whole
+
 PIECE: Final = 16 * 2**20
 """So many bytes are written at a time."""
 
@@ -164,16 +166,13 @@ def save_whole(checkpoint: dict[str, Any], file: Path) -> None:
 
 @contextmanager
 def _whole(file: Path) -> Iterator[BinaryIO]:
-    """A file beside another one's place, which comes there once it is whole."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        with part.open("wb") as stream:
-            yield stream
-        part.replace(file)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        # Where writing fails, torch's own error says nothing of the disk, and the disk's nothing of the file.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
-            raise OSError(cause.errno, cause.strerror, str(file)) from None
-        raise
+    """A file to write to, which takes another one's place once it is whole."""
+    with whole(file) as part:
+        try:
+            with part.open("wb") as stream:
+                yield stream
+        except RuntimeError as error:
+            # Where writing fails, torch's own error says nothing of the disk.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

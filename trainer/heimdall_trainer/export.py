@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from heimdall_tracking.files import whole
 from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.errors import ExportError
 from heimdall_trainer.model.net import PLACE_VALUES
@@ -179,14 +179,9 @@ def _export(
     size = sum(each.numel() * each.element_size() for each in module.state_dict().values())
     if size > FILE_LIMIT_BYTES:
         raise ExportError(f"its {size / 2**30:.1f} GiB of weights are more than the 2 GiB that one ONNX file can hold")
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with _evaluated(module):
-            _write(module, example, interface, part)
-            differences = _verify(module, batches, interface, part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(file, shared=True) as part, _evaluated(module):
+        _write(module, example, interface, part)
+        differences = _verify(module, batches, interface, part)
     return Exported(file, differences)
 
 

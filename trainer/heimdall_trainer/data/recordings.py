@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from heimdall_tracking.files import whole
 from heimdall_tracking.pauses import doubling_s
 from heimdall_tracking.redact import redact
 from heimdall_trainer.data.sessions import Receiver, Recording
@@ -283,15 +283,9 @@ def open_objects(settings: DataSettings, url: str = "") -> ObjectStore:
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file beside its place and rename it, so that no process ever reads half of it; every user may read it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-        Path(name).chmod(READABLE)  # a temporary file is its owner's alone
-        Path(name).replace(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole(file, shared=True) as part:
+        part.write_bytes(content)
+        part.chmod(READABLE)
 
 
 def key_of(session_id: str, transmission_id: str, receiver_id: str) -> str:
