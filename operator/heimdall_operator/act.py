@@ -36,7 +36,7 @@ from heimdall_operator.observe import Observed, Podless, job_facts, pod_facts, r
 from heimdall_operator.overrides import refusals
 from heimdall_operator.store import Key, Store, owner_uid
 from heimdall_tracking.errors import is_refusal
-from heimdall_tracking.redact import redact
+from heimdall_tracking.redact import described, redact
 from heimdall_tracking.registry import ModelMissingError
 from heimdall_tracking.runs import FinalStatus, RunFacts
 
@@ -282,7 +282,7 @@ class Actor:
             log.warning(
                 "MLflow was away for too long: the run is left as it is",
                 run_id=observed.status.run_id,
-                error=redact(f"{type(error).__name__}: {error}"),
+                error=described(error),
             )
             facts = None
         if facts is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from heimdall_tracking.redact import redact
+from heimdall_tracking.redact import described
 
 SPOKEN: Final = frozenset(
     {"aiohttp", "heimdall_api", "heimdall_operator", "heimdall_tracking", "kubernetes", "mlflow", "requests", "urllib3"}
@@ -14,7 +14,7 @@ SPOKEN: Final = frozenset(
 
 def about(error: Exception) -> dict[str, Any]:
     """What a log line says of an error."""
-    return {"error": redact(f"{type(error).__name__}: {error}"), "exc_info": mistake(error)}
+    return {"error": described(error), "exc_info": mistake(error)}
 
 
 def mistake(error: Exception) -> Exception | None:

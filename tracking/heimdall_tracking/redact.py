@@ -37,6 +37,11 @@ def redact(text: object) -> str:
     return _WORD.sub(rf"\1\2{MASK}", _QUERY.sub(rf"\1{MASK}", _USERINFO.sub(f"{MASK}@", str(text))))
 
 
+def described(error: BaseException) -> str:
+    """An error for the log: of which kind it is, and what it says, without secrets."""
+    return redact(f"{type(error).__name__}: {error}")
+
+
 def names_secret(name: str) -> bool:
     """Whether a name, or a part of it between dots, says that what it names is a secret.
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Final
 import structlog
 
 from heimdall_tracking.files import whole
+from heimdall_tracking.redact import described
 
 PIECE: Final = 16 * 2**20
 """So many bytes are written at a time."""
@@ -143,8 +144,7 @@ def _take(checkpoint: dict[str, Any]) -> Snapshot | None:
     try:
         return Snapshot(checkpoint)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it, writing it tells
-        reason = f"{type(error).__name__}: {error}"
-        log.warning("a checkpoint can't be held in memory: training waits until it is written", reason=reason)
+        log.warning("a checkpoint can't be held in memory: training waits until it is written", reason=described(error))
         return None
 
 

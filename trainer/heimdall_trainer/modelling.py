@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from heimdall_api.contract import ONNX_FILE
-from heimdall_tracking.redact import redact
+from heimdall_tracking.redact import described
 from heimdall_trainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def log_module(tracker: MLflowTracker, module: Any, example: Any, *, folder: Pat
         except Exception as error:  # noqa: BLE001 - whatever the module expects of a batch, hours of training count more
             log.warning(
                 "the model is logged without signature and example: it does not take the first tensor of a batch",
-                error=f"{type(error).__name__}: {redact(error)}",
+                error=described(error),
             )
             example = None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from heimdall_api.contract import ONNX_FILE, PLOTS_DIR
-from heimdall_tracking.redact import redact
+from heimdall_tracking.redact import described
 from heimdall_tracking.waiting import in_time
 from heimdall_trainer.errors import ConfigurationError, ExportError
 from heimdall_trainer.imports import lightning_of
@@ -115,7 +115,7 @@ class Results:
             if self._localizer:
                 raise
             # A forward may need what training gives it; exported it will be when that is there.
-            log.warning("the ONNX export could not be rehearsed", error=f"{type(error).__name__}: {redact(error)}")
+            log.warning("the ONNX export could not be rehearsed", error=described(error))
 
     def _export(self, module: Any) -> Path:
         from heimdall_trainer.export import export_localizer, export_module
@@ -143,7 +143,7 @@ class Results:
             # Once more over the test split: it is small, and the metrics of a group lie in several processes.
             draw(predict(module.net, data.dataset(data.split.test)), history, folder)
         except Exception as error:  # noqa: BLE001 - they are for people: a training is no failure without them
-            log.warning("no plots were made", error=f"{type(error).__name__}: {redact(error)}")
+            log.warning("no plots were made", error=described(error))
             return None
         return folder
 
@@ -153,7 +153,7 @@ class Results:
         try:
             return in_time(lambda: loss_history(client, run_id), HISTORY_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other plots
-            log.warning("no loss curves are drawn", error=f"{type(error).__name__}: {redact(error)}")
+            log.warning("no loss curves are drawn", error=described(error))
             return {}
 
     def _log_model(self, module: Any, data: Any, onnx: Path | None) -> None:
@@ -199,8 +199,7 @@ def _batch_of(module: Any, data: Any) -> Any:
         return next(iter((data if data is not None else module).train_dataloader()))
     except Exception as error:  # noqa: BLE001 - an example is no reason to lose what hours have made
         log.warning(
-            "the training's data can't be read after it, so no example is taken from them",
-            error=f"{type(error).__name__}: {redact(error)}",
+            "the training's data can't be read after it, so no example is taken from them", error=described(error)
         )
         return None
 
@@ -217,5 +216,5 @@ def _single_array(batch: Any) -> Any:
         # bfloat16 is nothing that numpy knows.
         return (row.float() if row.dtype == torch.bfloat16 else row).numpy()
     except Exception as error:  # noqa: BLE001 - an example is no reason to lose what hours have made
-        log.warning("no example is taken from a batch", error=f"{type(error).__name__}: {redact(error)}")
+        log.warning("no example is taken from a batch", error=described(error))
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heimdall_tracking.redact import names_secret, redact
+from heimdall_tracking.redact import described, names_secret, redact
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,8 @@ def test_names_of_secrets_are_known(name: str) -> None:
 )
 def test_names_that_only_resemble_one_are_not(name: str) -> None:
     assert not names_secret(name)
+
+
+def test_an_error_is_described_by_its_kind_and_words_without_secrets() -> None:
+    error = ConnectionError("http://alice:hunter2@mlflow is away")
+    assert described(error) == "ConnectionError: http://***@mlflow is away"

@@ -22,7 +22,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from heimdall_tracking.redact import redact
+from heimdall_tracking.redact import described, redact
 from heimdall_trainer.data.recordings import write_whole
 from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.settings import DataSettings
@@ -324,8 +324,7 @@ class RedisCache:
         self._alone_until |= dict.fromkeys(commands, time.monotonic() + self._pause_s)
         if event not in self._told:
             self._told.add(event)
-            error_text = redact(f"{type(error).__name__}: {error}")
-            log.warning(event, commands=commands, server=redact(self._url), error=error_text)
+            log.warning(event, commands=commands, server=redact(self._url), error=described(error))
 
     def _client(self) -> Any:
         if self._made is None:
