@@ -82,24 +82,31 @@ def is_permanent(error: BaseException) -> bool:
 
 def refusal_of(error: BaseException) -> Refusal | None:
     """The refusal that an error of an upload tells of; None where trying again may help."""
-    status = next((found for each in _causes(error) if (found := _status(each)) is not None), None)
+    status = status_of(error)
     if status not in REMEDIES:
         return None
     text = " ".join(redact(error).split())
     return Refusal(HTTPStatus(status), text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what has led to it; urllib says that in an attribute of its own."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        reason = getattr(error, "reason", None)
+        error = reason if isinstance(reason, BaseException) else error.__cause__ or error.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """HTTP status of the answer that has led to an error, or None where none has."""
+    return next((found for each in causes(error) if (found := _status(each)) is not None), None)
 
 
 def _status(error: BaseException) -> int | None:
-    """HTTP status of the answer that an error is about: one of requests, of the S3 client, or of MLflow."""
+    """HTTP status of the answer that an error is about: one of requests, of the S3 client, of urllib, or of MLflow."""
     answer: Any = getattr(error, "response", None)
     if isinstance(answer, dict):
         answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        answer = getattr(answer, "status_code", None)
+        answer = getattr(answer, "status_code", getattr(error, "code", None))
     return answer if isinstance(answer, int) else STATUS_OF.get(getattr(error, "error_code", ""))

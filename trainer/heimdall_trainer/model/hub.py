@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
-from collections.abc import Collection, Iterator
-from typing import Any, Final
+from collections.abc import Collection
+from typing import Final
+
+from heimdall_tracking.errors import causes, status_of
 
 AGAIN: Final = frozenset({408, 425, 429})
 """HTTP statuses below 500 that ask for another try."""
@@ -21,28 +23,14 @@ def is_away(error: BaseException) -> bool:
 
     The hub's library, timm and torch each wrap the errors of another HTTP library: what was wrapped tells.
     """
-    causes = list(_causes(error))
-    if any(isinstance(each, ssl.SSLCertVerificationError) or _is(each, {"OfflineModeIsEnabled"}) for each in causes):
+    chain = list(causes(error))
+    if any(isinstance(each, ssl.SSLCertVerificationError) or _is(each, {"OfflineModeIsEnabled"}) for each in chain):
         return False
-    status = next((found for each in causes if (found := _status(each)) is not None), None)
+    status = status_of(error)
     if status is not None:
         return status >= http.client.INTERNAL_SERVER_ERROR or status in AGAIN
     kinds = (ConnectionError, TimeoutError, socket.gaierror, http.client.HTTPException)
-    return any(isinstance(each, kinds) or _is(each, BROKEN) for each in causes)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and what has led to it; urllib says that in an attribute of its own."""
-    while error is not None:
-        yield error
-        reason = getattr(error, "reason", None)
-        error = reason if isinstance(reason, BaseException) else error.__cause__ or error.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    """HTTP status of the answer that an error is about."""
-    found: Any = getattr(getattr(error, "response", None), "status_code", getattr(error, "code", None))
-    return found if isinstance(found, int) else None
+    return any(isinstance(each, kinds) or _is(each, BROKEN) for each in chain)
 
 
 def _is(error: BaseException, names: Collection[str]) -> bool:
