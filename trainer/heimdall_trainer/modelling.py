@@ -51,12 +51,13 @@ def log_localizer(
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    from heimdall_trainer.data.spectrogram import SHAPE
     from heimdall_trainer.serving import Localizer
 
     def tensor(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(np.dtype("float32"), shape, name)
 
-    inputs = Schema([tensor("spectrograms", -1, -1, 3, 128, 32), tensor("receivers", -1, -1, net.receiver_values)])
+    inputs = Schema([tensor("spectrograms", -1, -1, *SHAPE), tensor("receivers", -1, -1, net.receiver_values)])
     outputs = Schema([tensor("position", -1, 2), tensor("sigma", -1, 2)])
 
     def save(place: str, model: Any) -> None:

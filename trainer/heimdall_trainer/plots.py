@@ -12,13 +12,13 @@ from typing import Any, Final, ParamSpec
 import numpy as np
 
 from heimdall_trainer.evaluation import Predictions
-from heimdall_trainer.model.metrics import ellipse_bound
+from heimdall_trainer.model import metrics
 
 PANELS: Final = 4
 """Sessions that the error map shows: those with the most transmissions."""
 DPI: Final = 150
 LEVELS: Final = np.linspace(0.01, 0.99, 99)
-MARKED: Final = (0.6827, 0.9545)
+MARKED: Final = tuple(metrics.LEVELS.values())
 """Levels of one and two standard deviations on a line, which the metrics are named after."""
 CHANCE_Z: Final = 1.96
 """The band that chance alone stays within 95 % of the time, in standard deviations of a share."""
@@ -96,7 +96,7 @@ def error_map(predictions: Predictions, file: Path) -> Path:
 def calibration(predictions: Predictions, file: Path) -> Path:
     """How many true places the ellipses of each nominal level hold."""
     squares = predictions.squares
-    observed = [float((squares <= ellipse_bound(level)).mean()) for level in LEVELS]
+    observed = [float((squares <= metrics.ellipse_bound(level)).mean()) for level in LEVELS]
     chance = CHANCE_Z * np.sqrt(LEVELS * (1 - LEVELS) / len(squares))
     figure = _figure(5.6, 5.8)
     panel = figure.subplots()
@@ -112,7 +112,7 @@ def calibration(predictions: Predictions, file: Path) -> Path:
     )
     panel.plot(LEVELS, observed, color=PREDICTED, linewidth=2, label="observed")
     for level in MARKED:
-        share = float((squares <= ellipse_bound(level)).mean())
+        share = float((squares <= metrics.ellipse_bound(level)).mean())
         marker = "o" if level == MARKED[0] else "s"
         label = f"{100 * share:.0f} % within the {100 * level:.0f} % ellipse"
         panel.plot(level, share, marker, color=PREDICTED, markersize=8, label=label, clip_on=False, zorder=4)
@@ -148,7 +148,7 @@ def _session(panel: Any, predictions: Predictions, session: str) -> None:
     truth, said, sigma = predictions.truth[mine], predictions.position[mine], predictions.sigma[mine]
     receivers = np.unique(np.concatenate([predictions.receivers[index] for index in mine]), axis=0)
     for place, spread in zip(said, sigma, strict=True):
-        size = 2 * math.sqrt(ellipse_bound(MARKED[0])) * spread
+        size = 2 * math.sqrt(metrics.ellipse_bound(MARKED[0])) * spread
         panel.add_patch(Ellipse(place, *size, facecolor=PREDICTED, alpha=0.08, linewidth=0))
     for true, place in zip(truth, said, strict=True):
         panel.plot(*np.stack([true, place]).T, color="#999999", linewidth=0.9, zorder=2)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from heimdall_api.types import DataSpec
-from heimdall_trainer.data.arrival_source import VALUES, ArrivalSource
+from heimdall_trainer.data.arrival_source import ArrivalSource
+from heimdall_trainer.data.arrivals import ARRIVAL_VALUES
 from heimdall_trainer.data.cache import CHECKSUM_BYTES, TYPE, pack
 from heimdall_trainer.data.dataset import HeimdallDataset, collate
 from heimdall_trainer.data.geo import to_local
@@ -21,7 +22,7 @@ from heimdall_trainer.data.sessions import SessionStore, Transmission
 from heimdall_trainer.settings import DataSettings
 from tests.unit.trainer.builders import ENTRY_BYTES, SESSIONS, arrivals_of
 
-ARRIVAL_BYTES = SESSIONS["receivers"] * VALUES * TYPE.itemsize + CHECKSUM_BYTES
+ARRIVAL_BYTES = SESSIONS["receivers"] * ARRIVAL_VALUES * TYPE.itemsize + CHECKSUM_BYTES
 
 
 @pytest.fixture

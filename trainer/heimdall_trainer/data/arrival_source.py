@@ -9,7 +9,7 @@ import numpy as np
 import structlog
 
 from heimdall_trainer.data import physics
-from heimdall_trainer.data.arrivals import estimate_arrivals
+from heimdall_trainer.data.arrivals import ARRIVAL_VALUES, estimate_arrivals
 from heimdall_trainer.data.cache import Caches, Features, key_of
 from heimdall_trainer.data.features import Problem, without
 from heimdall_trainer.data.geo import to_local
@@ -19,8 +19,6 @@ from heimdall_trainer.data.sessions import Receiver, Recording, Transmission
 KIND: Final = "arrivals"
 VERSION: Final = 1
 """Raised when the computation or one of its constants changes; part of the key."""
-VALUES: Final = 2
-"""Of each receiver: how much later, and how sure that is."""
 REPORT_EVERY: Final = 200
 """Transmissions between two lines of progress."""
 
@@ -97,7 +95,7 @@ class ArrivalSource:
             UnreadableError: A recording can't be read.
             ConnectionError: The store does not answer.
         """
-        shape = (len(transmission.recordings), VALUES)
+        shape = (len(transmission.recordings), ARRIVAL_VALUES)
         return self._caches.get(_key(transmission), shape, lambda: self._estimate(transmission))
 
     def _estimate(self, transmission: Transmission) -> Features:

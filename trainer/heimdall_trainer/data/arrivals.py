@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from heimdall_trainer.data import physics
 
+ARRIVAL_VALUES: Final = 2
+"""Of each receiver: how much later, and how sure that is."""
 EDGE: Final = 64
 """Samples at both ends that are faded out, so that nothing enters or leaves while signals are moved."""
 LARGEST_OFFSET_HZ: Final = 10e3

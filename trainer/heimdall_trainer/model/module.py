@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from heimdall_trainer import group
 from heimdall_trainer.data.dataset import Sample
+from heimdall_trainer.data.spectrogram import SHAPE
 from heimdall_trainer.model.losses import loss_by_name
 from heimdall_trainer.model.metrics import MeanLoss, PositionMetrics
 from heimdall_trainer.model.net import LocalizationNet
@@ -68,7 +69,7 @@ class LocalizationModule(L.LightningModule):
         self.save_hyperparameters(ignore=["weights", "resumed"])
         fetched = pretrained and not resumed
         self.net = LocalizationNet(backbone, fetched, freeze_backbone, weights=weights, arrivals=arrivals)
-        self.example_input_array = (torch.zeros(1, 2, 3, 128, 32), torch.zeros(1, 2, self.net.receiver_values))
+        self.example_input_array = (torch.zeros(1, 2, *SHAPE), torch.zeros(1, 2, self.net.receiver_values))
         self._loss = loss_by_name(loss)
         self._learning_rate = learning_rate
         self._weight_decay = weight_decay

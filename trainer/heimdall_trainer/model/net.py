@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from heimdall_trainer.data.arrivals import ARRIVAL_VALUES
 from heimdall_trainer.data.spectrogram import BANDS, CHANNELS, FRAMES
 from heimdall_trainer.errors import ConfigurationError
 from heimdall_trainer.model.hub import is_away
@@ -29,8 +30,6 @@ PLACE_VALUES: Final = 2
 """East and north."""
 LEVEL_VALUES: Final = 2
 """Mean and peak of a spectrogram."""
-ARRIVAL_VALUES: Final = 2
-"""How much later, and how sure that is."""
 LEAST_SIGMA_M: Final = 0.1
 """Standard deviation of an arrival below which nothing more is gained, and the least of a place that is known by it."""
 FIX_VALUES: Final = 7
