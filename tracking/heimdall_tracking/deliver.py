@@ -86,7 +86,7 @@ def _check(folder: Path) -> None:
 
 def _read_manifest(folder: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_text())
+        return Manifest.read(folder)
     except (OSError, ValueError) as error:
         raise TrackingError(f"{folder / MANIFEST} can't be read: {type(error).__name__}") from None
 

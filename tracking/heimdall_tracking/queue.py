@@ -239,10 +239,10 @@ class MetricQueue:
             spill = self._to_be_read()
             if spill is None:
                 return
-            ahead = spill.ahead(self._half)
+            parts = spill.read_ranges(self._half)
         spill.remove()
         try:
-            found = read(ahead)
+            found = read(parts)
         except OSError as error:
             log.warning("metrics that wait on disk can't be read; trying again", error=error.strerror or str(error))
             with self._changed:
@@ -335,7 +335,7 @@ class MetricQueue:
     def _append(self, spill: Spill, lines: bytes, part: deque[Point]) -> None:
         spill.prepare()
         with self._changed:
-            place = spill.behind(len(lines))
+            place = spill.write_slot(len(lines))
         size = count = 0
         try:
             write(place, lines)

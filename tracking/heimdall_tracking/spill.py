@@ -42,7 +42,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Behind:
+class WriteSlot:
     """Where points are written next."""
 
     file: File
@@ -51,21 +51,24 @@ class Behind:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class ReadRange:
     """Where points lie that are read next."""
 
     file: File
     start: int
+    """Byte of the file at which they begin."""
     count: int
+    """How many they are."""
 
 
 @dataclass(frozen=True)
-class Found:
+class ReadResult:
     """What was read of them."""
 
-    ahead: Ahead
+    part: ReadRange
     points: list[Point]
     end: int
+    """Byte of the file behind them."""
 
 
 class Spill:
@@ -112,7 +115,7 @@ class Spill:
         if self._folder is None:
             self._folder = self._make_folder()
 
-    def behind(self, size: int) -> Behind:
+    def write_slot(self, size: int) -> WriteSlot:
         """Where so many bytes are to be written; `wrote` says what came of it.
 
         Raises:
@@ -121,9 +124,9 @@ class Spill:
         if sum(file.size for file in self._files) + size > self._limit_bytes:
             raise OSError(errno.ENOSPC, f"the bound of {self._limit_bytes} bytes is reached")
         self._writing = self._newest()
-        return Behind(self._writing, self._writing.size)
+        return WriteSlot(self._writing, self._writing.size)
 
-    def wrote(self, place: Behind, size: int, count: int) -> None:
+    def wrote(self, place: WriteSlot, size: int, count: int) -> None:
         """Count what was written; nothing of it counts where that failed, or is not wanted any more.
 
         Args:
@@ -135,23 +138,23 @@ class Spill:
         place.file.size += size
         place.file.points += count
 
-    def ahead(self, limit: int) -> list[Ahead]:
+    def read_ranges(self, limit: int) -> list[ReadRange]:
         """Where the oldest points lie, to be read; those that were taken before are no longer needed.
 
         Args:
             limit: Most points.
         """
         self._leave_read()
-        parts: list[Ahead] = []
+        parts: list[ReadRange] = []
         for file in self._files:
             count = min(limit - sum(part.count for part in parts), file.waiting)
             if not count:
                 break
-            parts.append(Ahead(file, file.read_bytes, count))
+            parts.append(ReadRange(file, file.read_bytes, count))
         self._reading = [part.file for part in parts]
         return parts
 
-    def take(self, found: Sequence[Found]) -> tuple[list[Point], int]:
+    def take(self, found: Sequence[ReadResult]) -> tuple[list[Point], int]:
         """Count points as read; what was to be read and is not among them waits as before.
 
         Returns:
@@ -159,10 +162,10 @@ class Spill:
         """
         self._reading = []
         for each in found:
-            each.ahead.file.read_bytes = each.end
-            each.ahead.file.read_points += each.ahead.count
+            each.part.file.read_bytes = each.end
+            each.part.file.read_points += each.part.count
         points = [point for each in found for point in each.points]
-        return points, sum(each.ahead.count for each in found) - len(points)
+        return points, sum(each.part.count for each in found) - len(points)
 
     def oldest(self) -> File | None:
         """Take the oldest file that is in nobody's hands out of the row; it is to be removed without the lock.
@@ -223,7 +226,7 @@ class Spill:
             self._needless.append(self._files.popleft().path)
 
 
-def write(place: Behind, lines: bytes) -> None:
+def write(place: WriteSlot, lines: bytes) -> None:
     """Write lines where they belong, all of them or none; without the lock.
 
     Raises:
@@ -238,19 +241,19 @@ def write(place: Behind, lines: bytes) -> None:
         raise
 
 
-def _cut(place: Behind) -> None:
+def _cut(place: WriteSlot) -> None:
     """Take half a write back. Where that fails too, the next write does it, and a reader stops before it."""
     with suppress(OSError), place.file.path.open("r+b") as stream:
         stream.truncate(place.end)
 
 
-def read(parts: Sequence[Ahead]) -> list[Found]:
+def read(parts: Sequence[ReadRange]) -> list[ReadResult]:
     """Read what lies ahead; without the lock.
 
     Raises:
         OSError: The oldest can't be read now.
     """
-    found: list[Found] = []
+    found: list[ReadResult] = []
     for part in parts:
         try:
             found.append(_read(part))
@@ -261,7 +264,7 @@ def read(parts: Sequence[Ahead]) -> list[Found]:
     return found
 
 
-def _read(part: Ahead) -> Found:
+def _read(part: ReadRange) -> ReadResult:
     """Points of a file; what are no points is left out, as are all those of a lost file.
 
     Raises:
@@ -280,4 +283,4 @@ def _read(part: Ahead) -> Found:
                     points.append(point)
     except FileNotFoundError:
         points = []
-    return Found(part, points, end)
+    return ReadResult(part, points, end)

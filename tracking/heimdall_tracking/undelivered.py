@@ -90,6 +90,16 @@ class Manifest(BaseModel):
     status: FinalStatus | None = None
     """How the run ended, where that could not be told."""
 
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The one that lies in a folder.
+
+        Raises:
+            OSError: There is none, or it can't be read.
+            ValueError: It is none of this version.
+        """
+        return cls.model_validate_json((folder / MANIFEST).read_text())
+
     def write(self, folder: Path) -> None:
         """Write it into its folder, whole or not at all.
 
@@ -325,7 +335,7 @@ def folder_of_checkpoints(wanted: Path, run_id: str) -> Path | None:
     beside = wanted.parent.iterdir() if wanted.parent.is_dir() else ()
     for folder in sorted(each for each in beside if re.fullmatch(rf"{re.escape(wanted.name)}(-\d+)?", each.name)):
         try:
-            manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
+            manifest = Manifest.read(folder)
         except (OSError, ValueError):
             continue
         if manifest.run_id == run_id and manifest.checkpoints:

@@ -22,7 +22,7 @@ from heimdall_tracking import queue as queue_module
 from heimdall_tracking import spill as spill_module
 from heimdall_tracking.points import Point, from_line, to_lines
 from heimdall_tracking.queue import BATCH, MetricQueue
-from heimdall_tracking.spill import PATTERN, Ahead, Behind, Found, Spill
+from heimdall_tracking.spill import PATTERN, ReadRange, ReadResult, Spill, WriteSlot
 from tests.unit.tracking.fakes import PATIENCE_S, AwayError, RefusedError, Server, in_thread, join, points
 
 MEMORY = 20
@@ -37,7 +37,7 @@ def append_to(spill: Spill, added: Sequence[Point]) -> None:
     """As the queue does it."""
     lines = to_lines(added)
     spill.prepare()
-    place, written = spill.behind(len(lines)), False
+    place, written = spill.write_slot(len(lines)), False
     try:
         spill_module.write(place, lines)
         written = True
@@ -47,9 +47,9 @@ def append_to(spill: Spill, added: Sequence[Point]) -> None:
 
 def read_from(spill: Spill, limit: int) -> tuple[list[Point], int]:
     """As the queue does it."""
-    ahead = spill.ahead(limit)
+    parts = spill.read_ranges(limit)
     spill.remove()
-    return spill.take(spill_module.read(ahead))
+    return spill.take(spill_module.read(parts))
 
 
 def files(folder: Path) -> list[Path]:
@@ -405,7 +405,7 @@ def test_what_can_not_be_read_for_a_moment_is_delivered_later_in_order(
     put_each(queue, range(1, 200))
     refused, whole_read = threading.Event(), spill_module._read
 
-    def refuse_once(part: Ahead) -> Found:
+    def refuse_once(part: ReadRange) -> ReadResult:
         if not refused.is_set():
             refused.set()
             raise OSError(errno.EMFILE, "Too many open files")
@@ -427,7 +427,7 @@ class SlowDisk:
         self.reading, self.free = threading.Event(), threading.Event()
         whole_read = spill_module._read
 
-        def read(part: Ahead) -> Found:
+        def read(part: ReadRange) -> ReadResult:
             self.reading.set()
             assert self.free.wait(PATIENCE_S)
             return whole_read(part)
@@ -480,7 +480,7 @@ def test_a_closed_queue_leaves_the_disk_to_who_has_closed_it(tmp_path: Path, mon
     queue._head.clear()
     assert on_disk(tmp_path)
     looked: list[int] = []
-    monkeypatch.setattr(queue._spill, "ahead", looked.append)
+    monkeypatch.setattr(queue._spill, "read_ranges", looked.append)
 
     queue._read_back()
 
@@ -580,7 +580,7 @@ class HangingDisk:
                 self.wait()
             return folder
 
-        def write(place: Behind, lines: bytes) -> None:
+        def write(place: WriteSlot, lines: bytes) -> None:
             if where == "write":
                 self.wait()
             spill_module.write(place, lines)
