@@ -245,6 +245,7 @@ class Cluster(World):
 
     def orphan(self, job: str) -> None:
         """A Job is deleted without its pods: what it alone would have told of them, nobody tells any more."""
+        self._count_released(self.jobs[job])
         for name, pod in self.pods.items():
             if pod["metadata"]["labels"][JOB_NAME] == job:
                 self.could_be[attempt_of(pod)].add("Preempted")
@@ -269,7 +270,7 @@ class Cluster(World):
         self.sync()
 
     def _count_released(self, job: dict[str, Any]) -> None:
-        """A Job that was held and fails all the same has ended as its pods did, also those that it had let go."""
+        """Where a Job that was held fails all the same, or is gone, its pods tell how they ended, also those let go."""
         for name, pod in self.pods_of(job).items():
             state = pod["status"].get("containerStatuses", [{}])[0].get("state", {})
             if name in self.released and "terminated" in state and state["terminated"]["exitCode"]:

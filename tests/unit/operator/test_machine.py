@@ -537,6 +537,16 @@ def test_a_pod_whose_job_was_deleted_without_it_may_train_to_its_end(life: Life)
     assert (life._status()["phase"], life._status()["attempt"]) == ("Succeeded", 1)
 
 
+def test_a_pod_that_lost_its_job_after_that_was_held_ended_as_it_did(life: Life) -> None:
+    life.jobs_are_suspended(suspend=True)
+    life.pods_end("crash", only=None)
+    life.somebody_deletes_the_jobs(pods_stay=True)
+    life.operator_looks(0)
+
+    life.the_status_is_sound()
+    assert life.reasons == {1: "Unknown"}
+
+
 def test_jobs_of_earlier_attempts_do_not_use_up_a_namespaces_quota(life: Life) -> None:
     life.world.most_jobs = 3
     for _ in range(6):
