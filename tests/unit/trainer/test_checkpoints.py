@@ -514,6 +514,8 @@ class Training:
     """As much of Lightning's trainer as a checkpoint is made of."""
 
     global_step, current_epoch, is_global_zero, is_last_batch = 1, 0, True, False
+    progress = SimpleNamespace(total=SimpleNamespace(processed=1))
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
 
     def __init__(self, on_save: Callable[[], None] = lambda: None) -> None:
         self.strategy = SimpleNamespace(checkpoint_io=SimpleNamespace())

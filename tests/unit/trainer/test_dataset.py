@@ -117,7 +117,7 @@ def test_a_session_that_was_withdrawn_can_be_taken_all_the_same(mine: DataSettin
 def test_a_rate_that_was_changed_is_told_though_the_features_are_in_the_cache(mine: DataSettings) -> None:
     sent = HeimdallDataset.open(mine).transmissions[0].recordings[0]
     wrong = replace(sent, sample_rate_hz=2 * sent.sample_rate_hz)
-    source = FeatureSource.open(mine)
+    source = FeatureSource(RecordingStore.open(mine), Caches.open(mine))
     assert source.check(sent) is None
     assert source.check(wrong) is not None
 
