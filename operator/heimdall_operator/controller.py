@@ -1,4 +1,7 @@
-"""The controller: looks at one TrainingRun after another, deciding and acting until nothing is left to do."""
+"""The controller: reconciles one TrainingRun after another, deciding and acting until nothing is left to do.
+
+One reconciliation is called a look.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +125,7 @@ class Controller:
         """What was observed before a write whose answer was lost: it may have been made."""
         self._events: deque[_WaitingEvent] = deque(maxlen=EVENTS_LIMIT)
         self._has_events = asyncio.Event()
-        self._last_look = self._last_end = time.monotonic()
+        self._last_reconciled = self._last_end = time.monotonic()
 
     # --- tasks that run as long as the operator ------------------------------------------------------------------
 
@@ -131,10 +134,10 @@ class Controller:
         while True:
             key = await self.queue.get()
             try:
-                await self._look_safely(key)
+                await self._reconcile_safely(key)
             finally:
                 self.queue.done(key)
-                self._last_look = self._last_end = time.monotonic()
+                self._last_reconciled = self._last_end = time.monotonic()
 
     async def resync(self, every_s: float) -> None:
         """List everything anew every few minutes, in case an event was missed."""
@@ -166,7 +169,7 @@ class Controller:
         self.store.replace(resources, jobs, pods, before)
         for key in dict.fromkeys([*self.store.known(), *self._remembered()]):
             self.queue.add(key)
-        self._last_look = time.monotonic()
+        self._last_reconciled = time.monotonic()
 
     def _remembered(self) -> list[Key]:
         """Runs of which something is remembered: a look at one whose end no watch has told of forgets it."""
@@ -252,7 +255,7 @@ class Controller:
         # A long queue is no reason to begin it anew, as long as it moves: its length has an alert of its own.
         if self.queue.oldest_wait_s > STUCK_AFTER_S and time.monotonic() - self._last_end > STILL_AFTER_S:
             return f"a TrainingRun has waited for {self.queue.oldest_wait_s:.0f} s to be looked at"
-        silence = time.monotonic() - self._last_look
+        silence = time.monotonic() - self._last_reconciled
         if silence > resync_s + STUCK_AFTER_S:
             return f"nothing was looked at for {silence:.0f} s"
         return None
@@ -263,13 +266,13 @@ class Controller:
 
     # --- one look ------------------------------------------------------------------------------------------------
 
-    async def _look_safely(self, key: Key) -> None:
+    async def _reconcile_safely(self, key: Key) -> None:
         known = self.store.get(key)
         uid = known["metadata"]["uid"] if known is not None else None
         with structlog.contextvars.bound_contextvars(namespace=key.namespace, trainingrun=key.name, uid=uid):
             try:
-                with metrics.LOOK_SECONDS.time():
-                    again_s = await self.look(key)
+                with metrics.RECONCILE_SECONDS.time():
+                    again_s = await self.reconcile(key)
             except ConflictError as error:
                 # Something changed since it was observed: read it and look again.
                 log.debug("observed state was out of date", error=str(error))
@@ -287,7 +290,7 @@ class Controller:
                 if again_s is not None:
                     self.queue.add_later(key, again_s)
 
-    async def look(self, key: Key) -> float | None:
+    async def reconcile(self, key: Key) -> float | None:
         """Look at one TrainingRun until nothing is left to do.
 
         Args:
@@ -317,8 +320,8 @@ class Controller:
             elif decision.status != observed.status or self._refused_s_left(observed) == 0:
                 observed = await self._write(decision.status, observed)
             else:
-                return _sooner(decision.look_again_s, self._refused_s_left(observed))
-        log.error("a look did not settle", steps=STEP_LIMIT)
+                return _sooner(decision.requeue_after_s, self._refused_s_left(observed))
+        log.error("a reconciliation did not settle", steps=STEP_LIMIT)
         return STEP_LIMIT
 
     def _observe(self, key: Key, resource: Manifest) -> Observed:

@@ -89,7 +89,7 @@ class Decision:
     """In order; after them, decide again."""
     status: TrainingRunStatus
     """The status that holds now: written when there is no action, or when an action could not be carried out."""
-    look_again_s: float | None = None
+    requeue_after_s: float | None = None
     """Look again after this many seconds even if nothing happens."""
 
 
@@ -112,7 +112,7 @@ def decide(observed: Observed, now: datetime) -> Decision:
     decision = _live(observed, now)
     if not _keeps_logs(observed):
         return decision
-    return replace(decision, look_again_s=min(decision.look_again_s or KEPT_POLL_S, KEPT_POLL_S))
+    return replace(decision, requeue_after_s=min(decision.requeue_after_s or KEPT_POLL_S, KEPT_POLL_S))
 
 
 def _live(observed: Observed, now: datetime) -> Decision:

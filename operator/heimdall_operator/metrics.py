@@ -39,11 +39,11 @@ ATTEMPTS: Final = Counter("heimdall_attempts", "Attempts that ended, by reason",
 for _reason in Reason:
     # Prometheus sees an increase from a series' second sample on: the first attempt would not count.
     ATTEMPTS.labels(_reason)
-LOOK_SECONDS: Final = Histogram(
-    "heimdall_look_seconds", "Time of one look at a TrainingRun", buckets=_CALLS_S, registry=REGISTRY
+RECONCILE_SECONDS: Final = Histogram(
+    "heimdall_reconcile_seconds", "Time of one reconciliation of a TrainingRun", buckets=_CALLS_S, registry=REGISTRY
 )
 ERRORS: Final = Counter(
-    "heimdall_errors", "Looks and readings that failed, by what failed", ["what"], registry=REGISTRY
+    "heimdall_errors", "Reconciliations and readings that failed, by what failed", ["what"], registry=REGISTRY
 )
 MLFLOW_SECONDS: Final = Histogram(
     "heimdall_mlflow_seconds", "Time of one call of MLflow", ["call"], buckets=_CALLS_S, registry=REGISTRY

@@ -427,7 +427,7 @@ class Process:
                 assert self.process.poll() is None, "the operator ended"
                 time.sleep(0.05)
                 continue
-            now = metric(text, "heimdall_look_seconds_count")
+            now = metric(text, "heimdall_reconcile_seconds_count")
             if metric(text, "heimdall_queue_depth") == 0 and now == looks and now > 0:
                 return
             looks = now

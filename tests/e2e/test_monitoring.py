@@ -31,7 +31,7 @@ def test_metrics_and_logs_tell_of_the_run(release: Cluster, name: str) -> None:
     for metric in (
         'heimdall_trainingruns{phase="Succeeded",reason="Completed"}',
         'heimdall_attempts_total{reason="Completed"}',
-        "heimdall_look_seconds_bucket",
+        "heimdall_reconcile_seconds_bucket",
         'heimdall_mlflow_seconds_count{call="register"}',
         "heimdall_queue_depth",
     ):

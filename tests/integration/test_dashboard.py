@@ -45,7 +45,7 @@ def work() -> None:
     metrics.JOB_SECONDS.observe(0.2)
     metrics.FIRST_STEP_SECONDS.observe(20)
     metrics.ATTEMPTS.labels(Reason.NODE_LOST).inc()
-    metrics.LOOK_SECONDS.observe(0.02)
+    metrics.RECONCILE_SECONDS.observe(0.02)
     metrics.ERRORS.labels("ConnectionError").inc()
     metrics.MLFLOW_SECONDS.labels("read_facts").observe(0.01)
     metrics.WRITES.labels("PATCH", "trainingruns/status").inc()

@@ -23,7 +23,7 @@ MISTAKES = (
     "ZeroDivisionError",
 )
 """Errors that nobody else's being away explains: the operator counts on something that is not so."""
-SAYS_MISTAKE = re.compile(rf"Traceback|\"error\": \"(?:{'|'.join(MISTAKES)}): |a look did not settle")
+SAYS_MISTAKE = re.compile(rf"Traceback|\"error\": \"(?:{'|'.join(MISTAKES)}): |a reconciliation did not settle")
 
 
 def is_final(item: dict[str, Any]) -> bool:

@@ -33,7 +33,7 @@ class Stage:
                 operator = controller(self.world, lambda: self.now)
                 await operator.refresh()
                 with suppress(ConnectionError):  # MLflow is away: what is waited for is on the status
-                    await operator.look(KEY)
+                    await operator.reconcile(KEY)
 
         asyncio.run(looks())
         self.now += timedelta(seconds=LATER_S)

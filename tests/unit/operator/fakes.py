@@ -418,7 +418,7 @@ async def look(world: World) -> Controller:
     await operator.refresh()
     await operator.recall_events()
     try:
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
     except Exception:
         await operator.record_waiting_events()
         raise

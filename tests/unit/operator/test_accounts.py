@@ -61,7 +61,7 @@ def patient(kube: Any, mlflow: Any, clock: Clock) -> Keeper:
 
 async def look(operator: Controller) -> None:
     await operator.refresh()
-    await operator.look(KEY)
+    await operator.reconcile(KEY)
 
 
 def logs(world: World) -> list[str | None]:

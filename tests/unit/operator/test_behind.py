@@ -61,7 +61,7 @@ LIVES: dict[str, tuple[list[Event], str]] = {
 
 def look(operator: Any) -> None:
     async def once() -> None:
-        await operator._look_safely(KEY)
+        await operator._reconcile_safely(KEY)
         operator.queue.close()
 
     with contextlib.suppress(CrashError):

@@ -180,7 +180,7 @@ def test_what_mlflow_refuses_is_told_once(code: str, told: bool) -> None:
         for _ in range(3):
             await operator.refresh()
             with pytest.raises(ConnectionError):
-                await operator.look(KEY)
+                await operator.reconcile(KEY)
 
     asyncio.run(scenario())
 
@@ -349,7 +349,7 @@ def test_the_checkpoint_of_a_drained_pod_is_told_while_the_next_one_waits() -> N
 
         async def look_again() -> tuple[str, int | None]:
             await operator.refresh()
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
             assert world.run is not None
             status = world.run["status"]
             return status["phase"], status.get("lastCheckpoint", {}).get("step")
@@ -383,7 +383,7 @@ def test_the_checkpoint_of_an_evicted_pod_is_told_while_it_waits_in_its_queue() 
 
         async def look_again() -> dict[str, Any]:
             await operator.refresh()
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
             assert world.run is not None
             status: dict[str, Any] = world.run["status"]
             return status
@@ -473,7 +473,7 @@ def test_a_refused_job_is_final_where_only_the_spec_can_be_the_cause(
         monkeypatch.setattr(operator._kube, "create_job", refuses)
         await operator.refresh()
         for _ in ("tried", "told"):
-            await operator._look_safely(KEY)
+            await operator._reconcile_safely(KEY)
         operator.queue.close()
 
     asyncio.run(scenario())
@@ -535,12 +535,12 @@ def test_what_is_away_for_longer_than_the_pending_deadline_fails_no_run(
             patch.setattr(operator._kube, "create_job", fails)
             for _ in range(3):
                 await operator.refresh()
-                await operator._look_safely(KEY)
+                await operator._reconcile_safely(KEY)
                 now += timedelta(seconds=1000)
         assert world.run is not None
         assert [item["message"] for item in world.run["status"]["conditions"]] == [told]
         await operator.refresh()
-        await operator._look_safely(KEY)
+        await operator._reconcile_safely(KEY)
         operator.queue.close()
 
     asyncio.run(scenario())
@@ -575,7 +575,7 @@ def test_an_outage_between_two_refusals_is_no_refusal(
                     patch.setattr(operator._actor._kube, name, failing(error))
                 for _ in range(times):
                     now += timedelta(seconds=60)
-                    await operator._look_safely(KEY)
+                    await operator._reconcile_safely(KEY)
 
         refused: dict[str, Exception] = {"create_job": ForbiddenError("no quota")}
         await look_with(refused, 2)
@@ -612,9 +612,9 @@ def test_a_write_whose_answer_is_lost_is_told_of_once(monkeypatch: pytest.Monkey
 
         with monkeypatch.context() as patch:
             patch.setattr(operator._kube, "patch_status", lost)
-            await operator._look_safely(KEY)
+            await operator._reconcile_safely(KEY)
         for _ in range(3):
-            await operator._look_safely(KEY)
+            await operator._reconcile_safely(KEY)
         await operator.record_waiting_events()
         operator.queue.close()
 
@@ -633,10 +633,10 @@ def test_a_stale_observation_writes_nothing() -> None:
         await look(world)
         before = list(world.writes)
         # It works from what it saw before the other one wrote; the API server refuses.
-        await behind._look_safely(KEY)
+        await behind._reconcile_safely(KEY)
         assert world.writes == before
         # Then it has read the run again.
-        await behind.look(KEY)
+        await behind.reconcile(KEY)
         assert world.writes == before
 
     asyncio.run(scenario())
@@ -658,7 +658,7 @@ def test_a_run_made_for_a_resource_that_another_operator_let_go_is_ended() -> No
         await look(world)
         assert (world.run, world.mlflow_runs) == (None, {})
 
-        await behind._look_safely(KEY)
+        await behind._reconcile_safely(KEY)
 
         assert world.mlflow_runs[UID]["status"] == "KILLED"
         assert behind.store.get(KEY) is None
@@ -735,7 +735,7 @@ def test_what_is_gone_is_forgotten() -> None:
         assert list(operator._troubles) == [KEY]
         await handlers.training_run({"type": "DELETED", "object": operator.store.get(KEY)})  # type: ignore[typeddict-item]
         assert await asyncio.wait_for(operator.queue.get(), 10) == KEY
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
         return operator._troubles
 
     assert asyncio.run(scenario()) == {}
@@ -753,7 +753,7 @@ def test_what_went_while_no_watch_was_there_to_tell_is_forgotten() -> None:
         operator.queue = WorkQueue()
         await operator.refresh()
         assert await asyncio.wait_for(operator.queue.get(), 10) == KEY
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
         return operator._troubles
 
     assert asyncio.run(scenario()) == {}
@@ -780,7 +780,7 @@ def test_a_run_whose_end_is_told_before_its_finalizer_is_answered_for_stays_gone
             return patched
 
         monkeypatch.setattr(operator._actor._kube, "patch_finalizers", told_first)
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
         assert world.run is None
         assert operator.store.get(KEY) is None
 
@@ -795,11 +795,11 @@ def test_trouble_with_a_job_that_was_made_after_all_is_over() -> None:
     async def scenario() -> dict[Key, Any]:
         operator = controller(world)
         await operator.refresh()
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
         operator._note_trouble(operator._observe(KEY, operator.store.get(KEY) or {}), 1, ForbiddenError("no quota"))
         assert list(operator._troubles) == [KEY]
         await operator.refresh()
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
         return operator._troubles
 
     assert asyncio.run(scenario()) == {}
@@ -816,11 +816,11 @@ def test_a_job_that_may_create_no_pod_says_why_and_is_not_asked_at_every_look() 
         await operator.refresh()
         for seconds, asked in ((0, 0), (PENDING_REPORT_S, 1), (PENDING_REPORT_S + 50, 1), (PENDING_REPORT_S + 60, 2)):
             now = NOW + timedelta(seconds=seconds)
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
             assert len(world.asked) == asked, seconds
         assert said_last(world) == WITHOUT_PODS + ' Error creating: pods "run-a1-…" is forbidden: exceeded quota: none'
         now = NOW + timedelta(seconds=91)
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
 
     asyncio.run(scenario())
     assert world.run is not None
@@ -840,10 +840,10 @@ def test_a_job_whose_events_may_not_be_read_is_given_up_all_the_same(monkeypatch
         await operator.refresh()
         for seconds in (0, PENDING_REPORT_S):
             now = NOW + timedelta(seconds=seconds)
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
         assert said_last(world) == WITHOUT_PODS
         now = NOW + timedelta(seconds=91)
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
 
     asyncio.run(scenario())
     assert world.run is not None
@@ -875,10 +875,10 @@ def test_an_event_is_tried_again_behind_the_others_unless_it_is_refused() -> Non
 
         operator._kube.create_event = sometimes  # type: ignore[method-assign]
         await operator.refresh()
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
         world.pod_of(world.jobs["run-a1"], **RUNNING)
         await operator.refresh()
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
         return [await operator.record_waiting_events() for _ in range(3)]
 
     with capture_logs() as lines:
@@ -915,7 +915,7 @@ def test_a_state_that_arrives_in_the_middle_of_a_look_is_not_written_over() -> N
 
         behind._mlflow.ensure_run = slowly  # type: ignore[method-assign]
         with pytest.raises(ConflictError):
-            await behind.look(KEY)
+            await behind.reconcile(KEY)
 
     asyncio.run(scenario())
 
@@ -937,7 +937,7 @@ def test_a_run_whose_mlflow_run_somebody_deleted_fails_and_says_so() -> None:
 
         operator._mlflow.open_attempt = gone  # type: ignore[method-assign]
         world.mlflow_runs[UID] = {"id": "r1", "status": "FINISHED", "attempt": 0}
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
 
     asyncio.run(scenario())
 
@@ -955,10 +955,10 @@ def test_the_probe_tells_an_operator_that_looks_from_one_that_is_stuck(monkeypat
         said = [operator.stuck_reason(300)]
         monkeypatch.setattr(time, "monotonic", lambda: clock + 700)
         said.append(operator.stuck_reason(300))
-        operator._last_look = clock + 700
+        operator._last_reconciled = clock + 700
         operator.queue.add(KEY)
         monkeypatch.setattr(time, "monotonic", lambda: clock + 1100)
-        operator._last_look = clock + 1100
+        operator._last_reconciled = clock + 1100
         said.append(operator.stuck_reason(300))
         operator._last_end = clock + 1000
         return [*said, operator.stuck_reason(300)]
@@ -986,7 +986,7 @@ def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> 
             operator = controller(world, clock=lambda: later)
             operator._moved = {"r1": NOW}
             await operator.refresh()
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
             assert not world.jobs
             world.pods.clear()
 
@@ -1017,7 +1017,7 @@ def test_the_run_of_a_suspended_training_is_parked_though_nothing_else_happens()
             operator.queue = WorkQueue()
             await operator.read_progress()
             assert len(operator.queue) == (world.mlflow_runs[UID]["status"] == "RUNNING")
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
             assert world.mlflow_runs[UID]["status"] == "SCHEDULED"
 
     asyncio.run(scenario())

@@ -295,7 +295,7 @@ def test_an_unknown_end_costs_a_retry_and_backs_off() -> None:
     first = decide(observed(jobs=(job(),), pods=(ended_pod(137, finished=NOW),)), NOW)
     assert first.status.failures == 1
     assert first.status.attempt == 1
-    assert first.look_again_s == pytest.approx(10)
+    assert first.requeue_after_s == pytest.approx(10)
 
     later = settled(observed(status=ended(Reason.KILLED, failures=1, start_time=ago(100))))
     assert later.attempt == 1, "one second is too early"
@@ -383,9 +383,9 @@ def test_an_image_that_is_not_there_is_looked_for_again_when_its_time_is_over() 
     waits = {"phase": "Pending", "running_since": None, "waiting_reason": "ErrImagePull", "waiting_message": GONE}
     seen = observed(jobs=(job(),), pods=(pod(**waits, scheduled=ago(10)),))
 
-    assert decide(seen, NOW).look_again_s == IMAGE_DEADLINE_S - 10
+    assert decide(seen, NOW).requeue_after_s == IMAGE_DEADLINE_S - 10
     shorter = decide(replace(seen, spec=spec(pendingDeadlineSeconds=100)), NOW)
-    assert shorter.look_again_s == 40, "the user's, from the Job's creation"
+    assert shorter.requeue_after_s == 40, "the user's, from the Job's creation"
 
 
 PULLS = {
@@ -472,7 +472,7 @@ LIMITED = {
 def test_what_waits_is_looked_at_when_its_time_is_over(seen: Observed, again_s: float | None) -> None:
     decision = decide(seen, NOW)
 
-    assert (decision.actions, decision.look_again_s) == ((), again_s)
+    assert (decision.actions, decision.requeue_after_s) == ((), again_s)
 
 
 def test_the_active_deadline_ends_a_run_between_attempts() -> None:
@@ -529,7 +529,7 @@ def test_who_tells_of_all_activity_is_taken_for_hung_without_being_asked_to(
     )
     found = decide(seen, NOW)
     assert found.status.attempts[-1].reason == ("Stalled" if stalled else None)
-    assert stalled or found.look_again_s == (None if spec_part == {"stallTimeoutSeconds": 0} or not activity else 60)
+    assert stalled or found.requeue_after_s == (None if spec_part == {"stallTimeoutSeconds": 0} or not activity else 60)
 
 
 def test_a_hang_is_noticed_though_a_nodes_clock_is_ahead() -> None:
@@ -755,7 +755,7 @@ def test_a_nodes_clock_that_is_wrong_holds_nothing_up(wrong: int) -> None:
     assert ended.start_time is not None
     assert ended.end_time is not None
     assert ended.start_time <= ended.end_time <= NOW
-    assert (result.look_again_s or 0) <= RETRY_DELAY_S
+    assert (result.requeue_after_s or 0) <= RETRY_DELAY_S
 
 
 def test_progress_best_metric_and_checkpoint_come_from_mlflow() -> None:
@@ -908,7 +908,7 @@ def test_a_finished_run_loses_its_jobs_after_its_time() -> None:
 
     assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
     later = decide(replace(seen, spec=spec(ttlSecondsAfterFinished=150)), NOW)
-    assert (later.actions, later.look_again_s) == ((), 50)
+    assert (later.actions, later.requeue_after_s) == ((), 50)
     assert decide(replace(seen, jobs=()), NOW) == Decision((), done.model_copy(update={"observed_generation": 1}))
 
 
@@ -1000,7 +1000,9 @@ def test_a_pod_whose_job_was_deleted_without_it_is_followed() -> None:
     again = decide(observed(run=run(), pods=(pod(),), status=decision.status), NOW)
     assert (again.actions, again.status) == ((), decision.status)
     own = decide(observed(run=run(), pods=(pod(job_uid="j1"),)), NOW)
-    assert (own.status.phase, own.look_again_s) == ("Pending", POLL_S), "the garbage collector deletes it in a moment"
+    assert (own.status.phase, own.requeue_after_s) == ("Pending", POLL_S), (
+        "the garbage collector deletes it in a moment"
+    )
 
 
 def test_it_is_ended_for_what_ends_others() -> None:
@@ -1086,7 +1088,7 @@ def test_a_job_that_lacks_pods_is_asked_why(seen: dict[str, Any], is_asked: bool
 def test_what_a_job_has_said_is_told_until_it_is_asked_again_or_given_up() -> None:
     silent = observed(jobs=(job(uid="j1"),), podless=Podless("j1", "exceeded quota: team", NOW))
     told = decide(silent, NOW)
-    assert (told.actions, told.look_again_s) == ((), PODLESS_POLL_S)
+    assert (told.actions, told.requeue_after_s) == ((), PODLESS_POLL_S)
     waits = condition_of(told.status, "Complete")
     assert (waits.reason, waits.message.endswith(" exceeded quota: team")) == ("PodNotStarted", True)
 
@@ -1141,8 +1143,8 @@ def test_what_an_operator_left_unkept_is_kept_by_the_next_one() -> None:
     assert decide(seen, NOW).actions == (KeepLogs(1), KeepLogs(2))
     trains = decide(replace(seen, logs={1: None, 2: ""}), NOW)
     assert trains.status.phase == "Running"
-    assert trains.look_again_s == KEPT_POLL_S
-    assert decide(replace(seen, logs={1: "", 2: ""}), NOW).look_again_s != KEPT_POLL_S
+    assert trains.requeue_after_s == KEPT_POLL_S
+    assert decide(replace(seen, logs={1: "", 2: ""}), NOW).requeue_after_s != KEPT_POLL_S
 
 
 def test_pods_do_not_expire_before_their_log_is_kept_but_not_never_either() -> None:
@@ -1197,7 +1199,7 @@ def test_a_sidecar_does_not_keep_the_gpu_of_a_finished_run() -> None:
     assert decide(seen, NOW).actions == (DeleteJob("run-a1"),)
     soon = decide(replace(seen, status=status(phase="Succeeded", completion_time=ago(5))), NOW)
     assert soon.actions == ()
-    assert soon.look_again_s is not None
+    assert soon.requeue_after_s is not None
 
 
 def test_a_sidecar_does_not_keep_the_gpu_from_the_next_attempt() -> None:
@@ -1209,7 +1211,7 @@ def test_a_sidecar_does_not_keep_the_gpu_from_the_next_attempt() -> None:
     going = decide(replace(seen, jobs=(job(1, deleting=True),)), NOW)
     assert going.actions == (CreateJob(2),)
     soon = decide(replace(seen, pods=(replace(beside, finished=ago(1)),)), NOW)
-    assert (soon.actions, soon.look_again_s) == ((), POLL_S), "it may be about to say that it has ended"
+    assert (soon.actions, soon.requeue_after_s) == ((), POLL_S), "it may be about to say that it has ended"
     over = decide(replace(seen, pods=(ended_pod(3),)), NOW)
     assert over.actions == (CreateJob(2),), "its Job stays, with its pod's log"
 
@@ -1218,7 +1220,7 @@ def test_what_comes_back_at_once_is_tried_again_ever_later() -> None:
     """A node whose disk is full takes the pod, evicts it, and takes it again."""
 
     def wait(*ends: Any) -> float | None:
-        return decide(observed(run=run(), status=status(*ends)), NOW).look_again_s
+        return decide(observed(run=run(), status=status(*ends)), NOW).requeue_after_s
 
     def preempted(number: int, trained_s: float) -> Any:
         return attempt(number, reason="Preempted", running_time=ago(1 + trained_s), end_time=ago(1))

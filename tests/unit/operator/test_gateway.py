@@ -357,10 +357,10 @@ def test_an_overdue_deletion_lets_go_when_mlflow_was_asked_not_when_it_was_not()
 
         operator._mlflow.end_run = end_run  # type: ignore[method-assign]
         with pytest.raises(MlflowSilentError):
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
         assert world.run is not None
         assert world.run["metadata"]["finalizers"]
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
 
     asyncio.run(scenario())
     assert not why
@@ -379,7 +379,7 @@ def test_a_run_that_mlflow_refuses_for_good_fails_with_its_words() -> None:
             raise MlflowException("Invalid value for tag 'team'", INVALID_PARAMETER_VALUE)
 
         operator._mlflow.ensure_run = refuse  # type: ignore[method-assign]
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
 
     asyncio.run(scenario())
 
@@ -405,9 +405,9 @@ def test_what_may_come_right_is_no_refusal() -> None:
 
         operator._mlflow.ensure_run = gone  # type: ignore[method-assign]
         with pytest.raises(MlflowException):
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
         operator._mlflow.ensure_run = original  # type: ignore[method-assign]
-        await operator.look(KEY)
+        await operator.reconcile(KEY)
 
     asyncio.run(scenario())
 

@@ -48,7 +48,7 @@ def test_a_worker_that_is_done_does_not_hide_that_the_other_hangs() -> None:
     assert decide(group, NOW).status.attempts[-1].reason == "Stalled"
     moving = decide(replace(group, moved=ago(5)), NOW)
     assert moving.status.phase == "Running"
-    assert moving.look_again_s is not None, "no event tells of a hang"
+    assert moving.requeue_after_s is not None, "no event tells of a hang"
 
 
 def test_nothing_is_judged_while_a_worker_lives() -> None:

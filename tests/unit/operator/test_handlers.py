@@ -112,11 +112,11 @@ def test_the_probe_fails_at_once_when_a_look_has_held_up_the_others_for_too_long
         operator, blocked = controller(World()), asyncio.Event()
         monkeypatch.setattr(Handlers, "_controller", operator)
 
-        async def look(key: Key) -> None:
+        async def reconcile(key: Key) -> None:
             blocked.set()
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(operator, "look", look)
+        monkeypatch.setattr(operator, "reconcile", reconcile)
         operator.queue.add(KEY)
         worker = asyncio.create_task(operator.work())
         await blocked.wait()

@@ -453,7 +453,7 @@ class Life(RuleBasedStateMachine):
                 await operator.read_progress()
             except ConnectionError:
                 operator._is_deaf = True
-            await operator._look_safely(KEY)
+            await operator._reconcile_safely(KEY)
             operator.queue.close()
 
         with contextlib.suppress(CrashError):

@@ -52,7 +52,7 @@ def line_of(error: Exception, logs: Any, monkeypatch: pytest.MonkeyPatch) -> dic
         operator = controller(world)
         await operator.refresh()
         monkeypatch.setattr(operator._mlflow, "ensure_run", fails)
-        await operator._look_safely(KEY)
+        await operator._reconcile_safely(KEY)
         operator.queue.close()
 
     asyncio.run(scenario())

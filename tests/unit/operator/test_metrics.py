@@ -68,7 +68,7 @@ def test_the_first_step_is_timed_once_and_by_when_it_was_made() -> None:
             progress = Progress(epoch=0, epochs=1, step=step, time=made, first_step_time=first)
             world.mlflow_runs[UID]["progress"] = progress
             await operator.read_progress()
-            await operator.look(KEY)
+            await operator.reconcile(KEY)
         # A new operator finds the progress on the status.
         await (await look(world)).read_progress()
 
@@ -104,7 +104,7 @@ def test_a_look_and_a_reading_that_fail_are_counted_by_what_failed() -> None:
         await asyncio.gather(following, return_exceptions=True)
         world.pod_of(world.jobs["run-a1"], **SUCCEEDED)
         await operator.refresh()
-        await operator._look_safely(KEY)
+        await operator._reconcile_safely(KEY)
         operator.queue.close()
 
     asyncio.run(scenario())
@@ -123,7 +123,7 @@ def test_what_only_needs_another_look_is_no_error() -> None:
         behind = controller(world)
         await behind.refresh()
         await look(world)
-        await behind._look_safely(KEY)
+        await behind._reconcile_safely(KEY)
         behind.queue.close()
 
     asyncio.run(scenario())

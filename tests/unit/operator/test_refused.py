@@ -47,7 +47,7 @@ class Watch:
 
         async def safely() -> None:
             await operator.refresh()
-            await operator._look_safely(KEY)
+            await operator._reconcile_safely(KEY)
             await operator.record_waiting_events()
 
         self.runner.run(safely())
@@ -161,7 +161,7 @@ def test_a_finalizer_that_is_refused_waits_too(monkeypatch: pytest.MonkeyPatch) 
 
     async def scenario() -> None:
         await operator.refresh()
-        await operator._look_safely(KEY)
+        await operator._reconcile_safely(KEY)
 
     asyncio.run(scenario())
     assert later == [REFUSED_PAUSE_S]
