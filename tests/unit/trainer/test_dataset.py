@@ -260,18 +260,22 @@ def test_who_is_asked_to_end_waits_for_no_store_that_is_away(
 ) -> None:
     """Nor does the process, which joins the threads that read before it ends."""
     threads, asked, settings = 2, threading.Semaphore(0), data_settings(tmp_path)
+    ended = threading.Event()
 
     def away(*_: object) -> None:
         asked.release()
         raise ConnectionError("does not answer")
 
     def end(*_: object) -> None:
+        ended.set()
         raise TerminatedError
 
     def end_when_all_wait() -> None:
         for _ in range(threads):
             assert asked.acquire(timeout=PATIENCE_S)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        # Again, where it came in the moment before a wait: Python sees to it only after that.
+        while not ended.wait(0.05):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     for name in ("FIRST_WAIT_S", "LONGEST_WAIT_S", "PATIENCE_S"):
         monkeypatch.setattr(recordings, name, PATIENCE_S)
