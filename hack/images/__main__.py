@@ -26,6 +26,9 @@ from heimdall_cluster.steps import read, say, step, told  # noqa: E402
 
 INPUTS: Final = "dev.heimdall.inputs"
 """Label of what is built here: a checksum of what it is made of."""
+CACHE_KEPT_GB: Final = 10
+"""Of layers, in our own engine: what the images of one state of the code are built with."""
+PRUNE_TIMEOUT_S: Final = 300
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def build(wanted: Iterable[Image]) -> None:
                 images.ensure_python()
             with step(f"building {image.reference}"):
                 _build(image, digest)
+            _bound_cache()
         _drop_replaced(image, before)
     say("images are up to date")
 
@@ -170,6 +174,13 @@ def _drop_replaced(image: Image, before: str | None) -> None:
     """Remove the image that lost its name: a trainer that nobody can name any more holds 6 GB."""
     if before is not None and before != _id(image):
         read([engine.docker(), "image", "rm", before], env=engine.environment())
+
+
+def _bound_cache() -> None:
+    """Forget layers that no build has used for long: those of a trainer with other packages take 13 GB."""
+    if env := engine.environment():  # in somebody's own engine they are theirs to keep
+        keep = ["--keep-storage", f"{CACHE_KEPT_GB}GB"]
+        read([engine.docker(), "builder", "prune", "--force", *keep], env=env, timeout_s=PRUNE_TIMEOUT_S)
 
 
 def _build(image: Image, digest: str) -> None:
