@@ -203,7 +203,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
     coroutines = [
         mlflow.prepare(),
         controller.resync(settings.resync_seconds),
-        controller.follow_progress(settings.progress_seconds),
+        controller.progress.follow(settings.progress_seconds),
         controller.recall_events(),
         controller.record_events(),
         *(controller.work() for _ in range(settings.workers)),

@@ -248,8 +248,8 @@ def test_a_run_moves_when_its_step_epoch_or_activity_does(monkeypatch: pytest.Mo
 
             now = at
             monkeypatch.setattr(operator._mlflow, "active_facts", active_facts)
-            await operator.read_progress()
-            seen.append(operator._moved["r1"])
+            await operator.progress.poll()
+            seen.append(operator.progress._moved["r1"])
 
     asyncio.run(scenario())
     assert seen == [times[0], times[0], times[2], times[3], times[3], times[5], times[5]]
@@ -300,7 +300,7 @@ async def one_round(operator: Controller) -> None:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(StopAsyncIteration):
         patch.setattr(asyncio, "sleep", sleep)
-        await operator.follow_progress(1)
+        await operator.progress.follow(1)
 
 
 def test_time_in_which_mlflow_could_not_be_asked_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,7 @@ def test_a_run_that_begins_to_train_again_is_followed_from_then_on(monkeypatch: 
             resource: Any = operator.store.get(KEY)
             resource["status"]["phase"] = phase
             # MLflow calls it RUNNING all the time, and tells of it as long as any other is asked for.
-            await operator.read_progress()
+            await operator.progress.poll()
             seen.append(operator._observe(KEY, resource).moved)
             now += timedelta(seconds=1000)
         return seen
@@ -358,7 +358,7 @@ def test_the_checkpoint_of_a_drained_pod_is_told_while_the_next_one_waits() -> N
         world.pod_of(world.jobs["run-a1"], **RUNNING)
         assert await look_again() == ("Running", None)
         make_checkpoint(world, 10)
-        await operator.read_progress()
+        await operator.progress.poll()
         assert await look_again() == ("Running", 10)
         make_checkpoint(world, 20)
         world.pod_of(world.jobs["run-a1"], **SIGTERMED)
@@ -391,14 +391,14 @@ def test_the_checkpoint_of_an_evicted_pod_is_told_while_it_waits_in_its_queue() 
         await look_again()
         world.pod_of(world.jobs["run-a1"], **RUNNING)
         assert (await look_again())["phase"] == "Running"
-        await operator.read_progress()
+        await operator.progress.poll()
         world.jobs["run-a1"]["spec"]["suspend"] = True
         world.stamp(world.jobs["run-a1"])
         world.pods.clear()
         assert (await look_again())["phase"] == "Pending"
         make_checkpoint(world, 20)
-        operator.queue = WorkQueue()
-        await operator.read_progress()
+        operator.queue = operator.progress._queue = WorkQueue()
+        await operator.progress.poll()
         assert len(operator.queue) == 1
         status = await look_again()
         assert (status["phase"], status["lastCheckpoint"]["step"]) == ("Pending", 20)
@@ -984,7 +984,7 @@ def test_an_attempt_that_hangs_is_stalled_and_not_preempted_by_its_own_end() -> 
         await look(world)
         for _ in ("its end is asked for", "its pod is gone"):
             operator = controller(world, clock=lambda: later)
-            operator._moved = {"r1": NOW}
+            operator.progress._moved = {"r1": NOW}
             await operator.refresh()
             await operator.reconcile(KEY)
             assert not world.jobs
@@ -1014,8 +1014,8 @@ def test_the_run_of_a_suspended_training_is_parked_though_nothing_else_happens()
         assert world.run["status"]["phase"] == "Suspended"
         assert world.mlflow_runs[UID]["status"] == "RUNNING", "nobody knew then what it says"
         for _ in range(2):
-            operator.queue = WorkQueue()
-            await operator.read_progress()
+            operator.queue = operator.progress._queue = WorkQueue()
+            await operator.progress.poll()
             assert len(operator.queue) == (world.mlflow_runs[UID]["status"] == "RUNNING")
             await operator.reconcile(KEY)
             assert world.mlflow_runs[UID]["status"] == "SCHEDULED"
@@ -1040,7 +1040,7 @@ def test_a_checkpoint_that_arrives_after_a_suspension_is_looked_at() -> None:
             return {"r1": run()}
 
         operator._mlflow.active_facts = facts  # type: ignore[method-assign, assignment]
-        await operator.read_progress()
+        await operator.progress.poll()
         assert asked == [{"r1": "lab"}]
         return len(operator.queue) == 1
 

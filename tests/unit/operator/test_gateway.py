@@ -235,7 +235,7 @@ def test_the_progress_of_many_runs_is_read_in_one_query(monkeypatch: pytest.Monk
     async def scenario() -> list[list[str]]:
         nonlocal now
         operator = controller(World())
-        operator._mlflow = gateway
+        operator.progress._mlflow = gateway
         for number, run_id in enumerate(run_ids):
             metadata = {"namespace": "team", "name": run_id, "uid": run_id, "resourceVersion": "1"}
             spec = {"tracking": {"experiment": f"lab{number % 3}"}}
@@ -244,7 +244,7 @@ def test_the_progress_of_many_runs_is_read_in_one_query(monkeypatch: pytest.Monk
         for after_s in (0, 10, mlflow_gateway.EXPERIMENT_AGE_S):
             now += after_s
             server.asked = []
-            await operator.read_progress()
+            await operator.progress.poll()
             asked.append(sorted(server.asked))
         assert len(operator.queue) == len(run_ids), "each was told of"
         return asked

@@ -450,9 +450,9 @@ class Life(RuleBasedStateMachine):
         async def safely() -> None:
             # As it does every few seconds.
             try:
-                await operator.read_progress()
+                await operator.progress.poll()
             except ConnectionError:
-                operator._is_deaf = True
+                operator.progress._is_deaf = True
             await operator._reconcile_safely(KEY)
             operator.queue.close()
 

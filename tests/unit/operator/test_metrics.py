@@ -67,10 +67,10 @@ def test_the_first_step_is_timed_once_and_by_when_it_was_made() -> None:
         for step, made in enumerate((first + timedelta(seconds=9), first + timedelta(seconds=20)), start=1):
             progress = Progress(epoch=0, epochs=1, step=step, time=made, first_step_time=first)
             world.mlflow_runs[UID]["progress"] = progress
-            await operator.read_progress()
+            await operator.progress.poll()
             await operator.reconcile(KEY)
         # A new operator finds the progress on the status.
-        await (await look(world)).read_progress()
+        await (await look(world)).progress.poll()
 
     asyncio.run(scenario())
 
@@ -98,7 +98,7 @@ def test_a_look_and_a_reading_that_fail_are_counted_by_what_failed() -> None:
             return await reading(active)
 
         operator._mlflow.active_facts = active_facts  # type: ignore[method-assign]
-        following = asyncio.create_task(operator.follow_progress(0))
+        following = asyncio.create_task(operator.progress.follow(0))
         await asyncio.wait_for(asked.wait(), 10)
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)

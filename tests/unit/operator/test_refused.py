@@ -141,9 +141,9 @@ def test_a_hang_is_not_read_out_of_a_status_that_could_not_be_written(watching: 
     watch.look()
     assert watch.operator is not None
 
-    watch.runner.run(watch.operator.read_progress())
+    watch.runner.run(watch.operator.progress.poll())
 
-    assert list(watch.operator._facts) == ["r1"]
+    assert list(watch.operator.progress._facts) == ["r1"]
 
 
 def test_a_finalizer_that_is_refused_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
