@@ -6,25 +6,23 @@ One reconciliation is called a look.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 import structlog
 
-from heimdall_api.contract import API_VERSION, KIND, MANAGED_BY
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator import metrics
 from heimdall_operator.act import Actor, NameTakenError
 from heimdall_operator.actions import AskJob, CreateJob
 from heimdall_operator.clock import local
 from heimdall_operator.decide import Decision, decide
-from heimdall_operator.events import Event, events_between, events_of
+from heimdall_operator.event_recorder import EventRecorder
+from heimdall_operator.events import Event, events_between
 from heimdall_operator.failures import shorten
 from heimdall_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError, answer_of
 from heimdall_operator.mistakes import about
@@ -39,13 +37,6 @@ from heimdall_tracking.runs import FinalStatus, RunFacts
 
 STEP_LIMIT: Final = 20
 """Most decisions of one look: more than any life needs at once, so that a mistake can't spin."""
-EVENTS_LIMIT: Final = 10_000
-"""Events that wait while the API server is away; of more, the oldest are lost."""
-EVENT_TRIES: Final = 60
-EVENT_RETRY_S: Final = 5.0
-EVENTS_RECALLED: Final = timedelta(hours=1)
-"""How old a transition may be that is told after a restart: of older ones the API server has forgotten the Event."""
-EVENT_NOTE_LIMIT: Final = 1024
 REFUSED: Final = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 """Codes of MLflow's errors that waiting may not mend: somebody has to be told."""
 DECIDED: Final = (ForbiddenError, RefusedError, NameTakenError)
@@ -72,14 +63,6 @@ class _Unwritten:
     """The status that the API server holds in its place."""
     status: TrainingRunStatus
     refused: datetime
-
-
-@dataclass(frozen=True)
-class _WaitingEvent:
-    """An Event that is still to be recorded."""
-
-    manifest: dict[str, Any]
-    tries: int = 1
 
 
 class Controller:
@@ -115,10 +98,9 @@ class Controller:
         self._clock = clock
         self._in_doubt: dict[Key, Observed] = {}
         """What was observed before a write whose answer was lost: it may have been made."""
-        self._events: deque[_WaitingEvent] = deque(maxlen=EVENTS_LIMIT)
-        self._has_events = asyncio.Event()
         self._last_reconciled = self._last_end = time.monotonic()
         self.progress = ProgressPoller(mlflow, store, self.queue, unwritten=self._unwritten, clock=self._now)
+        self.events = EventRecorder(kube, store, self._namespaces, clock=self._now)
 
     # --- tasks that run as long as the operator ------------------------------------------------------------------
 
@@ -363,7 +345,7 @@ class Controller:
         reported = observed.run.progress if observed.run is not None else None
         metrics.record_status(observed.created, before, after, reported.first_step_time if reported else None)
         for event in events_between(before, after):
-            self._tell(event_manifest(event, observed, self._now()))
+            self.events.tell(event, observed)
 
     def _go_on_unwritten(
         self, status: TrainingRunStatus, observed: Observed, resource: Manifest, error: RefusedError
@@ -402,67 +384,7 @@ class Controller:
             again_in_s=REFUSED_PAUSE_S,
         )
         event = Event("Warning", "WriteRefused", str(error), f"refused-{','.join(error.fields)}")
-        self._tell(event_manifest(event, observed, self._now()))
-
-    def _tell(self, event: dict[str, Any]) -> None:
-        self._events.append(_WaitingEvent(event))
-        self._has_events.set()
-
-    async def recall_events(self) -> None:
-        """Tell of what a status says happened and no Event does: its operator died between the two.
-
-        One listing for a start, and then only what is missing: nothing has to be written down beforehand.
-        """
-        for namespace in self._namespaces:
-            try:
-                told = await self._kube.event_names(namespace, KIND)
-            except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
-                log.warning(
-                    "Events could not be listed; what is missing stays so", of=namespace or "all", **about(error)
-                )
-                continue
-            self._recall_events(namespace, told)
-
-    def _recall_events(self, namespace: str | None, told: Collection[tuple[str, str]]) -> None:
-        now = self._now()
-        keys = [key for key in self.store.known() if namespace in (None, key.namespace)]
-        for resource in filter(None, map(self.store.get, keys)):
-            for manifest in _recent_events(resource, now):
-                if (manifest["metadata"]["namespace"], manifest["metadata"]["name"]) not in told:
-                    self._tell(manifest)
-
-    async def record_events(self) -> None:
-        """Record Events behind the looks: what is told to people must not hold the next step up."""
-        while True:
-            await self._has_events.wait()
-            if not await self.record_waiting_events():
-                await asyncio.sleep(EVENT_RETRY_S)
-
-    async def record_waiting_events(self) -> bool:
-        """Record what waits, in order, up to what can't be recorded now: that is tried again, after all others.
-
-        Returns:
-            Whether nothing waits any more.
-        """
-        while self._events:
-            event = self._events.popleft()
-            try:
-                await self._kube.create_event(event.manifest["metadata"]["namespace"], event.manifest)
-            except Exception as error:  # noqa: BLE001 - an Event is a courtesy, never a reason to fail
-                if not isinstance(error, RefusedError | ForbiddenError) and event.tries < EVENT_TRIES:
-                    self._events.append(replace(event, tries=event.tries + 1))
-                    return False
-                regarding = event.manifest["regarding"]
-                log.warning(
-                    "an Event could not be recorded",
-                    namespace=regarding["namespace"],
-                    trainingrun=regarding["name"],
-                    uid=regarding["uid"],
-                    reason=event.manifest["reason"],
-                    **about(error),
-                )
-        self._has_events.clear()
-        return True
+        self.events.tell(event, observed)
 
     async def _read_again(self, key: Key, known: Manifest | None) -> None:
         """Read a TrainingRun that a write did not fit any more.
@@ -509,31 +431,6 @@ def merge_patch(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return patch
 
 
-def event_manifest(event: Event, observed: Observed, now: datetime) -> dict[str, Any]:
-    """An Event; its name is made of the transition, so that one transition is one Event over every restart."""
-    digest = hashlib.sha256(f"{observed.uid}/{event.key}/{event.reason}".encode()).hexdigest()[:16]
-    return {
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": {"name": f"{observed.name}.{digest}", "namespace": observed.namespace},
-        "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-        "type": event.kind,
-        "reason": event.reason[:128],
-        "action": event.reason[:128],
-        # The API server counts bytes.
-        "note": event.message.encode()[:EVENT_NOTE_LIMIT].decode(errors="ignore"),
-        "reportingController": MANAGED_BY,
-        "reportingInstance": MANAGED_BY,
-        "regarding": {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "name": observed.name,
-            "namespace": observed.namespace,
-            "uid": observed.uid,
-        },
-    }
-
-
 def said_by_mlflow(error: Exception) -> str:
     """What MLflow has refused, if it has answered; that it is away is no news, and in other words each time."""
     code = getattr(error, "error_code", None)
@@ -551,16 +448,6 @@ def with_words(status: TrainingRunStatus, words: str) -> TrainingRunStatus:
         for item in status.conditions
     ]
     return status.model_copy(update={"conditions": told})
-
-
-def _recent_events(resource: Manifest, now: datetime) -> list[dict[str, Any]]:
-    """Events of what a TrainingRun's status says happened lately."""
-    try:
-        observed = observe(resource)
-    except ValueError:
-        return []  # a status that can't be read keeps no other run's Events back
-    recent = (item for item in events_of(observed.status) if item.time is None or now - item.time < EVENTS_RECALLED)
-    return [event_manifest(event, observed, event.time or now) for event in recent]
 
 
 def _sooner(*delays_s: float | None) -> float | None:

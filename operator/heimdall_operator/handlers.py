@@ -204,8 +204,8 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         mlflow.prepare(),
         controller.resync(settings.resync_seconds),
         controller.progress.follow(settings.progress_seconds),
-        controller.recall_events(),
-        controller.record_events(),
+        controller.events.recall(),
+        controller.events.record(),
         *(controller.work() for _ in range(settings.workers)),
     ]
     for coroutine in coroutines:
@@ -216,7 +216,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
 async def _say_the_last(controller: Controller) -> None:
     """Record the Events that still wait, if the API server takes them at once."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(controller.record_waiting_events(), LAST_EVENTS_TIMEOUT_S)
+        await asyncio.wait_for(controller.events.record_waiting(), LAST_EVENTS_TIMEOUT_S)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

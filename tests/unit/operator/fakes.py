@@ -416,11 +416,11 @@ async def look(world: World) -> Controller:
     """Start an operator and let it look at the run until it is settled; one that dies records nothing any more."""
     operator = controller(world)
     await operator.refresh()
-    await operator.recall_events()
+    await operator.events.recall()
     try:
         await operator.reconcile(KEY)
     except Exception:
-        await operator.record_waiting_events()
+        await operator.events.record_waiting()
         raise
-    await operator.record_waiting_events()
+    await operator.events.record_waiting()
     return operator

@@ -17,8 +17,9 @@ from structlog.testing import capture_logs
 from heimdall_api.contract import Checkpoint, Progress
 from heimdall_api.types import Condition
 from heimdall_operator import act
-from heimdall_operator.controller import Controller, event_manifest, merge_patch, with_words
+from heimdall_operator.controller import Controller, merge_patch, with_words
 from heimdall_operator.decide import PENDING_REPORT_S
+from heimdall_operator.event_recorder import event_manifest
 from heimdall_operator.events import Event
 from heimdall_operator.handlers import Handlers
 from heimdall_operator.kube import ConflictError, ForbiddenError, RefusedError
@@ -615,7 +616,7 @@ def test_a_write_whose_answer_is_lost_is_told_of_once(monkeypatch: pytest.Monkey
             await operator._reconcile_safely(KEY)
         for _ in range(3):
             await operator._reconcile_safely(KEY)
-        await operator.record_waiting_events()
+        await operator.events.record_waiting()
         operator.queue.close()
 
     asyncio.run(scenario())
@@ -689,8 +690,8 @@ def test_what_the_api_server_has_forgotten_is_not_told_again() -> None:
     async def recalled(later: timedelta) -> list[str]:
         operator = controller(world, clock=lambda: NOW + later)
         await operator.refresh()
-        await operator.recall_events()
-        await operator.record_waiting_events()
+        await operator.events.recall()
+        await operator.events.record_waiting()
         return world.events
 
     assert asyncio.run(recalled(timedelta(hours=2))) == []
@@ -704,7 +705,7 @@ def test_events_of_a_namespace_that_can_not_be_read_keep_no_others_back() -> Non
 
     async def scenario() -> None:
         operator = controller(world)
-        operator._namespaces = ["gone", "team"]
+        operator.events._namespaces = ["gone", "team"]
         names = operator._kube.event_names
 
         async def listed(namespace: str | None, kind: str) -> set[tuple[str, str]]:
@@ -714,8 +715,8 @@ def test_events_of_a_namespace_that_can_not_be_read_keep_no_others_back() -> Non
 
         operator._kube.event_names = listed  # type: ignore[method-assign]
         await operator.refresh()
-        await operator.recall_events()
-        await operator.record_waiting_events()
+        await operator.events.recall()
+        await operator.events.record_waiting()
 
     asyncio.run(scenario())
     assert "Completed" in world.events
@@ -879,7 +880,7 @@ def test_an_event_is_tried_again_behind_the_others_unless_it_is_refused() -> Non
         world.pod_of(world.jobs["run-a1"], **RUNNING)
         await operator.refresh()
         await operator.reconcile(KEY)
-        return [await operator.record_waiting_events() for _ in range(3)]
+        return [await operator.events.record_waiting() for _ in range(3)]
 
     with capture_logs() as lines:
         assert asyncio.run(scenario()) == [False, False, True]

@@ -48,7 +48,7 @@ class Watch:
         async def safely() -> None:
             await operator.refresh()
             await operator._reconcile_safely(KEY)
-            await operator.record_waiting_events()
+            await operator.events.record_waiting()
 
         self.runner.run(safely())
 
