@@ -45,6 +45,8 @@ class Cluster(World):
         self.cordoned: set[str] = set()
         self.released: set[str] = set()
         """Pods that a suspension of their Job took away: the Job counts them for nothing."""
+        self.uncounted: dict[int, set[str]] = defaultdict(set)
+        """How such pods ended, by their attempt's number."""
         self.could_be: dict[int, set[str]] = defaultdict(set)
         """Reasons that an attempt may be said to have ended for, by number."""
         self.let_go: dict[int, datetime] = {}
@@ -211,6 +213,8 @@ class Cluster(World):
         elif pod["metadata"]["name"] not in self.released:
             # The Job alone may be there to tell of it, or the pod is the first to. Exit 0 is then no sign of success.
             could_be |= {"Preempted"} | ({reason} if code else set())
+        elif code:
+            self.uncounted[attempt_of(pod)].add(reason)
         self.stamp(pod)
 
     def delete_pod(self, name: str, disruption: str | None = None) -> None:
@@ -271,10 +275,8 @@ class Cluster(World):
 
     def _count_released(self, job: dict[str, Any]) -> None:
         """Where a Job that was held fails all the same, or is gone, its pods tell how they ended, also those let go."""
-        for name, pod in self.pods_of(job).items():
-            state = pod["status"].get("containerStatuses", [{}])[0].get("state", {})
-            if name in self.released and "terminated" in state and state["terminated"]["exitCode"]:
-                self.could_be[attempt_of(pod)].add(_reason_of(state["terminated"]))
+        # Those that are gone, too: a watch that is behind still has them.
+        self.could_be[attempt_of(job)] |= self.uncounted[attempt_of(job)]
 
     def evict(self, disruption: str, *, only: int | None = None, node: str | None = None) -> None:
         """Take the pods' place for something else: of all, of one worker, or of those on a node."""
