@@ -279,7 +279,7 @@ def observe(
         spec_error=error,
         status=status,
         attempt_seen=status.attempt,
-        jobs=tuple(job_facts(job) for job in jobs if owner_uid(job) == metadata["uid"]),
+        jobs=tuple(job_facts(job) for job in jobs if owner_uid(job) == metadata["uid"] and not _is_orphaning(job)),
         pods=tuple(pod_facts(pod) for pod in pods if _label(pod, LABEL_UID) == metadata["uid"]),
         run=run if run is not None and run.run_id == status.run_id else None,
     )
@@ -288,6 +288,11 @@ def observe(
 def read_status(resource: Manifest) -> TrainingRunStatus:
     """The status that a TrainingRun holds."""
     return TrainingRunStatus.model_validate(resource.get("status") or {}, extra="ignore")
+
+
+def _is_orphaning(job: Manifest) -> bool:
+    """Whether a Job is being deleted without its pods: to them it is gone already, and no reason to end."""
+    return "deletionTimestamp" in job["metadata"] and "orphan" in job["metadata"].get("finalizers", ())
 
 
 def job_facts(job: Manifest) -> JobFacts:

@@ -275,6 +275,28 @@ def test_a_pod_of_an_older_run_of_the_same_name_is_not_ours() -> None:
     assert len(observe(resource, pods=pods).pods) == 1
 
 
+@pytest.mark.parametrize(
+    ("finalizers", "there"),
+    [(["orphan"], False), (["foregroundDeletion"], True)],
+    ids=["without its pods", "with them"],
+)
+def test_a_job_that_is_deleted_without_its_pods_ends_no_attempt(finalizers: list[str], there: bool) -> None:
+    """As `kubectl delete --cascade=orphan` does: for a moment it is there, being deleted."""
+    owner = {"kind": "TrainingRun", "uid": "u", "controller": True}
+    job = {
+        "metadata": {
+            "name": "run-a1",
+            "creationTimestamp": STAMP,
+            "deletionTimestamp": STAMP,
+            "finalizers": finalizers,
+            "ownerReferences": [owner],
+            "labels": {"training.heimdall.dev/attempt": "1"},
+        }
+    }
+    metadata = {"name": "run", "namespace": "team", "uid": "u", "creationTimestamp": STAMP}
+    assert bool(observe({"metadata": metadata, "spec": {}}, [job]).jobs) is there
+
+
 def test_what_a_queue_reads_goes_to_the_jobs_and_nothing_else() -> None:
     wanted = {
         "kueue.x-k8s.io/queue-name": "team",
