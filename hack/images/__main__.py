@@ -26,8 +26,8 @@ from heimdall_cluster.steps import read, say, step, told  # noqa: E402
 
 INPUTS: Final = "dev.heimdall.inputs"
 """Label of what is built here: a checksum of what it is made of."""
-CACHE_KEPT_GB: Final = 10
-"""Of layers, in our own engine: what the images of one state of the code are built with."""
+CACHE_KEPT_GB: Final = 26
+"""Of layers, in our own engine: all images of one state of the code are built with 24."""
 PRUNE_TIMEOUT_S: Final = 300
 
 

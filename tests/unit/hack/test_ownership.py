@@ -718,7 +718,7 @@ def test_of_official_images_those_are_built_that_no_registry_gives(
     monkeypatch.setattr(image_tool, "read", lambda command, **_: did.append(" ".join(command[1:])))
     monkeypatch.setattr(image_tool, "_build", lambda image, _: did.append(f"built {image.name}"))
     image_tool.build(image_tool.CATALOGUE[name] for name in ("redis", "versitygw"))
-    assert did == ["image rm stand-in", "built versitygw", "builder prune --force --keep-storage 10GB"]
+    assert did == ["image rm stand-in", "built versitygw", "builder prune --force --keep-storage 26GB"]
 
 
 @pytest.fixture
