@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import secrets
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ SMALL_IMAGES = (
     "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z",
 )
 INSTALL_TIMEOUT_S = 420
+LOG_READ_S = 60
 OF_SEVERAL_CALLS = os.environ.get("HEIMDALL_RELEASE", "")
 CANARY_KEYS = {
     "database": ("postgres-password", "mlflow-password", "writer-password", "reader-password"),
@@ -536,6 +538,8 @@ def last_words(release: Cluster, job: str) -> Iterator[Callable[[float], str]]:
     command = ("docker", "exec", pod["spec"]["nodeName"], "sh", "-c", script)
     with subprocess.Popen(command, env=release.env, stdout=subprocess.PIPE, text=True) as following:
         try:
+            # It has said something already: before that is read, the node must not be frozen.
+            assert select.select([following.stdout], [], [], LOG_READ_S)[0], f"{command} reads nothing"
             yield lambda timeout_s: following.communicate(timeout=timeout_s)[0]
         finally:
             following.kill()
