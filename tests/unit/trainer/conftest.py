@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from heimdall_api.contract import ENV_TERMINATION_MESSAGE
 from heimdall_trainer.settings import DataSettings
 from tests.unit.trainer.builders import SESSIONS, data_settings
 
@@ -20,6 +21,14 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith(("HEIMDALL_", "MLFLOW_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where a pod's trainer leaves its termination message."""
+    file = tmp_path / "termination-log"
+    monkeypatch.setenv(ENV_TERMINATION_MESSAGE, str(file))
+    return file
 
 
 @pytest.fixture(autouse=True)

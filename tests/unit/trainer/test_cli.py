@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from heimdall_api.contract import ENV_TERMINATION_MESSAGE, ExitCode, Reason, TerminationMessage
+from heimdall_api.contract import ExitCode, Reason, TerminationMessage
 from heimdall_trainer import cli
 from heimdall_trainer.commands import data
 from heimdall_trainer.termination import EXIT_BY_HAND
@@ -34,13 +34,6 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return codes[0]
 
     return call
-
-
-@pytest.fixture
-def last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    file = tmp_path / "termination-log"
-    monkeypatch.setenv(ENV_TERMINATION_MESSAGE, str(file))
-    return file
 
 
 @pytest.mark.parametrize(

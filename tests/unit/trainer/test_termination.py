@@ -72,13 +72,6 @@ def ending_with(error: BaseException) -> Callable[[], None]:
     return end
 
 
-@pytest.fixture
-def last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    file = tmp_path / "termination-log"
-    monkeypatch.setenv(ENV_TERMINATION_MESSAGE, str(file))
-    return file
-
-
 @pytest.mark.parametrize(("error", "code", "reason"), ENDS.values(), ids=ENDS.keys())
 def test_each_end_has_its_exit_code_and_reason(
     error: BaseException, code: int, reason: Reason, last_words: Path, capsys: pytest.CaptureFixture[str]
