@@ -212,8 +212,8 @@ class Actor:
         except Exception as error:  # noqa: BLE001 - nothing is asked of anybody: it would be the same at every try
             metrics.ERRORS.labels(type(error).__name__).inc()
             log.error("the attempt's Job can't be built from the spec", attempt=plan.attempt, **about(error))  # noqa: TRY400
-            words = redact(f"{type(error).__name__}: {error}")
-            return {}, f"The attempt's Job can't be built from the spec ({words}): correct it in a new TrainingRun."
+            words = f"The attempt's Job can't be built from the spec ({described(error)})"
+            return {}, f"{words}: correct it in a new TrainingRun."
 
     async def _may_have_company(self, observed: Observed, plan: AttemptPlan) -> bool:
         """Whether pods may train that are not known of."""

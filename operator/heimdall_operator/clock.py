@@ -48,8 +48,8 @@ class ServerClock:
             asked: When it was asked for, by this clock.
         """
         now = self()
-        if date is None or now - asked > TOLERANCE:
-            return  # nobody knows how long the answer was on its way
+        if date is None or not timedelta() <= now - asked <= TOLERANCE:
+            return  # nobody knows how long the answer was on its way, or the clock was put right meanwhile
         try:
             told = parsedate_to_datetime(date)
         except ValueError:

@@ -1,7 +1,7 @@
 """Registration: a run's model becomes a version exactly once, and is promoted only when it is better.
 
 Creating a version is not idempotent in MLflow, so it is looked up by run ID first. The operator alone registers
-(locally: the one process that trains), so two promotions of one model never race.
+(locally: the one process that trains), so two promotions of one model by it never race.
 """
 
 from __future__ import annotations

@@ -69,6 +69,16 @@ def test_an_answer_that_was_long_on_its_way_tells_no_time() -> None:
     assert clock() == node.now
 
 
+@pytest.mark.parametrize("ahead", [MINUTES, -MINUTES], ids=["behind", "ahead"])
+def test_an_answer_that_was_asked_for_before_the_clock_was_put_right_moves_nothing(ahead: timedelta) -> None:
+    clock, told = ServerClock(Node()), []
+    asked = clock()
+    for _ in range(2):
+        clock.hear(date(NOW + ahead), asked)
+        told.append(clock())
+    assert told[0] == told[1] != NOW
+
+
 @pytest.mark.parametrize("told", [None, "", "yesterday", "Sun, 01 Mar 2026 10:00:00 -0000"])
 def test_an_answer_without_a_time_moves_nothing(told: str | None) -> None:
     clock = ServerClock(Node())
