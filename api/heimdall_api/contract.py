@@ -69,8 +69,9 @@ TAG_ATTEMPT: Final = "heimdall.attempt"
 TAG_PROGRESS: Final = "heimdall.progress"
 """JSON of Progress, written by the trainer every few seconds and at every epoch's end."""
 TAG_ACTIVITY: Final = "heimdall.activity"
-"""Changes, written by the trainer every few seconds, while it does something that is no training step: while it reads
-its data, validates, tests, waits for MLflow. Who writes it leaves no longer silence, so silence is a hang."""
+"""The attempt's number, a slash, and what changes: written by the trainer every few seconds while it does something
+that is no training step (reads its data, validates, tests, waits for MLflow). Who writes it leaves no longer silence,
+so silence is a hang."""
 TAG_CHECKPOINTS: Final = "heimdall.checkpoints"
 """JSON list of Checkpoint, newest last, written by the trainer after a checkpoint's upload is whole."""
 TAG_BEST: Final = "heimdall.best"

@@ -369,8 +369,9 @@ def _stall_timeout_s(observed: Observed, spec: TrainingRunSpec) -> int | None:
     """After what silence the training is taken for hung; None where it never is."""
     if spec.stall_timeout_seconds is not None:
         return spec.stall_timeout_seconds or None
-    # Others may be silent for as long as an epoch takes, and well.
-    return STALL_S if observed.run is not None and observed.run.activity else None
+    # Others may be silent for as long as an epoch takes, and well; so may this attempt, until it has told of something.
+    told = observed.run.activity.partition("/")[0] if observed.run is not None else ""
+    return STALL_S if told == str(observed.status.attempt) else None
 
 
 def _is_lost(observed: Observed, pod: PodFacts, now: datetime) -> bool:

@@ -49,7 +49,11 @@ class Beginning:
     """
 
     def __init__(self, begin: Callable[[Any], None]) -> None:
-        """Args: begin: Is given Lightning's trainer."""
+        """Nothing is called yet.
+
+        Args:
+            begin: Is given Lightning's trainer.
+        """
         self._begin = begin
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -219,12 +223,15 @@ def _told_behind(trainer: Any) -> dict[int, float]:
 class ProgressReport:
     """Tells the run how far training is, behind training; and people, in plain lines, where there is no terminal."""
 
-    def __init__(self, tracker: MLflowTracker, training: TrainingSpec, *, monitored: bool = True) -> None:
+    def __init__(
+        self, tracker: MLflowTracker, training: TrainingSpec, *, attempt: int = 1, monitored: bool = True
+    ) -> None:
         """Nothing is told yet.
 
         Args:
             tracker: The run.
             training: What is monitored.
+            attempt: Number of this attempt.
             monitored: Whether it is to be.
         """
         self.diverged: tuple[int, float] | None = None
@@ -237,7 +244,9 @@ class ProgressReport:
         self._best: float | None = None
         self._first_step = 0
         self._first_step_time: datetime | None = None
-        self._beats = 0
+        self._attempt, self._beats = attempt, 0
+        self._reported: int | None = None
+        """Step at the last batch that was reported."""
         self._last_report = self._last_line = self._last_beat = -math.inf
         self._lines = group.is_first() and not sys.stderr.isatty()
 
@@ -252,7 +261,7 @@ class ProgressReport:
         now = time.monotonic()
         if group.is_first() and now - self._last_beat >= PROGRESS_EVERY_S:
             self._last_beat = now
-            self._tracker.put_tag(TAG_ACTIVITY, self._beats)
+            self._tracker.put_tag(TAG_ACTIVITY, f"{self._attempt}/{self._beats}")
 
     def restore_best(self, tag: str | None) -> None:
         """Go on from the best value of an earlier attempt; a tag that can't be read counts as none."""
@@ -265,6 +274,10 @@ class ProgressReport:
         self._first_step_time = self._first_step_time or datetime.now(UTC)
         now = time.monotonic()
         if now - self._last_report >= PROGRESS_EVERY_S:
+            # The steps of a module that makes them past Lightning stand still. The first batch promises the others.
+            if self._reported in (None, trainer.global_step):
+                self.beat()
+            self._reported = int(trainer.global_step)
             self._report(trainer)
         if self._lines and now - self._last_line >= LINE_EVERY_S:
             self._line(trainer)

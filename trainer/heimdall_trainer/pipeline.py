@@ -101,7 +101,7 @@ class TrainingPipeline:
         tracker.keep_undelivered_in(undelivered_in(output_dir), attempt=attempt if fenced else None)
         self._attempt = attempt
         self._results = Results(self.spec, tracker, output_dir / "results")
-        self._progress = ProgressReport(tracker, self.spec.training, monitored=self._has_validation())
+        self._progress = ProgressReport(tracker, self.spec.training, attempt=attempt, monitored=self._has_validation())
         self._patience = Patience(
             lambda: self._publisher.outstanding() + tracker.outstanding(), DELIVERY_TIMEOUT_S, self._progress.beat
         )
@@ -161,7 +161,6 @@ class TrainingPipeline:
         except OSError as error:
             why = f"{self.output_dir} can't be written to: {error.strerror}"
             raise ConfigurationError(f"{why}; name another folder (--output-dir)") from None
-        self._progress.beat()
         self._resumed = self._publisher.newest_file(self.output_dir / "resumed")
         self.setup_model()
         trainer = self._make_trainer()

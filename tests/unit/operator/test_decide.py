@@ -507,14 +507,18 @@ def test_a_hang_is_noticed_by_steps_that_stop() -> None:
 @pytest.mark.parametrize(
     ("spec_part", "activity", "silent_s", "stalled"),
     [
-        ({}, "7", STALL_S + 1, True),
-        ({}, "7", STALL_S - 1, False),
+        ({}, "1/7", STALL_S + 1, True),
+        ({}, "1/7", STALL_S - 1, False),
         ({}, "", 100 * STALL_S, False),
-        ({"stallTimeoutSeconds": 0}, "7", 100 * STALL_S, False),
+        ({}, "0/7", 100 * STALL_S, False),
+        ({"stallTimeoutSeconds": 0}, "1/7", 100 * STALL_S, False),
         ({"stallTimeoutSeconds": 20}, "", 25, True),
-        ({"stallTimeoutSeconds": 7200}, "7", STALL_S + 1, False),
+        ({"stallTimeoutSeconds": 7200}, "1/7", STALL_S + 1, False),
     ],
-    ids=["by itself", "not yet", "who tells nothing may be silent", "never", "asked for", "later"],
+    ids=[
+        *("by itself", "not yet", "who tells nothing may be silent", "an earlier attempt has told", "never"),
+        *("asked for", "later"),
+    ],
 )
 def test_who_tells_of_all_activity_is_taken_for_hung_without_being_asked_to(
     spec_part: dict[str, Any], activity: str, silent_s: int, stalled: bool
@@ -529,7 +533,8 @@ def test_who_tells_of_all_activity_is_taken_for_hung_without_being_asked_to(
     )
     found = decide(seen, NOW)
     assert found.status.attempts[-1].reason == ("Stalled" if stalled else None)
-    assert stalled or found.requeue_after_s == (None if spec_part == {"stallTimeoutSeconds": 0} or not activity else 60)
+    is_followed = activity.startswith("1/") and spec_part != {"stallTimeoutSeconds": 0}
+    assert stalled or found.requeue_after_s == (60 if is_followed else None)
 
 
 def test_a_hang_is_noticed_though_a_nodes_clock_is_ahead() -> None:
