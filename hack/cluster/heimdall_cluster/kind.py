@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from heimdall_cluster import engine, images, parts, pulling, stores
 from heimdall_cluster.paths import HERE, KUBECONFIG, LOGS
-from heimdall_cluster.steps import ClusterError, held, read, run, say, step, wait_until
+from heimdall_cluster.steps import TAIL_LINES, ClusterError, held, read, run, say, step, wait_until
 
 NAME: Final = "heimdall"
 PLATFORM: Final = f"linux/{images.ARCHITECTURE}"
@@ -31,6 +31,8 @@ RECOVERY_TIMEOUT_S: Final = 30
 """How long a cluster whose nodes all run may take to be Ready again, before it is made anew."""
 NODES_TIMEOUT_S: Final = 180
 LOAD_TIMEOUT_S: Final = 900
+DROP_TIMEOUT_S: Final = 300
+NO_ROOM: Final = "no space left on device"
 CREATE_TIMEOUT_S: Final = 600
 DELETE_TIMEOUT_S: Final = 120
 KUBE_ROUTER_MANIFEST: Final = HERE / "kube-router.yaml"
@@ -269,15 +271,41 @@ def load(names: list[str], nodes: list[str]) -> None:
     for missing, images_of in lacking.items():
         with step(f"loading {', '.join(images_of)} into {', '.join(missing)}"):
             for node in missing:
-                _stream(images_of, node)
+                _load_into(node, images_of)
             _drop_replaced(missing)
 
 
-def _stream(names: Sequence[str], node: str) -> None:
-    """What `kind load` does, without a file between: all images in one archive, so that what they share is moved once.
+def _load_into(node: str, names: Sequence[str]) -> None:
+    """Load images, if need be in the room of those that they replace.
 
     Raises:
-        ClusterError: The engine or the node failed.
+        ClusterError: The engine or the node failed, or the disk is full without the replaced ones, too.
+    """
+    if (why := _stream(names, node)) is not None and NO_ROOM in why:
+        whole = [pulling.whole_name(name) for name in names]
+        remove = [engine.docker(), "exec", node, "ctr", "--namespace", "k8s.io", "images", "remove", "--sync", *whole]
+        read(remove, env=engine.environment(), timeout_s=DROP_TIMEOUT_S)
+        say(f"no room is left on the disk: removed what {', '.join(names)} in {node} was before, trying again")
+        why = _stream(names, node)
+    if why is None:
+        return
+    if NO_ROOM in why:
+        raise ClusterError(
+            f"{', '.join(names)} could not be loaded into {node}: no room is left on the disk; an image takes three "
+            "times its size there while it is loaded: make some (docker system df says what Docker keeps), then call "
+            "again"
+        )
+    raise ClusterError(f"{', '.join(names)} could not be loaded into {node}: {why or 'no reason given'}")
+
+
+def _stream(names: Sequence[str], node: str) -> str | None:
+    """What `kind load` does, without a file between: all images in one archive, so that what they share is moved once.
+
+    Returns:
+        None, or the last words of what failed.
+
+    Raises:
+        ClusterError: It took too long.
     """
     env = {**os.environ, **engine.environment()}
     # An image that was pulled names platforms of which only the machine's own is there.
@@ -288,6 +316,7 @@ def _stream(names: Sequence[str], node: str) -> None:
         (LOGS / "kind.log").open("ab") as log,
         subprocess.Popen(saving, env=env, stdout=subprocess.PIPE, stderr=log, pass_fds=held) as save,
     ):
+        begin = log.tell()
         try:
             done = subprocess.run(
                 command,
@@ -303,8 +332,11 @@ def _stream(names: Sequence[str], node: str) -> None:
             raise ClusterError(f"loading into {node} took longer than {LOAD_TIMEOUT_S} s") from error
         finally:
             save.kill()
-    if done.returncode != 0:
-        raise ClusterError(f"{', '.join(names)} could not be loaded into {node}: see {LOGS / 'kind.log'}")
+    if done.returncode == 0:
+        return None
+    with (LOGS / "kind.log").open("rb") as written:
+        written.seek(begin)
+        return "\n".join(written.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
 
 
 def image_ids(node: str, name: str) -> set[str]:

@@ -594,7 +594,36 @@ def test_images_on_their_way_hold_the_lock_too(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(kind, "LOGS", tmp_path)
         monkeypatch.setattr(engine, "docker", lambda: str(client))
         monkeypatch.setattr(engine, "environment", lambda: {"HELD": str(lock.fileno())})
-        kind._stream(["heimdall/operator:dev"], "heimdall-worker")
+        assert kind._stream(["heimdall/operator:dev"], "heimdall-worker") is None
+
+
+@pytest.mark.parametrize("is_short_of", ["room for two", "room for one"])
+def test_an_image_that_finds_no_room_takes_that_of_its_predecessor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_short_of: str
+) -> None:
+    client, removed = tmp_path / "docker", tmp_path / "removed"
+    full = f"[ -e {removed} ] || " if is_short_of == "room for two" else ""
+    client.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "*inspect*) echo sha256:1 ;;\n"
+        f'*"images remove --sync docker.io/heimdall/trainer:dev") touch {removed} ;;\n'
+        f"*import*) {full}{{ echo 'ctr: write /data: no space left on device' >&2; exit 1; }} ;;\n"
+        "esac\n"
+    )
+    client.chmod(0o755)
+    monkeypatch.setattr(kind, "LOGS", tmp_path)
+    monkeypatch.setattr(engine, "docker", lambda: str(client))
+    monkeypatch.setattr(engine, "environment", dict)
+    monkeypatch.setattr(kind, "image_ids", lambda *_: set())
+    if full:
+        kind.load(["heimdall/trainer:dev"], ["heimdall-worker2"])
+    else:
+        with pytest.raises(
+            steps.ClusterError, match="could not be loaded into heimdall-worker2: no room is left on the disk"
+        ):
+            kind.load(["heimdall/trainer:dev"], ["heimdall-worker2"])
+    assert removed.exists()
 
 
 FULL = "No space left on device"
