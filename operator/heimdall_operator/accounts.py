@@ -3,7 +3,9 @@
 A look waits a moment for the account to be kept: usually it is, and where it lies rides on what the look writes. A
 store that is slow or away holds up nothing else. Nothing is remembered that the pods and the status do not tell, and an
 operator that starts anew takes up what is not kept: all but the logs of pods that it ends itself. Those are read
-before, and held in memory until they are kept or ten minutes are over.
+before, and held in memory until they are kept or ten minutes are over. A pod that somebody else ends (a drain, an
+eviction, a preemption) loses its log as soon as it has ended, which may be before that is seen: it is listened to from
+the moment on at which it was told to end.
 """
 
 from __future__ import annotations
@@ -25,7 +27,16 @@ import structlog
 from heimdall_api.contract import ATTEMPTS_DIR, KIND
 from heimdall_api.types import TrainingRunStatus
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S, job_name
-from heimdall_operator.kube import HTTP_NOT_FOUND, LOG_BYTES, ForbiddenError, Kube, RefusedError, answer_of
+from heimdall_operator.kube import (
+    HTTP_NOT_FOUND,
+    LOG_BYTES,
+    LOG_GONE,
+    ForbiddenError,
+    Kube,
+    LogGoneError,
+    RefusedError,
+    answer_of,
+)
 from heimdall_operator.mistakes import about
 from heimdall_operator.mlflow_gateway import MlflowGateway
 from heimdall_operator.observe import CONTAINER, Observed, PodFacts
@@ -51,6 +62,14 @@ RETRY_S: Final = 15.0
 RETRY_LIMIT_S: Final = 3600.0
 READ_LIMIT_S: Final = 480.0
 """For how long a log is asked for again before its file says that it could not be read: pods expire later."""
+LISTENED: Final = 16
+"""Most pods that are listened to, or whose end was heard and is not kept yet, at one time."""
+LISTENED_BYTES: Final = 2**20
+"""How much of the end of each is kept where its node has removed it."""
+LISTEN_S: Final = 30.0
+"""How long beyond its grace period a pod is listened to."""
+HEARD_WAIT_S: Final = 5.0
+"""How long the last lines of a container that has ended may take."""
 PIECE: Final = 2**16
 """Characters of a log between two of which everything else goes on."""
 
@@ -58,9 +77,29 @@ log = structlog.get_logger()
 
 
 @dataclass
+class _Heard:
+    """What is heard of a pod that is about to end."""
+
+    text: bytearray
+    task: asyncio.Task[None]
+
+    async def told(self) -> str:
+        """All of it, and whether that was all; empty where nothing was heard."""
+        await asyncio.wait({self.task}, timeout=HEARD_WAIT_S)
+        text = bytes(self.text[-LISTENED_BYTES:])
+        if not text or text.startswith(LOG_GONE):
+            return ""
+        is_whole = self.task.done() and not self.task.cancelled() and self.task.exception() is None
+        rest = "" if is_whole else "\nWhat came after this could not be read.\n"
+        return text.decode(errors="replace") + rest
+
+
+@dataclass
 class _Account:
     """What became of keeping one attempt's account."""
 
+    heard: dict[str, _Heard] = field(default_factory=dict)
+    """What was heard of pods that somebody has ended, by name."""
     task: asyncio.Task[None] | None = None
     pods_go: bool = False
     """Whether its pods are ended: what was read of them can't be read again."""
@@ -86,6 +125,12 @@ class _Account:
     def is_known(self, now: datetime) -> bool:
         """Whether nothing is to be done about it now."""
         return self.result is not None or self.task is not None or (self.due is not None and self.due > now)
+
+    def stop_listening(self) -> None:
+        """Forget what was heard: it is kept, or not wanted."""
+        for heard in self.heard.values():
+            heard.task.cancel()
+        self.heard.clear()
 
     def insists(self, now: datetime) -> bool:
         """Whether what can't be read now is asked for again."""
@@ -156,6 +201,8 @@ class Keeper:
         written = {attempt.number for attempt in status.attempts if attempt.logs is not None}
         accounts = self._accounts.pop(key, {})
         left = {name: item for name, item in accounts.items() if name[0] == uid and name[1] not in written}
+        for name in accounts.keys() - left.keys():
+            accounts[name].stop_listening()
         if left:
             self._accounts[key] = left
         now = self._clock()
@@ -167,6 +214,41 @@ class Keeper:
         return frozenset(
             number for (of, number), item in accounts.items() if of == uid and item.result is None and not item.pods_go
         )
+
+    def listen(self, observed: Observed) -> None:
+        """Listen to the logs of pods that somebody ends: they may be gone before it is seen that these have ended.
+
+        Args:
+            observed: The run.
+        """
+        ending = [pod for pod in observed.pods if pod.deleting is not None and pod.alive and pod.running_since]
+        known = {attempt.number for attempt in observed.status.attempts if attempt.logs is not None} | {*observed.logs}
+        for pod in ending:
+            if pod.attempt in known or self._listened() >= LISTENED:
+                continue
+            accounts = self._accounts[Key(observed.namespace, observed.name)]
+            account = accounts.setdefault((observed.uid, pod.attempt), _Account())
+            if pod.name not in account.heard:
+                account.heard[pod.name] = self._listen(observed.namespace, pod)
+
+    def _listened(self) -> int:
+        return sum(len(account.heard) for accounts in self._accounts.values() for account in accounts.values())
+
+    def _listen(self, namespace: str, pod: PodFacts) -> _Heard:
+        heard, left_s = bytearray(), max(0.0, -age_s(pod.deleting, self._clock()))
+
+        async def listen() -> None:
+            try:
+                await self._kube.follow_log(
+                    *(namespace, pod.name, CONTAINER, heard), limit=LISTENED_BYTES, timeout_s=left_s + LISTEN_S
+                )
+            except Exception as error:
+                log.debug("listening to a pod that ends failed", pod=pod.name, **about(error))
+                raise
+
+        task = asyncio.create_task(listen())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # what is not asked for is no fault
+        return _Heard(heard, task)
 
     async def keep(self, observed: Observed, number: int, *, pods_go: bool) -> str | None:
         """Begin to keep an attempt's account, and wait a moment.
@@ -211,13 +293,15 @@ class Keeper:
 
     def forget(self, key: Key) -> None:
         """Forget a TrainingRun that is gone."""
-        self._accounts.pop(key, None)
+        for account in self._accounts.pop(key, {}).values():
+            account.stop_listening()
 
     def close(self) -> None:
         """Let go of what is under way; who starts next takes it up."""
-        tasks = [account.task for accounts in self._accounts.values() for account in accounts.values()]
-        for task in filter(None, tasks):
-            task.cancel()
+        for account in (account for accounts in self._accounts.values() for account in accounts.values()):
+            account.stop_listening()
+            if account.task is not None:
+                account.task.cancel()
 
     async def _wait(self, account: _Account, task: asyncio.Task[None], *, pods_go: bool) -> None:
         if pods_go:
@@ -249,6 +333,7 @@ class Keeper:
             account.first = account.first or self._clock()
             try:
                 account.result = await self._read_and_upload(account, observed, number, shrink)
+                account.stop_listening()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 self._failed(account, number, error)
             finally:
@@ -300,6 +385,8 @@ class Keeper:
         if is_permanent(error) or account.pods_go:
             # Pods that are still there, and go on being so, are asked again.
             account.result, account.pods_go = "" if is_permanent(error) else None, False
+            if account.result is not None:
+                account.stop_listening()
             log.warning("the attempt's log was not kept", attempt=number, **about(error))
             return
         pause_s = account.pause_s
@@ -333,21 +420,24 @@ class Keeper:
         unread: Exception | None = None
         for name in [name for name in wanted if name not in files and name not in account.kept]:
             try:
-                text = "".join([await self._read_or_say(account, reading) for reading in wanted[name]])
+                text = "".join([await self._read_or_say(account, name, reading) for reading in wanted[name]])
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 unread = unread or error
             else:
                 files[name] = await _redacted(text)
         return unread
 
-    async def _read_or_say(self, account: _Account, reading: Callable[[], Awaitable[str]]) -> str:
+    async def _read_or_say(self, account: _Account, name: str, reading: Callable[[], Awaitable[str]]) -> str:
         try:
             return await reading()
         except Exception as error:
-            is_final = isinstance(error, RefusedError | ForbiddenError) or answer_of(error) == HTTP_NOT_FOUND
+            is_gone = isinstance(error, LogGoneError) or answer_of(error) == HTTP_NOT_FOUND
+            is_final = is_gone or isinstance(error, RefusedError | ForbiddenError)
             if account.insists(self._clock()) and not is_final:
                 raise
-            return f"could not be read: {type(error).__name__}: {error}\n"
+            heard = account.heard.get(name.removesuffix(".log"))
+            words = await heard.told() if heard is not None else ""
+            return words or f"could not be read: {type(error).__name__}: {error}\n"
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
         events = await self._kube.list_events(namespace, kind, name)

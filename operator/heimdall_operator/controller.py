@@ -224,6 +224,7 @@ class Controller:
         if observed.job is not None:
             self._troubles.pop(key, None)  # it was made after all: trouble with the next one begins anew
         self._settle_doubt(key, observed)
+        self._actor.keeper.listen(observed)
         for _ in range(STEP_LIMIT):
             decision = decide(observed, self._now())
             if decision.actions:

@@ -18,6 +18,8 @@ PAGE: Final = 500
 LOG_LINES: Final = 10_000
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
+LOG_GONE: Final = b"unable to retrieve container logs for "
+"""What a kubelet writes, as if it were the log, where it has removed the container."""
 OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
 """Labels of the Jobs and pods that the operator made."""
 SELECTOR: Final = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
@@ -35,6 +37,10 @@ class ConflictError(Exception):
 
 class ForbiddenError(Exception):
     """The operator may not do this; the message says what."""
+
+
+class LogGoneError(Exception):
+    """The node has removed the container, and its log with it."""
 
 
 class RefusedError(Exception):
@@ -128,6 +134,9 @@ class Kube:
             pod: Its name.
             container: Of which of its containers.
             limit: Most bytes of it.
+
+        Raises:
+            LogGoneError: Its node has removed the container.
         """
         text = b""
         for lines in (LOG_LINES, LOG_LINES // 4, LOG_LINES // 16, LOG_LINES // 64):
@@ -136,7 +145,33 @@ class Kube:
             text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)
             if len(text) < 2 * limit:
                 break
+        if text.startswith(LOG_GONE) and b"\n" not in text:
+            raise LogGoneError("the node has removed the container")
         return text[-limit:].decode(errors="replace")
+
+    async def follow_log(
+        self, namespace: str, pod: str, container: str, heard: bytearray, *, limit: int, timeout_s: float
+    ) -> None:
+        """Listen to a container's log, from its last lines on, until the container ends.
+
+        Args:
+            namespace: The pod's.
+            pod: Its name.
+            container: Which of its containers.
+            heard: Takes what is heard, of which the end is left.
+            limit: How many bytes are left at least.
+            timeout_s: For how long to listen.
+        """
+        query = [("container", container), ("follow", "true"), ("tailLines", str(LOG_LINES))]
+        path = _path("/api/v1", namespace, "pods", pod, "log")
+        response = await self._send("GET", path, query=query, timeout_s=timeout_s)
+        try:
+            async for piece in response.response.content.iter_any():
+                heard += piece
+                if len(heard) > 2 * limit:
+                    del heard[:-limit]
+        finally:
+            response.response.close()
 
     async def list_events(self, namespace: str, kind: str, name: str) -> list[dict[str, Any]]:
         """Events about an object."""
@@ -234,6 +269,20 @@ class Kube:
         query: list[tuple[str, str]] | None = None,
         missing_ok: bool = False,
     ) -> bytes:
+        response = await self._send(method, path, body, query=query, missing_ok=missing_ok)
+        return b"{}" if response.status == HTTP_NOT_FOUND else await response.read()
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        query: list[tuple[str, str]] | None = None,
+        missing_ok: bool = False,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """An answer whose body is still to be read, unless it tells of an error."""
         from kubernetes.aio.client.exceptions import ApiException
 
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
@@ -242,15 +291,15 @@ class Kube:
             method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
         )
         asked = self.clock()
-        response = await self._client.call_api(*request, _request_timeout=self._timeout_s)
+        response = await self._client.call_api(*request, _request_timeout=timeout_s or self._timeout_s)
         self.clock.hear(response.headers.get("Date"), asked)
-        text: bytes = await response.read()
         if method != "GET":
             metrics.WRITES.labels(method, _resource(path)).inc()
         if response.status < HTTP_ERROR:
-            return text
+            return response
+        text = await response.read()
         if response.status == HTTP_NOT_FOUND and missing_ok:
-            return b"{}"
+            return response
         answer = _answer(text)
         # A creation that is in conflict with something else's (a quota's count, say) is no name that is taken.
         is_conflict = response.status == HTTP_CONFLICT and (method != "POST" or answer.reason == "AlreadyExists")

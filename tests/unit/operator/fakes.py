@@ -268,6 +268,11 @@ class FakeKube:
     async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
         return f"log of {pod}\n"
 
+    async def follow_log(
+        self, namespace: str, pod: str, container: str, heard: bytearray, *, limit: int, timeout_s: float
+    ) -> None:
+        heard += f"heard of {pod}\n".encode()
+
     async def event_names(self, namespace: str | None, kind: str) -> set[tuple[str, str]]:
         return {("team", name) for name in self.world.event_names}
 

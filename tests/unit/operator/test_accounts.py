@@ -14,7 +14,7 @@ from heimdall_operator import accounts
 from heimdall_operator.accounts import AT_ONCE, RETRY_LIMIT_S, RETRY_S, Keeper
 from heimdall_operator.controller import Controller
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S
-from heimdall_operator.kube import ForbiddenError, RefusedError
+from heimdall_operator.kube import ForbiddenError, LogGoneError, RefusedError
 from heimdall_operator.observe import PodFacts
 from tests.unit.operator.builders import NOW, UID, attempt, ended_pod, observed, pod, status
 from tests.unit.operator.fakes import KEY, STAMP, FakeKube, FakeMlflow, World, controller
@@ -252,6 +252,118 @@ def test_a_pod_that_can_not_be_read_keeps_no_log_of_its_group_back() -> None:
     asyncio.run(scenario())
     assert world.kept["attempts/1/run-a1-0.log"] == "log of run-a1-0"
     assert reads == ["run-a1-0", "run-a1-1", "run-a1-0"], "what is kept is not read again"
+
+
+class Removing(FakeKube):
+    """Its nodes remove containers as soon as these have ended."""
+
+    def __init__(self, world: World, error: Exception | None = None) -> None:
+        super().__init__(world)
+        self.error = error
+        self.has_ended = asyncio.Event()
+        self.listened: list[str] = []
+
+    async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
+        raise LogGoneError("the node has removed the container")
+
+    async def follow_log(
+        self, namespace: str, pod: str, container: str, heard: bytearray, *, limit: int, timeout_s: float
+    ) -> None:
+        self.listened.append(pod)
+        heard += b"step 20\n"
+        await self.has_ended.wait()
+        if self.error is not None:
+            raise self.error
+        heard += b"checkpoint\n"
+
+
+def being_ended(number: int = 1, **more: Any) -> PodFacts:
+    return pod(number, deleting=NOW + timedelta(seconds=30), **more)
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (None, "step 20\ncheckpoint\n"),
+        (TimeoutError(), "step 20\n\nWhat came after this could not be read.\n"),
+    ],
+    ids=["whole", "cut off"],
+)
+def test_a_pod_that_somebody_ends_is_listened_to_since_its_node_removes_it(
+    error: Exception | None, wanted: str
+) -> None:
+    world = World()
+
+    async def scenario() -> None:
+        kube = Removing(world, error)
+        keeps = keeper(world, kube=kube)
+        for _ in range(2):
+            keeps.listen(observed(logs={}, pods=(being_ended(),)))
+            await asyncio.sleep(0)
+        assert kube.listened == ["run-a1-x"], "once"
+        kube.has_ended.set()
+        world.mlflow_runs[UID] = {}
+        assert await keeps.keep(observed(logs={}, pods=(ended_pod(143),)), 1, pods_go=False) == KEPT
+        assert keeps._listened() == 0, "what is kept is not held any longer"
+
+    asyncio.run(scenario())
+    assert world.kept["attempts/1/run-a1-x.log"] == wanted
+
+
+def test_what_was_heard_is_held_until_it_is_kept() -> None:
+    world, clock = World(), Clock()
+    world.store_away = True
+
+    async def scenario() -> None:
+        kube = Removing(world)
+        keeps = keeper(world, kube=kube, clock=clock)
+        keeps.listen(observed(logs={}, pods=(being_ended(),)))
+        await asyncio.sleep(0)
+        kube.has_ended.set()
+        seen = observed(logs={}, pods=(ended_pod(143),))
+        assert await keeps.keep(seen, 1, pods_go=False) is None
+        world.store_away = False
+        world.mlflow_runs[UID] = {}
+        clock.now += timedelta(seconds=RETRY_S)
+        assert await keeps.keep(seen, 1, pods_go=False) == KEPT
+
+    asyncio.run(scenario())
+    assert world.kept["attempts/1/run-a1-x.log"] == "step 20\ncheckpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("many", "logs"),
+    [
+        ([pod()], {}),
+        ([being_ended(running_since=None)], {}),
+        ([ended_pod(143, deleting=NOW)], {}),
+        ([being_ended()], {1: KEPT}),
+    ],
+    ids=["nobody ends it", "it has not begun", "it has ended", "it was read before"],
+)
+def test_no_other_pod_is_listened_to(many: list[PodFacts], logs: dict[int, str | None]) -> None:
+    async def scenario() -> None:
+        kube = Removing(World())
+        keeps = keeper(kube.world, kube=kube)
+        keeps.listen(observed(logs=logs, pods=tuple(many)))
+        await asyncio.sleep(0)
+        assert kube.listened == []
+
+    asyncio.run(scenario())
+
+
+def test_few_pods_are_listened_to_at_one_time_and_none_of_a_run_that_is_gone() -> None:
+    async def scenario() -> None:
+        kube = Removing(World())
+        keeps = keeper(kube.world, kube=kube)
+        many = tuple(being_ended(name=f"run-a1-{worker}", worker=worker) for worker in range(2 * accounts.LISTENED))
+        keeps.listen(observed(logs={}, pods=many))
+        await asyncio.sleep(0)
+        assert len(kube.listened) == accounts.LISTENED
+        keeps.forget(KEY)
+        assert keeps._listened() == 0
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
