@@ -32,6 +32,8 @@ CLIENT_TIMEOUT_S: Final = 310
 CONNECT_TIMEOUT_S: Final = 30
 IDLE_TIMEOUT_S: Final = 0.1
 LAST_EVENTS_TIMEOUT_S: Final = 5
+START_RETRY_S: Final = 5.0
+"""How soon after a failure the start is tried again: a new pod may reach nothing until its node has heard of it."""
 WATCH_RETRY_S: Final = 1.0
 WATCH_RETRY_LIMIT_S: Final = 30.0
 
@@ -135,7 +137,7 @@ def register(registry: kopf.OperatorRegistry, settings: OperatorSettings) -> Non
     """
     handlers = Handlers(settings)
     kopf.on.login(registry=registry)(login)
-    kopf.on.startup(registry=registry)(handlers.start)
+    kopf.on.startup(registry=registry, backoff=START_RETRY_S)(handlers.start)
     kopf.on.cleanup(registry=registry)(handlers.stop)
     kopf.on.probe(registry=registry, id="looking")(handlers.probe)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(handlers.training_run)

@@ -15,12 +15,14 @@ import kopf
 import pytest
 from kopf._cogs.clients import fetching
 from kopf._cogs.structs.references import Resource
+from kopf._core.engines.activities import run_activity
 from kopf._core.engines.indexing import OperatorIndexers
 from kopf._core.engines.probing import health_reporter
+from kopf._core.intents.causes import Activity
 
 from heimdall_api.contract import GROUP, PLURAL, VERSION
 from heimdall_operator import controller as controllers
-from heimdall_operator import workqueue
+from heimdall_operator import handlers, workqueue
 from heimdall_operator.handlers import Handlers, _tune, register
 from heimdall_operator.kube import SELECTOR
 from heimdall_operator.settings import OperatorSettings
@@ -74,6 +76,34 @@ def test_kopf_lists_page_by_page(resource: Resource, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fetching.api, "get", get)
     asyncio.run(fetch())
     assert [(query["limit"], query.get("continue")) for query in asked] == [(["500"], None), (["500"], ["next"])]
+
+
+def test_a_start_that_fails_is_tried_again_before_the_probe_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new pod may reach nothing for some seconds; kopf would wait for a minute."""
+    assert handlers.START_RETRY_S < 10
+    monkeypatch.setattr(handlers, "START_RETRY_S", 0.01)
+    tries = 0
+
+    async def start(*_: object) -> object:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise TimeoutError
+        return object()
+
+    monkeypatch.setattr(handlers, "_start", start)
+    registry = kopf.OperatorRegistry()
+    register(registry, OperatorSettings(tracking_uri="http://mlflow:5000", trainer_image="trainer:1"))
+    starting = run_activity(
+        lifecycle=kopf.lifecycles.all_at_once,
+        registry=registry,
+        settings=kopf.OperatorSettings(),
+        activity=Activity.STARTUP,
+        indices=OperatorIndexers().indices,
+        memo=kopf.Memo(),
+    )
+    asyncio.run(asyncio.wait_for(starting, 30))
+    assert tries == 3
 
 
 async def probed() -> int:
