@@ -203,7 +203,7 @@ store = boto3.client(
     region_name=os.environ["HEIMDALL_S3_REGION"],
     aws_access_key_id=os.environ["HEIMDALL_S3_ACCESS_KEY"],
     aws_secret_access_key=os.environ["HEIMDALL_S3_SECRET_KEY"],
-    verify=os.environ["HEIMDALL_S3_CA_BUNDLE"],
+    verify=os.environ.get("HEIMDALL_S3_CA_BUNDLE"),
 )
 bucket = os.environ["HEIMDALL_RECORDINGS_URL"].removeprefix("s3://")
 store.put_object(Bucket=bucket, Key="recording", Body=b"iq")
@@ -255,7 +255,7 @@ def of_recordings(name: str, script: str, *, access: str, env: list[Any], labels
         "enableServiceLinks": False,
         "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
         "containers": [container],
-        "volumes": [{"name": "ca", "configMap": {"name": "heimdall-ca"}}],
+        "volumes": [{"name": "ca", "configMap": {"name": "heimdall-ca", "optional": True}}],
         **ON_NODE,
     }
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}

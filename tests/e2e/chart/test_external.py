@@ -9,7 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import secrets
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,22 +35,30 @@ from tests.e2e.chart.external import (
     setup,
     writer,
 )
-from tests.e2e.cluster import Cluster, hack, port_forward
+from tests.e2e.chart.pages import Typist, section
+from tests.e2e.chart.test_backup import account
+from tests.e2e.cluster import Cluster, hack, port_forward, wait_for
 from tests.e2e.conftest import Mlflow, contract_run, namespace
 from tests.integration.certificates import make_certificate
 
 INSTALL_TIMEOUT = "280s"
 LIFE_S = 180.0
+BACKUP, EXTERNAL = "docs/howto/backup.md", "docs/howto/external-services.md"
 
 
 @pytest.fixture(scope="module")
-def services(release: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+def s3_image(release: Cluster) -> None:
     hack("hack/images", "build", "versitygw")
     hack("hack/cluster", "load", S3_IMAGE)
-    passwords = {name: secrets.token_hex(16) for name in LOGINS}
-    with namespace(release, "services") as cluster:
-        hosts = [f"{name}.{cluster.namespace}.svc" for name in ("postgresql", "s3", "mlflow")]
-        certificate = make_certificate(tmp_path_factory.mktemp("external") / "certificates", *hosts)
+
+
+@contextmanager
+def serving(release: Cluster, name: str, folder: Path) -> Iterator[Services]:
+    """Services in a namespace of their own, which a release finds there; removed with it."""
+    passwords = {login: secrets.token_hex(16) for login in LOGINS}
+    with namespace(release, name) as cluster:
+        hosts = [f"{host}.{cluster.namespace}.svc" for host in ("postgresql", "s3", "mlflow")]
+        certificate = make_certificate(folder / "certificates", *hosts)
         files = (certificate.certificate, certificate.key)
         cluster.apply(secret("tls", {file.name: file.read_text() for file in files}))
         cluster.apply(setup(passwords))
@@ -59,8 +70,14 @@ def services(release: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield made
 
 
-def install(where: Cluster, values: dict[str, Any]) -> None:
-    command = ("helm", "-n", where.namespace, "install", "heimdall", "charts/heimdall", "-f", "-")
+@pytest.fixture(scope="module")
+def services(release: Cluster, s3_image: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    with serving(release, "services", tmp_path_factory.mktemp("external")) as made:
+        yield made
+
+
+def install(where: Cluster, values: dict[str, Any], *how: str) -> None:
+    command = ("helm", "-n", where.namespace, *(how or ("install",)), "heimdall", "charts/heimdall", "-f", "-")
     where.run(*command, "--wait", "--timeout", INSTALL_TIMEOUT, text=json.dumps(values))
 
 
@@ -70,28 +87,43 @@ def stores(release: Cluster, confined: None, services: Services) -> Iterator[Clu
     with namespace(release, "stores") as made:
         for manifest in services.secrets():
             made.apply(manifest)
-        values = services.values(made)
-        values["caBundle"] = {"certificates": services.authority.read_text()}
-        values["tracking"] = {"publicUrl": services.tracking_url, "workers": 1, **ON_NODE}
-        values["networkPolicies"]["tracking"] = {"from": values["networkPolicies"]["database"]["to"]}
-        install(made, values)
+        install(made, on_stores(services, made))
         yield made
+
+
+def on_stores(services: Services, release: Cluster) -> dict[str, Any]:
+    """Values of a release that has an MLflow of its own, and all else from these services."""
+    values = services.values(release)
+    values["caBundle"] = {"certificates": services.authority.read_text()}
+    values["tracking"] = {"publicUrl": services.tracking_url, "workers": 1, **ON_NODE}
+    values["networkPolicies"]["tracking"] = {"from": values["networkPolicies"]["database"]["to"]}
+    return values
+
+
+@contextmanager
+def mlflow_of(release: Cluster) -> Iterator[Mlflow]:
+    """A release's MLflow for its administrator."""
+    data = json.loads(release.kubectl("get", "secret", "heimdall-tracking", "-o", "json"))["data"]
+    login = ("admin", base64.b64decode(data["admin-password"]).decode())
+    with port_forward(release, "svc/heimdall-tracking", 5000) as port:
+        yield Mlflow(f"http://127.0.0.1:{port}", login)
 
 
 @pytest.fixture(scope="module")
 def tracking(stores: Cluster) -> Iterator[Mlflow]:
-    """The first release's MLflow for its administrator."""
-    data = json.loads(stores.kubectl("get", "secret", "heimdall-tracking", "-o", "json"))["data"]
-    login = ("admin", base64.b64decode(data["admin-password"]).decode())
-    with port_forward(stores, "svc/heimdall-tracking", 5000) as port:
-        yield Mlflow(f"http://127.0.0.1:{port}", login)
+    with mlflow_of(stores) as made:
+        yield made
+
+
+def log_in(mlflow: Mlflow, patch: pytest.MonkeyPatch) -> Mlflow:
+    patch.setenv("MLFLOW_TRACKING_USERNAME", mlflow.login[0])
+    patch.setenv("MLFLOW_TRACKING_PASSWORD", mlflow.login[1])
+    return mlflow
 
 
 @pytest.fixture
 def as_admin(tracking: Mlflow, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", tracking.login[0])
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", tracking.login[1])
-    return tracking
+    return log_in(tracking, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +214,74 @@ def test_a_release_trains_with_an_external_mlflow(services: Services, guest: Clu
     assert guest.list("secrets", "app.kubernetes.io/managed-by=Helm") == []
     assert guest.list("statefulsets") == []
     assert "Succeeded" in guest.helm("test", "heimdall", "--timeout", INSTALL_TIMEOUT)
+
+
+@pytest.fixture
+def moving(release: Cluster, confined: None, s3_image: None) -> Iterator[Cluster]:
+    """A release whose PostgreSQL and object store are the chart's own."""
+    with namespace(release, "moving") as made:
+        install(made, {**on_own(made), "tracking": {"workers": 1, **ON_NODE}})
+        yield made
+
+
+def on_own(release: Cluster) -> dict[str, Any]:
+    operator = {"namespaces": [release.namespace], "progressSeconds": 3, "resyncSeconds": 30, **ON_NODE}
+    return {
+        "crd": {"install": False, "userRoles": False},
+        "operator": operator,
+        "database": ON_NODE,
+        "objectStore": ON_NODE,
+    }
+
+
+def to_theirs(services: Services, port: int) -> list[str]:
+    """The commands that fill external stores, as they stand there, with what is the reader's own."""
+    (commands,) = section(EXTERNAL, "Move what is there")[1:]
+    inside = f"kubectl -n {services.cluster.namespace} exec -i postgresql -- pg_restore -U postgres "
+    commands = commands.replace("pg_restore -h db.example.com -U ADMINISTRATOR ", inside)
+    login = f"printf '%s\\n' root {services.passwords['root']} | mc alias set theirs https://127.0.0.1:{port}"
+    return [commands.replace("mc alias set theirs https://s3.example.com", login)]
+
+
+def test_what_the_chart_s_own_stores_hold_moves_to_external_ones(
+    release: Cluster, moving: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hack("hack/cluster", "parts", "minio")
+    with mlflow_of(moving) as mlflow:
+        log_in(mlflow, monkeypatch)
+        train(moving, mlflow, "before-the-move")
+        status = moving.status("before-the-move")
+        wait_for(lambda: "logs" in moving.status("before-the-move")["attempts"][0], what="the log", timeout_s=LIFE_S)
+        before = account(mlflow, status)
+    moving.apply(writer())
+    moving.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/writer", "--timeout=60s")
+
+    with serving(release, "theirs", tmp_path) as services:
+        stop, _ = section(EXTERNAL, "Move what is there")
+        with (
+            port_forward(moving, "svc/heimdall-object-store", 9000) as own,
+            port_forward(services.cluster, "svc/s3", S3_PORT) as theirs,
+        ):
+            typist = Typist(moving, tmp_path, own)
+            authorities = tmp_path / ".mc/certs/CAs"
+            authorities.mkdir(parents=True)
+            shutil.copy(services.authority, authorities / "theirs.crt")
+            typist.type(stop, *section(BACKUP, "Reach the object store")[1:], *section(BACKUP, "Back up"))
+            typist.type(*to_theirs(services, theirs))
+        for manifest in services.secrets():
+            moving.apply(manifest)
+        moving.kubectl("delete", "pod", "writer")
+        install(moving, on_stores(services, moving), "upgrade", "--force-conflicts")
+
+        assert moving.list("statefulsets") == []
+        with mlflow_of(moving) as mlflow:
+            log_in(mlflow, monkeypatch)
+            assert account(mlflow, status) == before
+            assert moving.status("before-the-move") == status, "a finished run stays as it is"
+            train(moving, mlflow, "after-the-move")
+        moving.apply(reader())
+        moving.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/reader", "--timeout=60s")
+        assert moving.kubectl("logs", "reader").split() == ["seen", "iq"]
+        kept = {claim["metadata"]["name"] for claim in moving.list("persistentvolumeclaims")}
+        assert kept == {"data-heimdall-database-0", "data-heimdall-object-store-0"}
+        moving.kubectl("delete", "trainingruns", "--all", "--timeout=60s")

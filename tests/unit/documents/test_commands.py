@@ -65,6 +65,8 @@ HELM_FLAGS = {
     *("-o", "--reset-values", "--revision", "--take-ownership", "--install"),
     "-",  # standard input, as a file of values
 }
+MOVED = ("tests/e2e/chart/test_external.py", 'section(EXTERNAL, "Move what is there")')
+RESTORE = "pg_restore -h db.example.com -U ADMINISTRATOR --exit-on-error --no-owner"
 RUN_BY = {
     # A command, with … for what is another word there: where a test runs it, and words by which it is found there.
     "make test": (".ci/run", "make test"),  # by continuous integration
@@ -120,6 +122,14 @@ RUN_BY = {
     "helm upgrade heimdall charts/heimdall --reset-values -f - --wait": (
         *("tests/e2e/chart/test_again.py", 'section("docs/upgrading.md", "Back")'),
     ),
+    "kubectl scale deployment heimdall-operator heimdall-tracking --replicas=0": MOVED,
+    "kubectl wait --for=delete pod -l app.kubernetes.io/component=tracking": MOVED,
+    **{
+        f"{RESTORE} --role={owner} -d {database} < {database}.dump": MOVED
+        for owner, database in (("mlflow", "mlflow"), ("heimdall_writer", "heimdall"))
+    },
+    "mc alias set theirs https://s3.example.com": MOVED,
+    "mc mirror … …": MOVED,
 }
 ANY_WORD = "…"
 RUN_WHOLE = {
