@@ -51,7 +51,7 @@ def test_versions_that_are_called_tested_are_those_of_the_tests() -> None:
     text = section((ROOT / "docs/quickstart.md").read_text(), "On a cluster that you have")
 
     assert f"Each change is tested with Kubernetes {kubernetes} and Helm {helm}" in text
-    assert f"refuses a Kubernetes before {least};" in text
+    assert f"The oldest Kubernetes that the chart takes, {least}," in text
 
 
 def test_what_follows_a_reason_is_the_operators_policy() -> None:
