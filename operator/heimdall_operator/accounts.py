@@ -3,9 +3,9 @@
 A look waits a moment for the account to be kept: usually it is, and where it lies rides on what the look writes. A
 store that is slow or away holds up nothing else. Nothing is remembered that the pods and the status do not tell, and an
 operator that starts anew takes up what is not kept: all but the logs of pods that it ends itself. Those are read
-before, and held in memory until they are kept or ten minutes are over. A pod that somebody else ends (a drain, an
-eviction, a preemption) loses its log as soon as it has ended, which may be before that is seen: it is listened to from
-the moment on at which it was told to end.
+before, and held in memory until they are kept or ten minutes are over. A pod that somebody else deletes (a drain, a
+preemption) loses its log as soon as it has ended, which may be before that is seen: it is listened to from the moment
+on at which it was told to end.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -29,13 +30,14 @@ from heimdall_api.types import TrainingRunStatus
 from heimdall_operator.decide import KEEP_LOGS_LIMIT_S, job_name
 from heimdall_operator.kube import (
     HTTP_NOT_FOUND,
+    LOG_BROKEN_OFF,
     LOG_BYTES,
-    LOG_GONE,
     ForbiddenError,
     Kube,
     LogGoneError,
     RefusedError,
     answer_of,
+    is_no_log,
 )
 from heimdall_operator.mistakes import about
 from heimdall_operator.mlflow_gateway import MlflowGateway
@@ -68,6 +70,8 @@ LISTENED_BYTES: Final = 2**20
 """How much of the end of each is kept where its node has removed it."""
 LISTEN_S: Final = 30.0
 """How long beyond its grace period a pod is listened to."""
+LISTEN_AGAIN_S: Final = 1.0
+"""How soon it is listened to again where the connection broke."""
 HEARD_WAIT_S: Final = 5.0
 """How long the last lines of a container that has ended may take."""
 PIECE: Final = 2**16
@@ -76,22 +80,53 @@ PIECE: Final = 2**16
 log = structlog.get_logger()
 
 
-@dataclass
 class _Heard:
     """What is heard of a pod that is about to end."""
 
-    text: bytearray
-    task: asyncio.Task[None]
+    def __init__(self, follow: Callable[[bytearray, float], Awaitable[None]], for_s: float) -> None:
+        """Begin to listen.
 
-    async def told(self) -> str:
-        """All of it, and whether that was all; empty where nothing was heard."""
+        Args:
+            follow: Listens to the log, into a buffer and for some seconds.
+            for_s: For how long to listen in all.
+        """
+        self._follow = follow
+        self._until = time.monotonic() + for_s
+        self._text = bytearray()
+        self.task = asyncio.create_task(self._listen())
+        # What nobody asks for is no fault.
+        self.task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _listen(self) -> None:
+        while True:
+            again = bytearray()
+            if not self._text:
+                self._text = again
+            try:
+                await self._follow(again, self._until - time.monotonic())
+            except Exception as error:
+                log.debug("listening to a pod that ends failed", **about(error))
+                if _is_final(error) or time.monotonic() + LISTEN_AGAIN_S >= self._until:
+                    raise
+                await asyncio.sleep(LISTEN_AGAIN_S)
+            else:
+                return
+            finally:
+                # From its last lines on: it has what was heard before, too.
+                self._text = again or self._text
+
+    async def told(self, limit: int) -> str:
+        """The end of it, and whether that was all; empty where nothing was heard."""
         await asyncio.wait({self.task}, timeout=HEARD_WAIT_S)
-        text = bytes(self.text[-LISTENED_BYTES:])
-        if not text or text.startswith(LOG_GONE):
-            return ""
+        text = bytes(self._text)
         is_whole = self.task.done() and not self.task.cancelled() and self.task.exception() is None
+        lines, _, last = text.rpartition(b"\n")
+        if last.startswith(LOG_BROKEN_OFF):
+            text, is_whole = lines + b"\n", False
+        if not text.strip() or is_no_log(text):
+            return ""
         rest = "" if is_whole else "\nWhat came after this could not be read.\n"
-        return text.decode(errors="replace") + rest
+        return text[-limit:].decode(errors="replace") + rest
 
 
 @dataclass
@@ -126,11 +161,14 @@ class _Account:
         """Whether nothing is to be done about it now."""
         return self.result is not None or self.task is not None or (self.due is not None and self.due > now)
 
-    def stop_listening(self) -> None:
-        """Forget what was heard: it is kept, or not wanted."""
-        for heard in self.heard.values():
-            heard.task.cancel()
-        self.heard.clear()
+    def forget_heard(self, but: Collection[str] = ()) -> None:
+        """Stop to listen, and forget what was heard: it is kept, or of no use.
+
+        Args:
+            but: Names of pods that are listened to on.
+        """
+        for name in self.heard.keys() - set(but):
+            self.heard.pop(name).task.cancel()
 
     def insists(self, now: datetime) -> bool:
         """Whether what can't be read now is asked for again."""
@@ -202,7 +240,7 @@ class Keeper:
         accounts = self._accounts.pop(key, {})
         left = {name: item for name, item in accounts.items() if name[0] == uid and name[1] not in written}
         for name in accounts.keys() - left.keys():
-            accounts[name].stop_listening()
+            accounts[name].forget_heard()
         if left:
             self._accounts[key] = left
         now = self._clock()
@@ -221,34 +259,32 @@ class Keeper:
         Args:
             observed: The run.
         """
-        ending = [pod for pod in observed.pods if pod.deleting is not None and pod.alive and pod.running_since]
+        key = Key(observed.namespace, observed.name)
+        for (_, number), account in self._accounts.get(key, {}).items():
+            if account.task is None:
+                # Of pods that are forgotten, or have been replaced within their attempt, no account is kept any more.
+                account.forget_heard(but={pod.name for pod in observed.pods_of(number)})
         known = {attempt.number for attempt in observed.status.attempts if attempt.logs is not None} | {*observed.logs}
-        for pod in ending:
-            if pod.attempt in known or self._listened() >= LISTENED:
-                continue
-            accounts = self._accounts[Key(observed.namespace, observed.name)]
-            account = accounts.setdefault((observed.uid, pod.attempt), _Account())
-            if pod.name not in account.heard:
-                account.heard[pod.name] = self._listen(observed.namespace, pod)
+        for number in {attempt.number for attempt in observed.status.attempts} - known:
+            for pod in observed.pods_of(number):
+                if pod.deleting is not None and pod.alive and pod.running_since is not None:
+                    self._listen(self._accounts[key].setdefault((observed.uid, number), _Account()), observed, pod)
 
-    def _listened(self) -> int:
-        return sum(len(account.heard) for accounts in self._accounts.values() for account in accounts.values())
+    def _listen(self, account: _Account, observed: Observed, pod: PodFacts) -> None:
+        if pod.name in account.heard:
+            return
+        everywhere = [item for accounts in self._accounts.values() for item in accounts.values()]
+        if sum(len(item.heard) for item in everywhere) >= LISTENED and not _forget_one(everywhere):
+            log.debug("too many pods end at one time: one is not listened to", pod=pod.name)
+            return
 
-    def _listen(self, namespace: str, pod: PodFacts) -> _Heard:
-        heard, left_s = bytearray(), max(0.0, -age_s(pod.deleting, self._clock()))
+        async def follow(heard: bytearray, for_s: float) -> None:
+            await self._kube.follow_log(
+                *(observed.namespace, pod.name, CONTAINER, heard), limit=LISTENED_BYTES, timeout_s=for_s
+            )
 
-        async def listen() -> None:
-            try:
-                await self._kube.follow_log(
-                    *(namespace, pod.name, CONTAINER, heard), limit=LISTENED_BYTES, timeout_s=left_s + LISTEN_S
-                )
-            except Exception as error:
-                log.debug("listening to a pod that ends failed", pod=pod.name, **about(error))
-                raise
-
-        task = asyncio.create_task(listen())
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # what is not asked for is no fault
-        return _Heard(heard, task)
+        left_s = max(0.0, -age_s(pod.deleting, self._clock()))
+        account.heard[pod.name] = _Heard(follow, left_s + LISTEN_S)
 
     async def keep(self, observed: Observed, number: int, *, pods_go: bool) -> str | None:
         """Begin to keep an attempt's account, and wait a moment.
@@ -294,12 +330,12 @@ class Keeper:
     def forget(self, key: Key) -> None:
         """Forget a TrainingRun that is gone."""
         for account in self._accounts.pop(key, {}).values():
-            account.stop_listening()
+            account.forget_heard()
 
     def close(self) -> None:
         """Let go of what is under way; who starts next takes it up."""
         for account in (account for accounts in self._accounts.values() for account in accounts.values()):
-            account.stop_listening()
+            account.forget_heard()
             if account.task is not None:
                 account.task.cancel()
 
@@ -333,7 +369,7 @@ class Keeper:
             account.first = account.first or self._clock()
             try:
                 account.result = await self._read_and_upload(account, observed, number, shrink)
-                account.stop_listening()
+                account.forget_heard()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 self._failed(account, number, error)
             finally:
@@ -386,7 +422,7 @@ class Keeper:
             # Pods that are still there, and go on being so, are asked again.
             account.result, account.pods_go = "" if is_permanent(error) else None, False
             if account.result is not None:
-                account.stop_listening()
+                account.forget_heard()
             log.warning("the attempt's log was not kept", attempt=number, **about(error))
             return
         pause_s = account.pause_s
@@ -412,36 +448,60 @@ class Keeper:
         job = job_name(observed.name, number)
         subjects = [*(("Pod", pod.name) for pod in pods), ("Job", job), (KIND, observed.name)]
         # One after the other, and within bounds: a group of hundreds would not fit into the operator's memory.
-        wanted = {
-            f"{pod.name}.log": [partial(self._kube.read_log, namespace, pod.name, _telling(pod), _limit(len(pods)))]
-            for pod in pods
-        }
+        wanted = {f"{pod.name}.log": [partial(self._log, account, namespace, pod, _limit(len(pods)))] for pod in pods}
         wanted["events.jsonl"] = [partial(self._events, namespace, *each) for each in subjects]
         unread: Exception | None = None
         for name in [name for name in wanted if name not in files and name not in account.kept]:
             try:
-                text = "".join([await self._read_or_say(account, name, reading) for reading in wanted[name]])
+                text = "".join([await self._read_or_say(account, reading) for reading in wanted[name]])
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again where that can help
                 unread = unread or error
             else:
                 files[name] = await _redacted(text)
         return unread
 
-    async def _read_or_say(self, account: _Account, name: str, reading: Callable[[], Awaitable[str]]) -> str:
+    async def _log(self, account: _Account, namespace: str, pod: PodFacts, limit: int) -> str:
+        """A pod's log, or what was heard of it where its node has that no more."""
+        try:
+            return await self._kube.read_log(namespace, pod.name, _telling(pod), limit)
+        except Exception as error:
+            if not isinstance(error, LogGoneError) and not _is_final(error):
+                raise
+            heard = account.heard.get(pod.name)
+            if heard is not None and (words := await heard.told(min(limit, LISTENED_BYTES))):
+                return words
+            if isinstance(error, LogGoneError) and (pod.deleting or pod.disruption or pod.exceeded_storage):
+                return f"could not be read: the node has removed the container ({error})\n"
+            raise  # a node whose containers' runtime starts anew says the same, for a moment
+
+    async def _read_or_say(self, account: _Account, reading: Callable[[], Awaitable[str]]) -> str:
         try:
             return await reading()
         except Exception as error:
-            is_gone = isinstance(error, LogGoneError) or answer_of(error) == HTTP_NOT_FOUND
-            is_final = is_gone or isinstance(error, RefusedError | ForbiddenError)
-            if account.insists(self._clock()) and not is_final:
+            if account.insists(self._clock()) and not _is_final(error):
                 raise
-            heard = account.heard.get(name.removesuffix(".log"))
-            words = await heard.told() if heard is not None else ""
-            return words or f"could not be read: {type(error).__name__}: {error}\n"
+            return f"could not be read: {type(error).__name__}: {error}\n"
 
     async def _events(self, namespace: str, kind: str, name: str) -> str:
         events = await self._kube.list_events(namespace, kind, name)
         return "".join(f"{json.dumps(without_managers(event), sort_keys=True)}\n" for event in events)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the API server says the same however often it is asked."""
+    return isinstance(error, RefusedError | ForbiddenError) or answer_of(error) == HTTP_NOT_FOUND
+
+
+def _forget_one(accounts: Iterable[_Account]) -> bool:
+    """Forget of one pod what was heard, if one has ended and nobody is about to keep its account; whether there was."""
+    for account in accounts:
+        if account.task is not None:
+            continue
+        for name, heard in account.heard.items():
+            if heard.task.done():
+                account.forget_heard(but=account.heard.keys() - {name})
+                return True
+    return False
 
 
 def _telling(pod: PodFacts) -> str:

@@ -185,7 +185,7 @@ async def _start(stack: AsyncExitStack, settings: OperatorSettings) -> Controlle
         grace_period_s=settings.grace_period_seconds,
         ca=settings.ca_bundle,
     )
-    keeper = Keeper(kube, mlflow)
+    keeper = Keeper(kube, mlflow, kube.clock)
     stack.callback(keeper.close)
     controller = Controller(
         kube=kube,

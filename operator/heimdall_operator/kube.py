@@ -18,8 +18,14 @@ PAGE: Final = 500
 LOG_LINES: Final = 10_000
 LOG_BYTES: Final = 4 * 2**20
 """Most of a log that is kept: its end."""
-LOG_GONE: Final = b"unable to retrieve container logs for "
-"""What a kubelet writes, as if it were the log, where it has removed the container."""
+LOG_GONE: Final = (
+    b"unable to retrieve container logs for ",
+    b"failed to try resolving symlinks in path ",
+    b"failed to open log file ",
+)
+"""How a kubelet begins what it writes, as if that were the log, where it has removed the container or its log."""
+LOG_BROKEN_OFF: Final = (b"rpc error: ", b"context cancel")
+"""How it begins what it appends, without an end of line, to a log that it could not follow to the end."""
 OURS: Final = {LABEL_MANAGED_BY: MANAGED_BY}
 """Labels of the Jobs and pods that the operator made."""
 SELECTOR: Final = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
@@ -40,7 +46,7 @@ class ForbiddenError(Exception):
 
 
 class LogGoneError(Exception):
-    """The node has removed the container, and its log with it."""
+    """The node has no log: most likely it has removed the container."""
 
 
 class RefusedError(Exception):
@@ -136,7 +142,7 @@ class Kube:
             limit: Most bytes of it.
 
         Raises:
-            LogGoneError: Its node has removed the container.
+            LogGoneError: Its node has no log of it.
         """
         text = b""
         for lines in (LOG_LINES, LOG_LINES // 4, LOG_LINES // 16, LOG_LINES // 64):
@@ -145,8 +151,8 @@ class Kube:
             text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)
             if len(text) < 2 * limit:
                 break
-        if text.startswith(LOG_GONE) and b"\n" not in text:
-            raise LogGoneError("the node has removed the container")
+        if is_no_log(text):
+            raise LogGoneError(text.decode(errors="replace"))
         return text[-limit:].decode(errors="replace")
 
     async def follow_log(
@@ -310,6 +316,11 @@ class Kube:
         if response.status == HTTP_FORBIDDEN:
             raise ForbiddenError(answer.message)
         raise ApiException(status=response.status, reason=answer.message)
+
+
+def is_no_log(text: bytes) -> bool:
+    """Whether it is a kubelet that says, in the log's place, that there is none."""
+    return text.startswith(LOG_GONE) and b"\n" not in text
 
 
 def answer_of(error: Exception) -> int | None:

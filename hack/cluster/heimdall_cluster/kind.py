@@ -284,16 +284,16 @@ def _load_into(node: str, names: Sequence[str]) -> None:
     if (why := _stream(names, node)) is not None and NO_ROOM in why:
         whole = [pulling.whole_name(name) for name in names]
         remove = [engine.docker(), "exec", node, "ctr", "--namespace", "k8s.io", "images", "remove", "--sync", *whole]
-        read(remove, env=engine.environment(), timeout_s=DROP_TIMEOUT_S)
-        say(f"no room is left on the disk: removed what {', '.join(names)} in {node} was before, trying again")
+        if read(remove, env=engine.environment(), timeout_s=DROP_TIMEOUT_S) is not None:
+            say(f"no room is left on the disk: removed what {', '.join(names)} in {node} was before, trying again")
         why = _stream(names, node)
     if why is None:
         return
     if NO_ROOM in why:
         raise ClusterError(
-            f"{', '.join(names)} could not be loaded into {node}: no room is left on the disk; an image takes three "
-            "times its size there while it is loaded: make some (docker system df says what Docker keeps), then call "
-            "again"
+            f"{', '.join(names)} could not be loaded into {node}, which may have none of it now: no room is left on "
+            "the disk; an image takes three times its size there while it is loaded: make some (docker system df says "
+            "what Docker keeps), then call again"
         )
     raise ClusterError(f"{', '.join(names)} could not be loaded into {node}: {why or 'no reason given'}")
 

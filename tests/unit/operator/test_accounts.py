@@ -257,57 +257,82 @@ def test_a_pod_that_can_not_be_read_keeps_no_log_of_its_group_back() -> None:
 class Removing(FakeKube):
     """Its nodes remove containers as soon as these have ended."""
 
-    def __init__(self, world: World, error: Exception | None = None) -> None:
+    def __init__(self, world: World, *ends: Exception | bytes) -> None:
         super().__init__(world)
-        self.error = error
-        self.has_ended = asyncio.Event()
+        self.ends = list(ends)
+        """How each call that listens ends: with last lines, or an error."""
+        self.has_ended, self.is_again = asyncio.Event(), asyncio.Event()
         self.listened: list[str] = []
 
     async def read_log(self, namespace: str, pod: str, container: str, limit: int) -> str:
-        raise LogGoneError("the node has removed the container")
+        raise LogGoneError("unable to retrieve container logs for containerd://1")
 
     async def follow_log(
         self, namespace: str, pod: str, container: str, heard: bytearray, *, limit: int, timeout_s: float
     ) -> None:
+        if pod in self.listened:
+            self.is_again.set()
         self.listened.append(pod)
         heard += b"step 20\n"
+        end = self.ends.pop(0) if self.ends else b"checkpoint\n"
+        if isinstance(end, ConnectionError):
+            raise end
         await self.has_ended.wait()
-        if self.error is not None:
-            raise self.error
-        heard += b"checkpoint\n"
+        if isinstance(end, Exception):
+            raise end
+        heard += end
 
 
 def being_ended(number: int = 1, **more: Any) -> PodFacts:
     return pod(number, deleting=NOW + timedelta(seconds=30), **more)
 
 
+def drained(**more: Any) -> PodFacts:
+    """What a pod that was listened to is when it has ended."""
+    return ended_pod(143, deleting=NOW, **more)
+
+
+NOT_ALL = "\nWhat came after this could not be read.\n"
+WHOLE = "step 20\ncheckpoint\n"
+
+
 @pytest.mark.parametrize(
-    ("error", "wanted"),
+    ("ends", "wanted"),
     [
-        (None, "step 20\ncheckpoint\n"),
-        (TimeoutError(), "step 20\n\nWhat came after this could not be read.\n"),
+        ([], WHOLE),
+        ([TimeoutError()], f"step 20\n{NOT_ALL}"),
+        ([b"checkpoint\nrpc error: code = NotFound"], f"{WHOLE}{NOT_ALL}"),
+        ([ConnectionResetError()], WHOLE),
     ],
-    ids=["whole", "cut off"],
+    ids=["whole", "not to the end", "broken off by the node", "broken off, and listened to again"],
 )
 def test_a_pod_that_somebody_ends_is_listened_to_since_its_node_removes_it(
-    error: Exception | None, wanted: str
+    monkeypatch: pytest.MonkeyPatch, ends: list[Exception | bytes], wanted: str
 ) -> None:
     world = World()
+    # Of what is not heard to the end, the time is over.
+    monkeypatch.setattr(accounts, "LISTEN_AGAIN_S", 3600.0 if wanted.startswith(f"step 20\n{NOT_ALL}") else 0.001)
 
     async def scenario() -> None:
-        kube = Removing(world, error)
+        kube = Removing(world, *ends)
         keeps = keeper(world, kube=kube)
         for _ in range(2):
             keeps.listen(observed(logs={}, pods=(being_ended(),)))
             await asyncio.sleep(0)
         assert kube.listened == ["run-a1-x"], "once"
+        if any(isinstance(end, ConnectionError) for end in ends):
+            await asyncio.wait_for(kube.is_again.wait(), 30)
         kube.has_ended.set()
         world.mlflow_runs[UID] = {}
-        assert await keeps.keep(observed(logs={}, pods=(ended_pod(143),)), 1, pods_go=False) == KEPT
-        assert keeps._listened() == 0, "what is kept is not held any longer"
+        assert await keeps.keep(observed(logs={}, pods=(drained(),)), 1, pods_go=False) == KEPT
+        assert heard_of(keeps) == [], "what is kept is not held any longer"
 
     asyncio.run(scenario())
     assert world.kept["attempts/1/run-a1-x.log"] == wanted
+
+
+def heard_of(keeps: Keeper) -> list[str]:
+    return [name for known in keeps._accounts.values() for account in known.values() for name in account.heard]
 
 
 def test_what_was_heard_is_held_until_it_is_kept() -> None:
@@ -320,15 +345,16 @@ def test_what_was_heard_is_held_until_it_is_kept() -> None:
         keeps.listen(observed(logs={}, pods=(being_ended(),)))
         await asyncio.sleep(0)
         kube.has_ended.set()
-        seen = observed(logs={}, pods=(ended_pod(143),))
+        seen = observed(logs={}, pods=(drained(),))
         assert await keeps.keep(seen, 1, pods_go=False) is None
+        keeps.listen(seen)
         world.store_away = False
         world.mlflow_runs[UID] = {}
         clock.now += timedelta(seconds=RETRY_S)
         assert await keeps.keep(seen, 1, pods_go=False) == KEPT
 
     asyncio.run(scenario())
-    assert world.kept["attempts/1/run-a1-x.log"] == "step 20\ncheckpoint\n"
+    assert world.kept["attempts/1/run-a1-x.log"] == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -336,7 +362,7 @@ def test_what_was_heard_is_held_until_it_is_kept() -> None:
     [
         ([pod()], {}),
         ([being_ended(running_since=None)], {}),
-        ([ended_pod(143, deleting=NOW)], {}),
+        ([drained()], {}),
         ([being_ended()], {1: KEPT}),
     ],
     ids=["nobody ends it", "it has not begun", "it has ended", "it was read before"],
@@ -360,10 +386,70 @@ def test_few_pods_are_listened_to_at_one_time_and_none_of_a_run_that_is_gone() -
         keeps.listen(observed(logs={}, pods=many))
         await asyncio.sleep(0)
         assert len(kube.listened) == accounts.LISTENED
+        tasks = [heard.task for account in keeps._accounts[KEY].values() for heard in account.heard.values()]
         keeps.forget(KEY)
-        assert keeps._listened() == 0
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() for task in tasks)
+        assert heard_of(keeps) == []
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_replaced", [True, False], ids=["replaced", "waiting to be"])
+def test_pods_of_which_no_account_is_kept_make_room_for_others(is_replaced: bool) -> None:
+    """A queue takes a group's pods away: others go on in the same attempt, and its account is kept of those."""
+    workers = range(accounts.LISTENED)
+
+    async def scenario() -> None:
+        kube = Removing(World())
+        keeps = keeper(kube.world, kube=kube)
+        group = tuple(being_ended(name=f"run-a1-{worker}", worker=worker) for worker in workers)
+        keeps.listen(observed(logs={}, pods=group))
+        await asyncio.sleep(0)
+        kube.has_ended.set()
+        tasks = [heard.task for account in keeps._accounts[KEY].values() for heard in account.heard.values()]
+        await asyncio.gather(*tasks)
+        if is_replaced:
+            after = tuple(pod(name=f"run-a1-{worker}-b", worker=worker, created=NOW) for worker in workers)
+            keeps.listen(observed(logs={}, pods=(*group, *after)))
+            assert heard_of(keeps) == []
+        keeps.listen(observed(name="other", uid="another", logs={}, pods=(being_ended(name="other-a1"),)))
+        await asyncio.sleep(0)
+        assert kube.listened[-1] == "other-a1"
+
+    asyncio.run(scenario())
+
+
+def test_a_log_that_a_node_has_no_more_although_nobody_deleted_its_pod_is_asked_for_again() -> None:
+    clock = Clock()
+    gone = LogGoneError("unable to retrieve container logs for containerd://1")
+
+    assert asyncio.run(kept(Unread(World(), gone), clock)) == "its last words"
+    assert clock.now > NOW
+
+
+def test_a_run_whose_pod_is_drained_is_listened_to_by_the_operator() -> None:
+    world = World()
+    world.apply({})
+
+    async def scenario() -> None:
+        operator = controller(world)
+        kube = Removing(world)
+        operator._actor.keeper = keeper(world, kube=kube)
+        await look(operator)
+        world.pod_of(world.jobs["run-a1"], **RUNNING)
+        await look(operator)
+        world.pods["run-a1-x"]["metadata"]["deletionTimestamp"] = STAMP
+        world.stamp(world.pods["run-a1-x"])
+        await look(operator)
+        await asyncio.sleep(0)
+        assert kube.listened == ["run-a1-x"]
+        kube.has_ended.set()
+        world.pod_of(world.jobs["run-a1"], **SIGTERMED)
+        await look(operator)
+
+    asyncio.run(scenario())
+    assert world.kept["attempts/1/run-a1-x.log"] == WHOLE
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,10 @@ def test_a_pod_that_can_not_be_listened_to_is_told_of() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("words", kube.LOG_GONE, ids=lambda words: words.decode())
 @pytest.mark.parametrize("more", [b"", b"\nis what the trainer says"], ids=["the kubelet's", "a trainer's"])
-def test_what_a_kubelet_says_of_a_container_that_it_has_removed_is_no_log(more: bytes) -> None:
-    words = b"unable to retrieve container logs for containerd://dd9ba1e6" + more
+def test_what_a_kubelet_says_of_a_container_that_it_has_removed_is_no_log(words: bytes, more: bytes) -> None:
+    words = words + b"containerd://dd9ba1e6" + more
 
     async def scenario() -> str:
         async with server([words]) as (reached, _):
