@@ -196,7 +196,7 @@ WRITE = """
 import os, boto3, psycopg2
 
 with psycopg2.connect(os.environ["HEIMDALL_DATABASE_URL"]) as connection, connection.cursor() as cursor:
-    cursor.execute("CREATE TABLE sessions AS SELECT 'seen' AS name")
+    cursor.execute("CREATE TABLE IF NOT EXISTS sessions AS SELECT 'seen' AS name")
 store = boto3.client(
     "s3",
     endpoint_url=os.environ["HEIMDALL_S3_ENDPOINT_URL"],
@@ -250,7 +250,8 @@ def of_recordings(name: str, script: str, *, access: str, env: list[Any], labels
         "securityContext": UNPRIVILEGED,
     }
     spec = {
-        "restartPolicy": "Never",
+        # A new pod may reach nothing until its node has heard of its network policies.
+        "restartPolicy": "OnFailure",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},

@@ -198,13 +198,24 @@ def test_a_release_trains_on_external_postgresql_and_s3(services: Services, stor
     assert "Succeeded" in stores.helm("test", "heimdall", "--timeout", INSTALL_TIMEOUT)
 
 
-def test_recordings_are_added_to_external_stores_and_read_by_training_pods(stores: Cluster) -> None:
-    for pod in (writer(), reader()):
-        stores.apply(pod)
-        done = ("--for=jsonpath={.status.phase}=Succeeded", f"pod/{pod['metadata']['name']}", "--timeout=60s")
-        stores.kubectl("wait", *done)
+def said_by(where: Cluster, pod: dict[str, Any]) -> str:
+    """What a pod says that runs to its end."""
+    name = pod["metadata"]["name"]
+    where.apply(pod)
 
-    assert stores.kubectl("logs", "reader").split() == ["seen", "iq"]
+    def has_ended() -> bool:
+        return ((where.get("pod", name) or {}).get("status") or {}).get("phase") == "Succeeded"
+
+    def explained() -> str:
+        return where.run("kubectl", "-n", where.namespace, "logs", name, check=False).stdout
+
+    wait_for(has_ended, what=f"the end of pod {name}", timeout_s=120, tell=explained)
+    return where.kubectl("logs", name)
+
+
+def test_recordings_are_added_to_external_stores_and_read_by_training_pods(stores: Cluster) -> None:
+    assert said_by(stores, writer()) == ""
+    assert said_by(stores, reader()).split() == ["seen", "iq"]
 
 
 def test_a_release_trains_with_an_external_mlflow(services: Services, guest: Cluster, as_admin: Mlflow) -> None:
@@ -220,43 +231,44 @@ def test_a_release_trains_with_an_external_mlflow(services: Services, guest: Clu
 def moving(release: Cluster, confined: None, s3_image: None) -> Iterator[Cluster]:
     """A release whose PostgreSQL and object store are the chart's own."""
     with namespace(release, "moving") as made:
-        install(made, {**on_own(made), "tracking": {"workers": 1, **ON_NODE}})
+        install(made, on_own(made))
         yield made
 
 
 def on_own(release: Cluster) -> dict[str, Any]:
-    operator = {"namespaces": [release.namespace], "progressSeconds": 3, "resyncSeconds": 30, **ON_NODE}
+    """Values of a release that has all from the chart."""
     return {
         "crd": {"install": False, "userRoles": False},
-        "operator": operator,
+        "operator": {"namespaces": [release.namespace], "progressSeconds": 3, "resyncSeconds": 30, **ON_NODE},
+        "tracking": {"publicUrl": "https://mlflow.example.com", "workers": 1, **ON_NODE},
         "database": ON_NODE,
         "objectStore": ON_NODE,
     }
 
 
-def to_theirs(services: Services, port: int) -> list[str]:
+def to_theirs(services: Services, port: int) -> str:
     """The commands that fill external stores, as they stand there, with what is the reader's own."""
     (commands,) = section(EXTERNAL, "Move what is there")[1:]
     inside = f"kubectl -n {services.cluster.namespace} exec -i postgresql -- pg_restore -U postgres "
     commands = commands.replace("pg_restore -h db.example.com -U ADMINISTRATOR ", inside)
     login = f"printf '%s\\n' root {services.passwords['root']} | mc alias set theirs https://127.0.0.1:{port}"
-    return [commands.replace("mc alias set theirs https://s3.example.com", login)]
+    return commands.replace("mc alias set theirs https://s3.example.com", login)
 
 
 def test_what_the_chart_s_own_stores_hold_moves_to_external_ones(
     release: Cluster, moving: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hack("hack/cluster", "parts", "minio")
-    with mlflow_of(moving) as mlflow:
+    name = "before-the-move"
+    # By one address all the time: MLflow's client remembers where artifacts are.
+    with mlflow_of(moving) as mlflow, serving(release, "theirs", tmp_path) as services:
         log_in(mlflow, monkeypatch)
-        train(moving, mlflow, "before-the-move")
-        status = moving.status("before-the-move")
-        wait_for(lambda: "logs" in moving.status("before-the-move")["attempts"][0], what="the log", timeout_s=LIFE_S)
+        train(moving, mlflow, name)
+        wait_for(lambda: "logs" in moving.status(name)["attempts"][1], what="the log being kept", timeout_s=LIFE_S)
+        status = moving.status(name)
         before = account(mlflow, status)
-    moving.apply(writer())
-    moving.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/writer", "--timeout=60s")
+        assert said_by(moving, writer()) == ""
 
-    with serving(release, "theirs", tmp_path) as services:
         stop, _ = section(EXTERNAL, "Move what is there")
         with (
             port_forward(moving, "svc/heimdall-object-store", 9000) as own,
@@ -267,21 +279,15 @@ def test_what_the_chart_s_own_stores_hold_moves_to_external_ones(
             authorities.mkdir(parents=True)
             shutil.copy(services.authority, authorities / "theirs.crt")
             typist.type(stop, *section(BACKUP, "Reach the object store")[1:], *section(BACKUP, "Back up"))
-            typist.type(*to_theirs(services, theirs))
+            typist.type(to_theirs(services, theirs))
         for manifest in services.secrets():
             moving.apply(manifest)
-        moving.kubectl("delete", "pod", "writer")
         install(moving, on_stores(services, moving), "upgrade", "--force-conflicts")
 
         assert moving.list("statefulsets") == []
-        with mlflow_of(moving) as mlflow:
-            log_in(mlflow, monkeypatch)
-            assert account(mlflow, status) == before
-            assert moving.status("before-the-move") == status, "a finished run stays as it is"
-            train(moving, mlflow, "after-the-move")
-        moving.apply(reader())
-        moving.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/reader", "--timeout=60s")
-        assert moving.kubectl("logs", "reader").split() == ["seen", "iq"]
+        assert account(mlflow, status) == before
+        assert moving.status(name) == status, "a finished run stays as it is"
+        train(moving, mlflow, "after-the-move")
+        assert said_by(moving, reader()).split() == ["seen", "iq"]
         kept = {claim["metadata"]["name"] for claim in moving.list("persistentvolumeclaims")}
         assert kept == {"data-heimdall-database-0", "data-heimdall-object-store-0"}
-        moving.kubectl("delete", "trainingruns", "--all", "--timeout=60s")
