@@ -112,6 +112,10 @@ fuzz: needs venv ## 1,000 generated specs: each refused, failed with a reason, o
 bench-operator: venv needs ## The operator's latency and throughput next to the bare calls
 	$(BIN)/python -m tests.bench.operator
 
+.PHONY: bench-kopf
+bench-kopf: venv needs ## Three ways to use kopf, with the same work: what decision 1 rests on
+	$(BIN)/python -m tests.bench.kopf_ways
+
 .PHONY: docs
 docs: venv ## The documents as a site, in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

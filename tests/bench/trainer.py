@@ -66,6 +66,8 @@ class Size:
     rounds: int = 6
     """Of trainings, each of `steps` steps."""
     steps: int = 40
+    default_steps: int = 15
+    """Of a training of the default backbone on a processor, where a step takes half a second."""
     tiny_steps: int = 1000
     logger_steps: int = 40
     """Tiny steps with Lightning's own logger, each of which waits for the server."""
@@ -82,7 +84,15 @@ class Size:
 
 FULL: Final = Size()
 SHORT: Final = Size(
-    rounds=3, steps=15, tiny_steps=300, logger_steps=15, sessions=2, loader_rounds=1, model_steps=1, checkpoint_rounds=1
+    rounds=3,
+    steps=15,
+    default_steps=8,
+    tiny_steps=300,
+    logger_steps=15,
+    sessions=2,
+    loader_rounds=1,
+    model_steps=1,
+    checkpoint_rounds=1,
 )
 
 
@@ -111,6 +121,7 @@ def measure(started: Servers, size: Size) -> list[Figure]:
             "command line": command_line,
             "spectrogram": lambda: spectrogram(size),
             "tracking and throughput": lambda: tracking(started.mlflow.url, size),
+            "the default backbone": lambda: default_backbone(started.mlflow.url, size),
             "loader": lambda: loader(started, Path(name), size),
             "checkpoints": lambda: checkpoints(started.mlflow.url, size),
         }
@@ -185,6 +196,23 @@ def tracking(tracking_uri: str, size: Size) -> list[Figure]:
     return [*throughput_of(usual), *overhead_of(usual), *microseconds_of(short), *servers_s]
 
 
+def default_backbone(tracking_uri: str, size: Size) -> list[Figure]:
+    """What somebody trains who names no backbone; on a GPU, `tracking` has measured that."""
+    if torch.cuda.is_available():
+        return []
+    load = training.localizer(DEFAULT_BACKBONE, batch_size=4, steps=size.default_steps)
+    with threads(1):
+        paces = in_turns(
+            {
+                "plain": lambda: training.plain(load).pace(),
+                "bare": lambda: training.bare(load).pace(),
+                "tracked": lambda: training.tracked(load, tracking_uri).pace(),
+            },
+            size.rounds,
+        )
+    return throughput_of(paces, f"{DEFAULT_BACKBONE}: ")
+
+
 def steps_s(paces: Sequence[Pace]) -> list[float]:
     return [pace.step_s for pace in paces]
 
@@ -194,17 +222,17 @@ def threads_s(paces: Sequence[Pace]) -> list[float]:
     return [pace.thread_s for pace in paces]
 
 
-def throughput_of(paces: dict[str, list[Pace]]) -> list[Figure]:
+def throughput_of(paces: dict[str, list[Pace]], of: str = "") -> list[Figure]:
     """Steps a second, next to a plain loop's."""
     plain = steps_s(paces["plain"])
-    figures = [Figure("step of a plain PyTorch loop", median(plain) * MILLI, "ms")]
+    figures = [Figure(f"{of}step of a plain PyTorch loop", median(plain) * MILLI, "ms")]
     for name, key in (("the trainer", "tracked"), ("bare Lightning", "bare")):
         found = compare(plain, steps_s(paces[key]))
-        label = f"throughput: {name} / plain loop"
+        label = f"{of}throughput: {name} / plain loop"
         goal = at_least(label, found.median, "ratio", GOAL_THROUGHPUT)
         figures += [goal if key == "tracked" else Figure(label, found.median, "ratio"), spread_of(label, found)]
         processor = compare(threads_s(paces["plain"]), threads_s(paces[key]))
-        figures.append(Figure(f"… by the processor: {name} / plain loop", processor.median, "ratio"))
+        figures.append(Figure(f"{of}… by the processor: {name} / plain loop", processor.median, "ratio"))
     return figures
 
 
