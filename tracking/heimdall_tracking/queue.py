@@ -174,6 +174,9 @@ class MetricQueue:
         delivered = self.flush(timeout_s)
         self.stop()
         self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._spilling is not None:
+            # It may still write points that have been taken back from it: what follows has the folder alone.
+            self._spilling.join(min(DISK_WAIT_S, max(0.0, deadline - time.monotonic())))
         return delivered and not self.dropped and not self.waiting
 
     def stop(self) -> None:

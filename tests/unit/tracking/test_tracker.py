@@ -528,5 +528,5 @@ def test_closing_without_time_waits_for_no_thread(
 
     assert not started.close(0)
 
-    assert waits == [0, 0, 0]
+    assert waits == [0, 0, 0, 0]
     hanging.set()
