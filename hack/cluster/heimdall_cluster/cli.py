@@ -115,7 +115,7 @@ def _below(amount: float) -> str:
 
 def _is_cold() -> bool:
     """Whether a first `up` has still to make what a cluster is made of."""
-    if kind.KUBECONFIG.exists() or all(parts.is_built(parts.CATALOGUE[name]) for name in parts.NODE_PARTS):
+    if KUBECONFIG.exists() or all(parts.is_built(parts.CATALOGUE[name]) for name in parts.NODE_PARTS):
         return False
     return not images.has_pulled_node()
 

@@ -17,7 +17,7 @@ from typing import IO, Final
 from heimdall_cluster import engine, parts
 from heimdall_cluster.folders import scratch
 from heimdall_cluster.parts import KUBERNETES_VERSION
-from heimdall_cluster.paths import IMAGES_SOURCE, LOGS
+from heimdall_cluster.paths import IMAGES_SOURCE, LOGS, PARTS
 from heimdall_cluster.pulling import pull, whole_name
 from heimdall_cluster.steps import ClusterError, TooLongError, read, run, step
 
@@ -239,7 +239,7 @@ def _build_node_base() -> None:
     with scratch() as context:
         shutil.copytree(source, context / "files")
         for folder, part in {"bin": "containerd", "cni": "cni-plugins"}.items():
-            shutil.copytree(parts.PARTS / part, context / folder, ignore=shutil.ignore_patterns("stamp.json"))
+            shutil.copytree(PARTS / part, context / folder, ignore=shutil.ignore_patterns("stamp.json"))
         shutil.copy(parts.path_of("crictl"), context / "bin")
         config = context / "files/etc/containerd/config.toml"
         config.chmod(0o644)

@@ -70,7 +70,7 @@ def config(*, own_cni: bool, cgroup_v1: bool, kept: Sequence[Path] = ()) -> dict
         "controllerManager": {"extraArgs": patience, **spared},
         "etcd": {"local": spared},
     }
-    kubelet = {"kind": "KubeletConfiguration", "nodeStatusUpdateFrequency": "4s"}
+    kubelet: dict[str, Any] = {"kind": "KubeletConfiguration", "nodeStatusUpdateFrequency": "4s"}
     if cgroup_v1:
         kubelet |= {"failCgroupV1": False}
     document["kubeadmConfigPatches"] = [

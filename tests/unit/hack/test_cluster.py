@@ -188,7 +188,7 @@ def test_the_folder_of_an_engine_is_one_of_this_machine(
 def test_another_cluster_s_node_image_makes_no_machine_warm(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: bool, has: str, is_cold: bool
 ) -> None:
-    monkeypatch.setattr(kind, "KUBECONFIG", tmp_path / "kubeconfig")
+    monkeypatch.setattr(cli, "KUBECONFIG", tmp_path / "kubeconfig")
     monkeypatch.setattr(parts, "is_built", lambda part: built and part.name == "kind")
     monkeypatch.setattr(images, "kinds_node", lambda: "kindest/node:v1.37.0")
     monkeypatch.setattr(
