@@ -148,7 +148,7 @@ class Kube:
         for lines in (LOG_LINES, LOG_LINES // 4, LOG_LINES // 16, LOG_LINES // 64):
             # The server counts bytes from the first of the lines on: of more than these, the end would be missing.
             query = [("container", container), ("tailLines", str(lines)), ("limitBytes", str(2 * limit))]
-            text = await self._text("GET", _path("/api/v1", namespace, "pods", pod, "log"), query=query)
+            text = await self._text(_path("/api/v1", namespace, "pods", pod, "log"), query)
             if len(text) < 2 * limit:
                 break
         if is_no_log(text):
@@ -262,21 +262,13 @@ class Kube:
         query: list[tuple[str, str]] | None = None,
         missing_ok: bool = False,
     ) -> dict[str, Any]:
-        text = await self._text(method, path, body, query=query, missing_ok=missing_ok)
-        result: dict[str, Any] = json.loads(text)
+        response = await self._send(method, path, body, query=query, missing_ok=missing_ok)
+        result: dict[str, Any] = {} if response.status == HTTP_NOT_FOUND else json.loads(await response.read())
         return result
 
-    async def _text(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None = None,
-        *,
-        query: list[tuple[str, str]] | None = None,
-        missing_ok: bool = False,
-    ) -> bytes:
-        response = await self._send(method, path, body, query=query, missing_ok=missing_ok)
-        return b"{}" if response.status == HTTP_NOT_FOUND else await response.read()
+    async def _text(self, path: str, query: list[tuple[str, str]] | None = None) -> bytes:
+        text: bytes = await (await self._send("GET", path, query=query)).read()
+        return text
 
     async def _send(
         self,

@@ -270,7 +270,7 @@ async def made_again(kube: Kube, names: list[str]) -> int:
 
 async def writes(kube: Kube) -> dict[str, float]:
     """Writes that the API server has carried out, by resource; runs are created by the benchmark itself."""
-    text = (await kube._text("GET", "/metrics")).decode()
+    text = (await kube._text("/metrics")).decode()
     kinds = {"trainingruns": "PATCH", "configmaps": "POST"}
     return {
         kind: sum(

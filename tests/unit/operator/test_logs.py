@@ -31,7 +31,7 @@ def test_of_a_log_with_very_long_lines_the_end_is_kept() -> None:
     lines = [f"{number:06} {'#' * 2000}\n" for number in range(9000)]
     asked: list[dict[str, str]] = []
 
-    async def text(method: str, path: str, query: list[tuple[str, str]]) -> bytes:
+    async def text(path: str, query: list[tuple[str, str]]) -> bytes:
         asked.append(dict(query))
         tail = "".join(lines[-int(asked[-1]["tailLines"]) :]).encode()
         return tail[: int(asked[-1]["limitBytes"])]  # as the API server does: from the first of the lines on

@@ -105,8 +105,10 @@ from heimdall_operator import main
 from heimdall_operator.kube import Kube
 
 class Server(Kube):
-    levels = 0
-    async def _text(self, *_, **__):
+    levels, status = 0, 200
+    async def _send(self, *_, **__):
+        return self
+    async def read(self):
         spec = b'{"a":[' * (self.levels // 2) + b'1' + b']}' * (self.levels // 2)
         return b'{"metadata": {}, "items": [{"metadata": {}, "spec": ' + spec + b'}, {"metadata": {"name": "other"}}]}'
 
